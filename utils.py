@@ -1,0 +1,82 @@
+"""Small helpers that two files or more use."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+REPO = Path(__file__).resolve().parent
+console = Console(highlight=False, soft_wrap=True)
+
+
+class UserError(Exception):
+    """Bad input, configuration or data: one message that names the thing, where it is and what would work.
+
+    The commands print it without a traceback and exit with status 2.
+    """
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'beta'?)"`, or nothing when no known word is close."""
+    close = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits that change when any part does. Parts are JSON values."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_to_disk(*paths: Path) -> None:
+    """fsync files, or the entries of directories."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def appears_whole(path: Path) -> Iterator[Path]:
+    """Write a new file or directory so that `path` is there complete or not at all.
+
+    Yields a path beside the target to write to; on success it is flushed and renamed. An existing file is
+    replaced; an existing directory must not be there. After an exception the target is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        part = folder / path.name
+        yield part
+        flush_to_disk(part, *part.rglob("*"))
+        os.rename(part, path)
+        flush_to_disk(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    with appears_whole(path) as part:
+        part.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step. Raises ValueError for NaN or infinity, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
