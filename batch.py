@@ -1,7 +1,7 @@
 """Rows for the model, tokens for the loss.
 
 Shape letters: R rows, T positions a row, N completion tokens of the batch, S sequences (a prompt with one
-completion), B records (a record of paired data holds two sequences).
+completion), B records (a record of paired data holds two sequences), M completion tokens that are text.
 """
 
 from collections.abc import Sequence
@@ -29,9 +29,10 @@ class Batch:
     predictor: Tensor  # [N] index into R * T of the position whose output predicts the token
     position: Tensor  # [N] index into R * T of the token itself
     target: Tensor  # [N] the token
-    content: Tensor  # [N] bool: text, not the end-of-sequence token; features are pooled over these only
     sequence: Tensor  # [N] which sequence the token belongs to, ascending
+    content: Tensor  # [M] index into N of the tokens that are text, not the end of the sequence
     lengths: list[int]  # [S] completion tokens of each sequence
+    content_lengths: list[int]  # [S] the same, of the tokens in `content`; sums to M
     index: list[int]  # [B] the records' rows in the tokenised data set
     record: dict[str, Tensor] = field(default_factory=dict)  # [B] or [S] per-record values: labels, scores
     reference: dict[str, Any] = field(default_factory=dict)  # [S] cached values of the reference
@@ -74,6 +75,8 @@ def collate_padded(records: Sequence[dict[str, Any]], *, pad_id: int, eos_id: in
     own = torch.cat(position)
     target = input_ids.flatten()[own]
     lengths = [len(completion) for _, completion in pairs]
+    content = target != eos_id
+    content_lengths = [int(part.sum()) for part in content.split(lengths)]
     return Batch(
         input_ids=input_ids,
         position_ids=torch.arange(width).expand(shape).contiguous(),
@@ -82,8 +85,9 @@ def collate_padded(records: Sequence[dict[str, Any]], *, pad_id: int, eos_id: in
         predictor=own - 1,
         position=own,
         target=target,
-        content=target != eos_id,
         sequence=torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(lengths)),
+        content=content.nonzero().flatten(),
         lengths=lengths,
+        content_lengths=content_lengths,
         index=[record["index"] for record in records],
     )

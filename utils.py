@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 REPO = Path(__file__).resolve().parent
 console = Console(highlight=False, soft_wrap=True)
@@ -38,8 +39,15 @@ def fingerprint(*parts: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def local_path(path: str | Path) -> Path:
+    """A path as the user wrote it, or, where nothing is there, the same path inside this repository."""
+    path = Path(path).expanduser()
+    inside = REPO / path
+    return inside if not path.exists() and inside.exists() else path
 
 
 def flush_to_disk(*paths: Path) -> None:
@@ -65,7 +73,7 @@ def appears_whole(path: Path) -> Iterator[Path]:
         part = folder / path.name
         yield part
         flush_to_disk(part, *part.rglob("*"))
-        os.rename(part, path)
+        part.rename(path)
         flush_to_disk(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -80,3 +88,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step. Raises ValueError for NaN or infinity, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class progress_bar:
+    """A live bar on a terminal, and nothing elsewhere: `with progress_bar(...) as advance: advance(done, loss)`."""
+
+    def __init__(self, name: str, total: int, done: int) -> None:
+        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        text = TextColumn("{task.fields[text]}")
+        self.progress = Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.progress.add_task(name, total=total, completed=done, text="")
+
+    def __enter__(self) -> Callable[[int, float | None], None]:
+        self.progress.start()
+        return self.advance
+
+    def advance(self, done: int, loss: float | None) -> None:
+        self.progress.update(self.task, completed=done, text="" if loss is None else f"loss {loss:.4f}")
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()

@@ -1,0 +1,264 @@
+"""Loading models, and scoring: from a batch's rows to the log-probability of each completion token.
+
+Shape letters: R rows, T positions, N completion tokens, M of them text, S sequences, D hidden width, V vocabulary.
+"""
+
+import importlib.util
+import pickle
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from batch import PAD, Batch
+from sae import ResidualTap
+from utils import UserError, console, file_digest, fingerprint, local_path
+
+HEAD_ELEMENTS = 1 << 26  # logits held at once: 256 MiB in fp32
+CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]  # everything a model needs but its weights
+WEIGHT_FILES = ["*.safetensors"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# ---------------------------------------------------------------------------------------------------- scoring
+
+
+@dataclass
+class Scores:
+    """What a model says about the completions of a batch."""
+
+    token_logps: Tensor  # [N] fp32
+    batch: Batch
+    residual: Tensor | None = None  # [M, D] at the text tokens of the completions, where a tap was given
+
+    @cached_property
+    def logps(self) -> Tensor:
+        """Summed log-probability [S] of each completion."""
+        zeros = self.token_logps.new_zeros(self.batch.num_sequences)
+        return zeros.index_add(0, self.batch.sequence, self.token_logps)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens [S] of each completion, end of sequence included."""
+        return torch.tensor(self.batch.lengths, device=self.token_logps.device)
+
+    @cached_property
+    def mean_logps(self) -> Tensor:
+        """Log-probability per token [S]."""
+        return self.logps / self.lengths
+
+
+def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None) -> Scores:
+    """Log-probabilities of the completion tokens and, with a tap, the residual stream at them.
+
+    Only the N completion positions are projected onto the vocabulary, a chunk at a time.
+    """
+    with tap.reading() if tap else nullcontext():
+        hidden = final_hidden_states(model, batch)
+    token_logps = completion_logps(
+        hidden.flatten(0, 1)[batch.predictor],
+        batch.target,
+        model.get_output_embeddings(),
+        getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+    )
+    residual = tap.take().flatten(0, 1)[batch.position[batch.content]] if tap else None
+    return Scores(token_logps, batch, residual)
+
+
+def final_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What the vocabulary projection reads, [R, T, D]."""
+    return model.base_model(
+        input_ids=batch.input_ids,
+        attention_mask=(batch.document != PAD).long(),
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def completion_logps(hidden: Tensor, target: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
+    """log p(target) [N] in fp32 from the final hidden states [N, D].
+
+    The logits exist for one chunk of positions at a time, in the backward pass too, which computes them again.
+    """
+    vocabulary = cast(Tensor, head.weight).shape[0]
+    chunk = max(1, HEAD_ELEMENTS // vocabulary)
+    parts = zip(hidden.split(chunk), target.split(chunk))
+    return torch.cat([checkpoint(_chunk_logps, h, t, head, softcap, use_reentrant=False) for h, t in parts])
+
+
+def _chunk_logps(hidden: Tensor, target: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
+    logits = head(hidden).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.gather(1, target.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The context that a forward pass runs in: fp32 weights, computation in `dtype` ("float32" or "bfloat16")."""
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+# ---------------------------------------------------------------------------------------------------- structure
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The stack of decoder layers, found by structure: the one ModuleList with `num_hidden_layers` entries.
+
+    Raises UserError where there is none, or more than one.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = {
+        name: module
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    if len(stacks) != 1:
+        raise UserError(f"{type(model).__name__}: cannot tell the decoder layers apart (candidates: {list(stacks)})")
+    return next(iter(stacks.values()))
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def fetch(source: str, patterns: list[str], setting: str) -> Path:
+    """A local directory with those files of a model: `source` itself, or a snapshot of a Hub repository.
+
+    Raises UserError, naming the setting to change, where it is neither.
+    """
+    if (local := local_path(source)).is_dir():
+        return local
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise UserError(unreachable(source, setting, error)) from error
+
+
+def fetch_file(source: str, setting: str) -> Path:
+    """A local file: `source` itself, or the file `<org>/<repository>/<path inside it>` of the Hub."""
+    if (local := local_path(source)).is_file():
+        return local
+    organisation, _, rest = source.partition("/")
+    repository, _, filename = rest.partition("/")
+    if not filename or source.startswith(("/", ".")):
+        raise UserError(f"{setting}={source}: no such file")
+    try:
+        return Path(hf_hub_download(f"{organisation}/{repository}", filename))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise UserError(unreachable(source, setting, error)) from error
+
+
+def unreachable(source: str, setting: str, error: Exception) -> str:
+    """What to tell a user whose model, SAE or data could not be fetched."""
+    reason = str(error).splitlines()[0]
+    return (
+        f"{setting}={source}: not a local path, and the Hub did not give it ({reason}). If it is gated or private, run "
+        f"`hf auth login`; offline, point {setting} at a local copy."
+    )
+
+
+def load_config(directory: Path) -> PretrainedConfig:
+    """The model's architecture, without its weights."""
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no usable config.json ({str(error).splitlines()[0]})") from error
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The model's tokenizer, with a pad token (the end-of-sequence one where it has none of its own)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{directory}: the tokenizer has no end-of-sequence token, which completions need")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def choose_attention(wanted: str, config: PretrainedConfig, device: torch.device, dtype: str) -> str:
+    """`wanted`, or for `auto` the fastest implementation that computes this model exactly; says which and why."""
+    if wanted != "auto":
+        return wanted
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if device.type == "cuda" and dtype == "bfloat16" and importlib.util.find_spec("flash_attn"):
+        chosen, reason = "flash_attention_2", "flash-attn is installed"
+    elif softcap is not None:
+        chosen, reason = "eager", "the model soft-caps its attention scores, which SDPA cannot"
+    else:
+        chosen, reason = "sdpa", "no flash-attn for this device and dtype"
+    console.print(f"attention: {chosen} ({reason})")
+    return chosen
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a Hub-format directory. Raises UserError where there are none."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: no *.safetensors (pickled weights are not loaded; convert them to safetensors)")
+    return files
+
+
+def load_model(directory: Path, attention: str, load_from: str | None = None) -> PreTrainedModel:
+    """A causal language model in fp32, on the CPU, in eval mode.
+
+    `directory` is in Hub format. `load_from` replaces the weights: a `policy.pt`, a Hub-format directory, or a run
+    directory (its LATEST). Raises UserError listing weights that are missing, left over or of another shape.
+    """
+    checkpoint_file = None
+    if load_from is not None:
+        found = find_weights(load_from)
+        directory, checkpoint_file = (directory, found) if found.is_file() else (found, None)
+    weight_files(directory)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    model, loading = loaded
+    problems = {
+        kind: sorted(map(str, loading[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if checkpoint_file is not None:
+        try:
+            state = torch.load(checkpoint_file, map_location="cpu", weights_only=True, mmap=True)["state"]
+            result = model.load_state_dict(state, strict=False)
+            problems = {"missing_keys": result.missing_keys, "unexpected_keys": result.unexpected_keys}
+        except (RuntimeError, KeyError, pickle.UnpicklingError, EOFError) as error:
+            raise UserError(f"model.load_from={load_from}: not this model's policy.pt ({error})") from error
+    if any(problems.values()):
+        lists = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"{checkpoint_file or directory}: the weights do not fit the model. {lists}")
+    return model.eval()
+
+
+def find_weights(load_from: str) -> Path:
+    """What `model.load_from` names: a `policy.pt`, or a Hub-format directory (for a run directory, its LATEST)."""
+    path = local_path(load_from)
+    if (path / "LATEST").is_dir():
+        path = path / "LATEST"
+    if path.is_file() or list(path.glob("*.safetensors")):
+        return path
+    if (path / "policy.pt").is_file():
+        return path / "policy.pt"
+    raise UserError(f"model.load_from={load_from}: no policy.pt, safetensors or run directory there")
+
+
+def weights_digest(directory: Path, load_from: str | None) -> str:
+    """Changes whenever the weights that `load_model` would read do, on any number of ranks."""
+    source = directory if load_from is None else find_weights(load_from)
+    files = [source] if source.is_file() else [source / "config.json", *weight_files(source)]
+    return fingerprint([file_digest(file) for file in files])

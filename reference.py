@@ -1,0 +1,145 @@
+"""The reference cache: what the reference model says about the data, computed once and kept on disk.
+
+The reference is the policy before its first step (or another model, `model.reference_path`), so nothing needs two
+models in memory. The cache is a directory of Arrow files, one for each shard of records, named by a fingerprint of
+all that its numbers depend on. A shard appears whole or not at all: a killed run goes on with the first one missing.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from batch import Batch
+from dataloader import DataLoader
+from models import score
+from sae import SAE, ResidualTap, pooled_features
+from utils import UserError, appears_whole, console, progress_bar
+
+SHARD = 512  # records; also how much a killed run can lose
+COLUMNS = datasets.Features(
+    {
+        "logps": datasets.Value("float32"),
+        "token_logps": datasets.List(datasets.Value("float32")),
+        "latents": datasets.List(datasets.Value("int32")),  # every feature with a non-zero pooled activation
+        "activations": datasets.List(datasets.Value("float32")),
+    }
+)
+
+
+class ReferenceCache:
+    """Rows of a finished cache. Row C * i + c is completion c of the i-th cached record, of C a record."""
+
+    def __init__(self, folder: Path, indices: Sequence[int], d_sae: int | None) -> None:
+        shards = [datasets.Dataset.from_file(str(folder / name)) for name in shard_names(len(indices))]
+        self.rows = datasets.concatenate_datasets(shards).with_format("numpy")
+        self.completions = len(self.rows) // len(indices)
+        self.d_sae = d_sae
+        self.place = {index: place for place, index in enumerate(indices)}
+
+    def attach(self, batch: Batch) -> Batch:
+        """Put `logps` [S], `token_logps` [N] and, with an SAE, `features` [S, F] into `batch.reference`."""
+        places = [self.place[index] * self.completions + c for c in range(self.completions) for index in batch.index]
+        rows = self.rows[places]
+        batch.reference = {
+            "logps": torch.from_numpy(np.asarray(rows["logps"], dtype=np.float32)),
+            "token_logps": torch.from_numpy(np.concatenate(list(rows["token_logps"]))),
+        }
+        if self.d_sae is not None:
+            features = torch.zeros(len(places), self.d_sae)
+            for row, latents, activations in zip(features, rows["latents"], rows["activations"]):
+                row[torch.from_numpy(latents.astype(np.int64))] = torch.from_numpy(activations)
+            batch.reference["features"] = features
+        return batch
+
+
+def shard_names(records: int) -> list[str]:
+    return [f"{start:09d}.arrow" for start in range(0, records, SHARD)]
+
+
+def load_or_build(
+    folder: Path,
+    loader: DataLoader,
+    model: PreTrainedModel,
+    tap: ResidualTap | None,
+    sae: SAE | None,
+    batch_size: int,
+) -> ReferenceCache:
+    """The cache of the records that a loader will give, computed by `model` in eval mode where it is not there yet.
+
+    Raises UserError if the model gives a log-probability that is not finite.
+    """
+    indices = loader.used()
+    names = shard_names(len(indices))
+    missing = [n for n, name in enumerate(names) if not (folder / name).is_file()]
+    if not missing:
+        console.print(f"reference cache: found {len(indices):,} records in {folder}")
+    elif len(missing) < len(names):
+        console.print(f"reference cache: going on after {len(names) - len(missing)} of {len(names)} shards in {folder}")
+    else:
+        console.print(f"reference cache: computing {len(indices):,} records into {folder}")
+    model.eval()
+    with progress_bar("reference cache", len(names), len(names) - len(missing)) as advance:
+        for done, shard in enumerate(missing, start=len(names) - len(missing) + 1):
+            rows = shard_rows(indices[shard * SHARD : (shard + 1) * SHARD], loader, model, tap, sae, batch_size)
+            with appears_whole(folder / names[shard]) as part:
+                write_arrow(rows, part)
+            advance(done, None)
+    return ReferenceCache(folder, indices, None if sae is None else sae.d_sae)
+
+
+@torch.no_grad()
+def shard_rows(
+    indices: Sequence[int],
+    loader: DataLoader,
+    model: PreTrainedModel,
+    tap: ResidualTap | None,
+    sae: SAE | None,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """The cache's rows of some records, in order. Records of like length are scored together: less padding."""
+    device = next(model.parameters()).device
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    order = sorted(indices, key=loader.length)
+    for start in range(0, len(order), batch_size):
+        rows |= reference_rows(loader.batch(order[start : start + batch_size]).to(device), model, tap, sae)
+    completions = len(rows) // len(indices)
+    return [rows[index, c] for index in indices for c in range(completions)]
+
+
+def reference_rows(
+    batch: Batch, model: PreTrainedModel, tap: ResidualTap | None, sae: SAE | None
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """The cache's row of each completion, by record index and completion number."""
+    scores = score(model, batch, tap)
+    if not torch.isfinite(scores.token_logps).all():
+        raise UserError(f"the reference gives log-probabilities that are not finite, among records {batch.index}")
+    features: Sequence[Tensor | None] = [None] * batch.num_sequences
+    if sae is not None and scores.residual is not None:
+        features = list(pooled_features(sae, scores.residual, batch.content_lengths))
+    logps = scores.logps.tolist()
+    token_logps = [part.numpy(force=True) for part in scores.token_logps.split(batch.lengths)]
+    rows = {}
+    for sequence, pooled in enumerate(features):
+        completion, record = divmod(sequence, len(batch.index))
+        latents = pooled.nonzero().flatten() if pooled is not None else torch.empty(0, dtype=torch.long)
+        rows[batch.index[record], completion] = {
+            "logps": logps[sequence],
+            "token_logps": token_logps[sequence],
+            "latents": latents.numpy(force=True).astype(np.int32),
+            "activations": pooled[latents].numpy(force=True) if pooled is not None else np.empty(0, np.float32),
+        }
+    return rows
+
+
+def write_arrow(rows: list[dict[str, Any]], path: Path) -> None:
+    """One Arrow file that `datasets.Dataset.from_file` maps into memory."""
+    with datasets.arrow_writer.ArrowWriter(path=str(path), features=COLUMNS) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()

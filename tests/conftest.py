@@ -1,0 +1,91 @@
+"""Small models and batches for the tests. Nothing here is read from a network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from batch import Batch, collate_padded
+from sae import SAE
+
+REPO = Path(__file__).resolve().parent.parent
+DATA = REPO.parent / "shared" / "data"
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+
+
+def tiny_gemma(seed: int = 0) -> Gemma2ForCausalLM:
+    """A random Gemma 2: soft-capping, sliding windows and a tied head, as in the real one."""
+    torch.manual_seed(seed)
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        attn_implementation="eager",
+    )
+    model = Gemma2ForCausalLM(config)
+    for parameter in model.parameters():  # far enough from the uniform distribution for differences to show
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def random_sae(d_in: int = 32, d_sae: int = 48, seed: int = 0) -> SAE:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return SAE(draw(d_in, d_sae) / d_in**0.5, draw(d_sae), draw(d_sae, d_in), draw(d_in), draw(d_sae).abs())
+
+
+def pairs(count: int = 3, seed: int = 0) -> list[dict]:
+    """Paired records of ragged lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, 64, (length,), generator=generator).tolist()
+
+    return [
+        {
+            "prompt_ids": [BOS_ID, *tokens(1, 9)],
+            "completion_ids": [[*tokens(1, 12), EOS_ID], [*tokens(1, 12), EOS_ID]],
+            "index": i,
+        }
+        for i in range(count)
+    ]
+
+
+def collate(records: list[dict]) -> Batch:
+    return collate_padded(records, pad_id=PAD_ID, eos_id=EOS_ID)
+
+
+@pytest.fixture
+def gemma() -> Gemma2ForCausalLM:
+    return tiny_gemma()
+
+
+def command(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run one of the repo's commands as a user would; without `check`, a failure is for the test to look at."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,198 @@
+"""SAE files, the tap, pooled features and drift."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import collate, pairs, random_sae, tiny_gemma
+
+import sae as saes
+from models import decoder_layers, final_hidden_states, score
+from sae import ResidualTap, compared_latents, feature_drift, load_sae, pooled_features, save_sae
+from utils import UserError
+
+
+def test_round_trip_through_gemma_scopes_layout(tmp_path):
+    original = random_sae()
+    save_sae(original, tmp_path / "layer_1" / "params.npz")
+    read = load_sae(tmp_path / "layer_1" / "params.npz")
+    for name in saes.GEMMA_SCOPE_ARRAYS:
+        assert torch.equal(getattr(read, name), getattr(original, name))
+    assert not list(read.parameters())  # nothing an optimiser could train
+
+
+def test_agrees_with_saelens():
+    lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
+    ours = random_sae(d_in=16, d_sae=40)
+    theirs = lens.JumpReLUSAE(lens.JumpReLUSAEConfig(d_in=16, d_sae=40, dtype="float32", apply_b_dec_to_input=False))
+    with torch.no_grad():
+        for name in saes.GEMMA_SCOPE_ARRAYS:
+            getattr(theirs, name).copy_(getattr(ours, name))
+    x = torch.randn(100, 16)
+    features = ours.encode(x)
+    assert 0 < (features > 0).float().mean() < 1
+    torch.testing.assert_close(features, theirs.encode(x))
+    torch.testing.assert_close(ours.decode(features), theirs.decode(theirs.encode(x)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("threshold"), "lacks threshold"),
+        (lambda a: a.update(W_enc=a["W_enc"].T), "W_enc has shape"),
+        (lambda a: a["b_enc"].fill(np.nan), "b_enc has values that are not finite"),
+        (lambda a: a.update(W_dec=np.array([{}], dtype=object)), "not a readable npz file of plain arrays"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, change, message):
+    arrays = {name: getattr(random_sae(), name).numpy().copy() for name in saes.GEMMA_SCOPE_ARRAYS}
+    change(arrays)
+    np.savez(tmp_path / "params.npz", **arrays)
+    with pytest.raises(UserError, match=message) as error:
+        load_sae(tmp_path / "params.npz")
+    assert str(tmp_path / "params.npz") in str(error.value)
+
+
+def test_half_a_file_is_an_error(tmp_path):
+    save_sae(random_sae(), tmp_path / "params.npz")
+    whole = (tmp_path / "params.npz").read_bytes()
+    (tmp_path / "params.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a readable npz"):
+        load_sae(tmp_path / "params.npz")
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_tap_reads_the_layers_output_before_the_final_norm(gemma, layer):
+    batch = collate(pairs())
+    with torch.no_grad():
+        tap = ResidualTap(decoder_layers(gemma)[layer])
+        with tap.reading():
+            final = final_hidden_states(gemma, batch)
+        read = tap.take()
+        states = gemma.model(
+            batch.input_ids, attention_mask=(batch.document >= 0).long(), output_hidden_states=True
+        ).hidden_states
+    text = batch.document >= 0
+    if layer < 2:
+        torch.testing.assert_close(read[text], states[layer + 1][text])
+    else:  # the last of hidden_states has gone through the norm
+        assert not torch.allclose(read[text], states[-1][text])
+        torch.testing.assert_close(gemma.model.norm(read)[text], final[text])
+
+
+def test_pooling_is_the_mean_over_the_completions_text():
+    sae, lengths = random_sae(), [3, 1, 0, 5]
+    residual = torch.randn(9, 32)
+    pooled = pooled_features(sae, residual, lengths)
+    expected = [part.mean(0) for part in sae.encode(residual).split(lengths)]
+    for row, mean in zip(pooled[[0, 1, 3]], [expected[0], expected[1], expected[3]]):
+        torch.testing.assert_close(row, mean)
+    assert not pooled[2].any()
+
+
+def test_pooling_does_not_depend_on_the_chunks(monkeypatch):
+    sae, residual = random_sae(), torch.randn(50, 32)
+    whole = pooled_features(sae, residual, [20, 30])
+    monkeypatch.setattr(saes, "ENCODE_ELEMENTS", 7 * sae.d_sae)
+    torch.testing.assert_close(pooled_features(sae, residual, [20, 30]), whole)
+
+
+def test_compared_latents_are_the_union_of_both_top_ks():
+    policy = torch.tensor([[5.0, 0, 3, 1, 0, 0], [0, 0, 0, 2, 0, 0]])
+    reference = torch.tensor([[0.0, 4, 3, 0, 1, 0], [0, 0, 0, 0, 0, 0]])
+    latents, member = compared_latents(policy, reference, k=2)
+    sets = [sorted(row[mask].tolist()) for row, mask in zip(latents, member)]
+    assert sets == [[0, 1, 2], [3]]  # each member once; zeros are no members
+
+
+def test_drift_by_hand():
+    policy, reference = torch.tensor([[3.0, 1.0, 0.0, 0.0]]), torch.tensor([[1.0, 1.0, 9.0, 9.0]])
+    weight = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    # shares: policy 3/4 1/4, reference 1/2 1/2: KL = log(2/3) / 2 + log(2) / 2
+    assert saes.kl_drift(policy, reference, weight).item() == pytest.approx(0.143841, abs=1e-5)
+    # k = 2: ((3 - 1)^2 + 0) / 2
+    assert saes.mse_drift(policy, reference, weight).item() == pytest.approx(2.0)
+
+
+def dense_drift(sae, residual, lengths, reference, divergence, k):
+    """The formulas of the paper written out, from the full activations, one sequence at a time."""
+    drifts = []
+    for x, ref in zip(residual.split(lengths), reference):
+        pooled = sae.encode(x).mean(0)
+        chosen = set(pooled.topk(k).indices.tolist()) | set(ref.topk(k).indices.tolist())
+        index = torch.tensor(sorted(i for i in chosen if pooled[i] > 0 or ref[i] > 0))
+        p, q = pooled[index], ref[index]
+        if divergence == "mse":
+            drifts.append((p - q).square().sum() / k)
+        else:
+            p, q = p / p.sum() + saes.SHARE_FLOOR, q / q.sum() + saes.SHARE_FLOOR
+            p, q = p / p.sum(), q / q.sum()
+            drifts.append((q * (q / p).log()).sum())
+    return torch.stack(drifts)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+@pytest.mark.parametrize("k", [3, 10])
+def test_sparse_drift_equals_the_dense_formula_in_value_and_gradient(divergence, k):
+    sae, lengths = random_sae(), [4, 7, 2]
+    residual = torch.randn(13, 32, requires_grad=True)
+    reference = pooled_features(sae, torch.randn(13, 32), lengths)
+    sparse = feature_drift(sae, residual, lengths, reference, divergence=divergence, k=k)
+    (sparse_gradient,) = torch.autograd.grad(sparse.sum(), residual)
+    dense = dense_drift(sae, residual, lengths, reference, divergence, k)
+    (dense_gradient,) = torch.autograd.grad(dense.sum(), residual)
+    torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sparse_gradient, dense_gradient, rtol=1e-3, atol=1e-5)
+    assert sparse_gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+def test_no_drift_from_itself(divergence):
+    sae, residual, lengths = random_sae(), torch.randn(6, 32), [2, 4]
+    own = pooled_features(sae, residual, lengths)
+    drift = feature_drift(sae, residual, lengths, own, divergence=divergence, k=5)
+    torch.testing.assert_close(drift, torch.zeros(2), atol=1e-6, rtol=0)
+
+
+def test_feature_weights_scale_the_terms_one_by_one():
+    sae, residual, lengths = random_sae(), torch.randn(6, 32), [6]
+    reference = pooled_features(sae, torch.randn(6, 32), lengths)
+    options = {"divergence": "mse", "k": 48}
+
+    def drift(weights):
+        return feature_drift(sae, residual, lengths, reference, **options, feature_weights=weights)
+
+    only_one = torch.zeros(48)
+    only_one[7] = 3.0
+    own = pooled_features(sae, residual, lengths)
+    torch.testing.assert_close(drift(only_one), 3 * (own[:, 7] - reference[:, 7]).square() / 48)
+    torch.testing.assert_close(drift(torch.full((48,), 2.0)), 2 * drift(None))
+
+
+def test_feature_weights_are_read_and_checked(tmp_path):
+    (tmp_path / "weights.json").write_text('[{"index": 1, "weight": 5}]')
+    assert saes.read_feature_weights(str(tmp_path / "weights.json"), 3).tolist() == [1, 5, 1]
+    assert saes.read_feature_weights([{"index": 0, "weight": 0}], 2).tolist() == [0, 1]
+    for wrong in ([{"index": 3, "weight": 1}], [{"index": 0, "weight": -1}], [{"feature": 0}], str(tmp_path / "none")):
+        with pytest.raises(UserError, match="weights"):
+            saes.read_feature_weights(wrong, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+def test_gradient_through_the_tap_is_the_same_with_activation_checkpointing():
+    def gradients(checkpointing):
+        model, sae, batch = tiny_gemma(), random_sae(), collate(pairs())
+        if checkpointing:  # the layers run again in the backward pass, and any hook with them
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        scores = score(model.train(), batch, ResidualTap(decoder_layers(model)[1]))
+        reference = torch.zeros(batch.num_sequences, sae.d_sae)
+        drift = feature_drift(sae, scores.residual, batch.content_lengths, reference, divergence="mse", k=8)
+        drift.sum().backward()
+        assert all(buffer.grad is None for buffer in sae.buffers())
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    assert plain["model.layers.0.mlp.up_proj.weight"].abs().sum() > 0
+    assert "model.layers.2.mlp.up_proj.weight" not in plain  # above the tap
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient)
