@@ -90,7 +90,7 @@ class Run:
         """Keep all that continuing needs: the weights, the optimiser, the random state and `place` (JSON values)."""
         packed = optimizer.state_dict()
         tensors = {
-            f"{index}.{name}": value
+            f"{index}.{name}": value.contiguous()
             for index, values in packed["state"].items()
             for name, value in values.items()
             if isinstance(value, Tensor)

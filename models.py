@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from batch import PAD, Batch
 from sae import ResidualTap
 from utils import UserError, console, file_digest, fingerprint, local_path
 
+transformers_logging.disable_progress_bar()
 HEAD_ELEMENTS = 1 << 26  # logits held at once: 256 MiB in fp32
 CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]  # everything a model needs but its weights
 WEIGHT_FILES = ["*.safetensors"]
@@ -209,16 +211,16 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def load_model(directory: Path, attention: str, load_from: str | None = None) -> PreTrainedModel:
-    """A causal language model in fp32, on the CPU, in eval mode.
+def load_model(directory: Path, attention: str, device: torch.device, load_from: str | None = None) -> PreTrainedModel:
+    """A causal language model in fp32, on `device`, in eval mode.
 
     `directory` is in Hub format. `load_from` replaces the weights: a `policy.pt`, a Hub-format directory, or a run
     directory (its LATEST). Raises UserError listing weights that are missing, left over or of another shape.
     """
-    checkpoint_file = None
+    policy_file = None
     if load_from is not None:
         found = find_weights(load_from)
-        directory, checkpoint_file = (directory, found) if found.is_file() else (found, None)
+        directory, policy_file = (directory, found) if found.is_file() else (found, None)
     weight_files(directory)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
@@ -232,17 +234,27 @@ def load_model(directory: Path, attention: str, load_from: str | None = None) ->
     problems = {
         kind: sorted(map(str, loading[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
-    if checkpoint_file is not None:
-        try:
-            state = torch.load(checkpoint_file, map_location="cpu", weights_only=True, mmap=True)["state"]
-            result = model.load_state_dict(state, strict=False)
-            problems = {"missing_keys": result.missing_keys, "unexpected_keys": result.unexpected_keys}
-        except (RuntimeError, KeyError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"model.load_from={load_from}: not this model's policy.pt ({error})") from error
+    refuse_misfits(directory, problems)
+    if policy_file is not None:
+        load_policy_file(model, policy_file)
+    cast(nn.Module, model).to(device)
+    return model.eval()
+
+
+def load_policy_file(model: PreTrainedModel, path: Path) -> None:
+    """Load a `policy.pt` of this repo or of HALOs. Raises UserError where it does not fit the model exactly."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
+        result = model.load_state_dict(state, strict=False)
+    except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{path}: not a policy.pt of this model ({error})") from error
+    refuse_misfits(path, {"missing_keys": result.missing_keys, "unexpected_keys": result.unexpected_keys})
+
+
+def refuse_misfits(source: Path, problems: dict[str, list[str]]) -> None:
     if any(problems.values()):
         lists = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"{checkpoint_file or directory}: the weights do not fit the model. {lists}")
-    return model.eval()
+        raise UserError(f"{source}: the weights do not fit the model. {lists}")
 
 
 def find_weights(load_from: str) -> Path:

@@ -1,0 +1,161 @@
+"""Checks of the configuration. All that can be found wrong without reading a weight is found here, and said at once."""
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+import dataloader
+import trainers
+from checkpoint import flat
+from models import CONFIG_FILES, DTYPES, fetch, fetch_file, load_config
+from utils import UserError, local_path, suggest
+from vocabulary import Binding, bind
+
+
+class Problems(list[str]):
+    """What is wrong with a configuration, collected to be told together."""
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.append(str(error))
+
+    def expect(self, holds: bool, otherwise: str) -> None:
+        if not holds:
+            self.append(otherwise)
+
+    def tell(self) -> None:
+        if self:
+            raise UserError("\n".join(self))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The classes that a configuration names, and how they fit."""
+
+    trainer: type[trainers.BasicTrainer]
+    loader: type[dataloader.DataLoader]
+    binding: Binding
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a run's model, tokenizer and SAE are on this machine."""
+
+    model: Path
+    tokenizer: Path
+    reference: Path
+    sae: Path | None
+
+
+def named_class(spec: str, module: Any, setting: str) -> Any:
+    """The class `Name` of a module of this repo, or `path/to/file.py:Name`."""
+    path, _, name = spec.rpartition(":")
+    path = str(local_path(path)) if path else ""
+    if path:
+        loaded = importlib.util.spec_from_file_location(Path(path).stem, path)
+        if loaded is None or loaded.loader is None or not Path(path).is_file():
+            raise UserError(f"{setting}={spec}: no Python file {path}")
+        module = importlib.util.module_from_spec(loaded)
+        loaded.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise UserError(f"{setting}={spec}: no class {name} in {module.__name__}{suggest(name, classes)}")
+    return found
+
+
+def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = ("train",)) -> Parts:
+    """Everything that needs no file: names, values, and that the loss and its YAML agree.
+
+    Raises UserError with all problems found.
+    """
+    problems = Problems()
+    problems.extend(unknown_keys(overrides))
+    choices: dict[str, tuple[Any, Sequence[Any]]] = {
+        "mode": (config.mode, modes),
+        "resume": (config.resume, ["auto", "never"]),
+        "template": (config.template, ["tulu", "chat"]),
+        "lr_schedule": (config.lr_schedule, list(trainers.SCHEDULES)),
+        "model.policy_dtype": (config.model.policy_dtype, list(DTYPES)),
+        "optimizer": (config.optimizer, [n for n, v in vars(torch.optim).items() if isinstance(v, type)]),
+    }
+    for key, (value, known) in choices.items():
+        hint = suggest(str(value), known)
+        problems.expect(value in known, f"{key}={value}: not one of {', '.join(known)}{hint}")
+    for key in ("model.batch_size", "model.eval_batch_size", "model.gradient_accumulation_steps", "log_every"):
+        value = OmegaConf.select(config, key)
+        problems.expect(isinstance(value, int) and value > 0, f"{key}={value}: has to be a whole number above 0")
+    with problems.collected():
+        dataloader.check_datasets(config)
+    parts = None
+    with problems.collected():
+        trainer = named_class(config.loss.trainer, trainers, "loss.trainer")
+        loader = named_class(config.loss.dataloader, dataloader, "loss.dataloader")
+        binding = bind(trainer, loader.records, dict(config.loss))
+        parts = Parts(trainer, loader, binding)
+        if "sae" in binding.needs and config.get("sae") is None:
+            known = sorted(path.stem for path in (Path(__file__).parent / "config/sae").glob("*.yaml"))
+            raise UserError(f"loss={config.loss.name} needs an SAE: sae={'|'.join(known)}, fitting the model")
+    problems.tell()
+    assert parts is not None
+    return parts
+
+
+def unknown_keys(overrides: Sequence[str], config_name: str = "config") -> list[str]:
+    """Keys that the command line adds with + or ++ and that no YAML of the composition has, so nothing would read.
+
+    The loss's own keys are left to its signature (`vocabulary.bind`).
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    added = [o for o in parsed if (o.is_add() or o.is_force_add()) and not o.key_or_group.startswith("loss.")]
+    rest = [o.input_line for o in parsed if o not in added and o.input_line is not None]
+    plain = compose(config_name, overrides=rest)
+    keys = flat(OmegaConf.to_container(plain))
+    return [
+        f"{o.key_or_group} is read by nothing{suggest(o.key_or_group, keys)}"
+        for o in added
+        if o.key_or_group not in keys and not any(known.startswith(f"{o.key_or_group}.") for known in keys)
+    ]
+
+
+def find_sources(config: DictConfig, needs: frozenset[str]) -> Sources:
+    """Find, or fetch from the Hub, all but the weights; check that the SAE's layer is one the model has.
+
+    Raises UserError with all problems found.
+    """
+    problems, model = Problems(), config.model
+    found: dict[str, Path | None] = {"model": None, "tokenizer": None, "reference": None, "sae": None}
+    wanted: dict[str, tuple[Callable[..., Path], str, str]] = {
+        "model": (fetch, model.name_or_path, "model.name_or_path"),
+        "tokenizer": (fetch, model.tokenizer_name_or_path or model.name_or_path, "model.tokenizer_name_or_path"),
+        "reference": (fetch, model.reference_path or model.name_or_path, "model.reference_path"),
+    }
+    for name, (get, source, setting) in wanted.items():
+        with problems.collected():
+            if name == "model" or source != model.name_or_path:
+                found[name] = get(source, CONFIG_FILES, setting)
+            else:
+                found[name] = found["model"]
+    if "sae" in needs:
+        with problems.collected():
+            found["sae"] = fetch_file(config.sae.path, "sae.path")
+    if found["model"] is not None:
+        with problems.collected():
+            text = load_config(found["model"]).get_text_config()
+            layers = text.num_hidden_layers
+            if "sae" in needs and not 0 <= config.sae.layer < layers:
+                raise UserError(f"sae.layer={config.sae.layer}: {model.name} has layers 0 to {layers - 1}")
+    problems.tell()
+    return Sources(**found)  # type: ignore[arg-type]

@@ -1,0 +1,347 @@
+"""Scores -> losses: one training loop, the shapes of data, and one small class for each loss.
+
+A loss is a pure function of the quantities its parameters name (`vocabulary.py` lists them); keyword-only parameters
+are its hyper-parameters, given by `config/loss/<name>.yaml`. It returns `losses` [B], or `losses, chosen_rewards,
+rejected_rewards`. To add one: a class here, a YAML there, a test.
+
+Shape letters: B records (pairs) of a batch, S sequences, N completion tokens.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from batch import Batch
+from checkpoint import MetricsFile, Run
+from dataloader import DataLoader
+from models import autocast, load_policy_file, score
+from reference import ReferenceCache
+from sae import SAE, ResidualTap
+from utils import UserError, console, progress_bar
+from vocabulary import QUANTITIES, Binding, Evidence
+
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+
+
+@dataclass
+class Setup:
+    """All that a trainer is given."""
+
+    config: DictConfig
+    binding: Binding
+    run: Run
+    policy: PreTrainedModel
+    tokenizer: Tokenizer
+    train_loader: DataLoader
+    eval_loader: DataLoader
+    sae: SAE | None = None
+    tap: ResidualTap | None = None
+    train_reference: ReferenceCache | None = None
+    eval_reference: ReferenceCache | None = None
+
+
+class Means:
+    """Weighted means of what a batch reports, summed on the device and read once."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[Tensor, float]] = {}
+
+    def add(self, name: str, values: Tensor, weight: float | None = None) -> None:
+        """Add values of any shape; `weight` is what they count for, their number if not given."""
+        total, count = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (
+            total + values.detach().float().sum(),
+            count + (values.numel() if weight is None else weight),
+        )
+
+    def read(self) -> dict[str, float]:
+        return {name: float(total) / count for name, (total, count) in self.sums.items() if count}
+
+
+class BasicTrainer:
+    """The loop: batches to steps, metrics, evaluations, checkpoints. Subclasses say what a batch's loss is."""
+
+    sides: ClassVar[tuple[str | None, ...]] = (None,)  # which sides of a record a loss may ask for
+
+    def __init__(self, setup: Setup) -> None:
+        self.config, self.run, self.tokenizer = setup.config, setup.run, setup.tokenizer
+        self.binding = setup.binding
+        self.device = next(setup.policy.parameters()).device
+        self.policy, self.tap = setup.policy, setup.tap
+        self.sae = setup.sae.to(self.device) if setup.sae else None
+        self.loaders = {"train": setup.train_loader, "eval": setup.eval_loader}
+        self.references = {"train": setup.train_reference, "eval": setup.eval_reference}
+        self.module = self.trained_module()
+        self.last_evaluation: dict[str, float] = {}
+        self.optimizer = self.make_optimizer()
+        self.schedule = get_scheduler(
+            SCHEDULES[self.config.lr_schedule],
+            self.optimizer,
+            num_warmup_steps=self.config.warmup_steps,
+            num_training_steps=len(setup.train_loader),
+        )
+
+    # ------------------------------------------------------------------------------------------------ the loss
+
+    loss: Callable[..., Any]  # losses [B] from the quantities its parameters name
+
+    def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:  # noqa: ARG002
+        """The values [S] of all sequences, or those of one side of the records."""
+        return values
+
+    def weight(self, batch: Batch) -> int:
+        """What a batch counts for in the mean over the optimiser step: its number of records."""
+        return len(batch.index)
+
+    def compute_loss(self, batch: Batch, split: str, means: Means) -> Tensor:
+        """Losses of a batch, one for each record; their sum over the step, divided by its weight, is minimised."""
+        if reference := self.references[split]:
+            batch = reference.attach(batch)
+        batch = batch.to(self.device)
+        with autocast(self.device, self.config.model.policy_dtype):
+            scores = score(self.policy, batch, self.tap)
+        evidence = Evidence(batch, scores, self.sae)
+        options = self.binding.options
+        names = dict.fromkeys(i.quantity for i in self.binding.inputs)
+        quantities = {name: QUANTITIES[name](evidence, **options[name]) for name in names}
+        inputs = {i.parameter: self.side(quantities[i.quantity], i.side, batch) for i in self.binding.inputs}
+        result = self.loss(**inputs, **options["loss"])
+        losses, *rewards = result if isinstance(result, tuple) else (result,)
+        if losses.ndim == 0:  # a custom loss may give the mean of its batch
+            losses = losses.expand(self.weight(batch))
+        means.add(f"loss/{split}", losses, self.weight(batch))
+        self.report(means, split, batch, scores, rewards)
+        if "feature_drift" in quantities:
+            for side in filter(None, self.sides):
+                means.add(f"feature_drift_{split}/{side}", self.side(quantities["feature_drift"], side, batch))
+        return losses
+
+    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
+        """Add what this shape of data logs, beside the loss."""
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def trained_module(self) -> nn.Module:
+        """What the optimiser trains and a resumed run needs."""
+        return self.policy
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The class of torch.optim that the configuration names, over all that is trained."""
+        kind = getattr(torch.optim, self.config.optimizer)
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        return kind(parameters, lr=self.config.lr, **dict(self.config.optimizer_options))
+
+    def train(self) -> None:
+        """Train to the end of the data, from the start or from the newest state of the run."""
+        config, loader = self.config, self.loaders["train"]
+        step, examples, metrics_size = 0, 0, 0
+        if state := self.run.newest_state():
+            place = self.run.load_state(state, self.module, self.optimizer)
+            step, examples, metrics_size = place["step"], place["examples"], place["metrics_size"]
+            self.schedule.load_state_dict(place["schedule"])
+            console.print(f"resuming after {step:,} of {len(loader):,} steps ({examples:,} examples) from {state}")
+        self.metrics = MetricsFile(self.run.folder / "metrics.jsonl", metrics_size)
+        if state is None and config.do_first_eval:
+            self.log(step, examples, self.evaluate())
+
+        start, evaluated, saved = step, False, False
+        means, since = Means(), time.monotonic()
+        with progress_bar("training", len(loader), step) as advance:
+            for micro_batches in loader.steps(start=start):
+                self.module.train()
+                norm = self.optimise(step, micro_batches, means)
+                step, before = step + 1, examples
+                examples += sum(len(batch.index) for batch in micro_batches)
+                evaluated = crosses(config.eval_every, before, examples)
+                saved = crosses(config.save_every, before, examples)
+                if step % config.log_every == 0 or evaluated or saved:
+                    values = {**means.read(), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
+                    self.log(step, examples, {**values, "seconds": time.monotonic() - since})
+                    advance(step, values["loss/train"])
+                    means, since = Means(), time.monotonic()
+                if evaluated:
+                    self.log(step, examples, self.evaluate())
+                if saved:
+                    self.save(step, examples)
+                    if config.intermediate_checkpoints:
+                        self.export(step, examples)
+        if step > start and not evaluated:
+            self.log(step, examples, self.evaluate())
+        if step > start and not saved:
+            self.save(step, examples)
+        self.export(step, examples)
+
+    def optimise(self, step: int, micro_batches: list[Batch], means: Means) -> float:
+        """One optimiser step; gives the gradient's norm before clipping.
+
+        Raises UserError, leaving the weights alone, if a loss or the gradient is not finite.
+        """
+        weight = sum(self.weight(batch) for batch in micro_batches)
+        losses = []
+        for batch in micro_batches:
+            losses.append(self.compute_loss(batch, "train", means))
+            (losses[-1].sum() / weight).backward()
+        limit = self.config.model.max_grad_norm
+        norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), limit if limit else float("inf")))
+        if not all(bool(part.isfinite().all()) for part in losses) or not norm < float("inf"):
+            bad = [b.index for b, part in zip(micro_batches, losses) if not part.isfinite().all()]
+            rows = self.loaders["train"].rows
+            sources = [rows[i]["source"] for part in bad or [b.index for b in micro_batches] for i in part]
+            what = "the loss" if bad else "the gradient"
+            raise UserError(
+                f"step {step + 1}: {what} is not finite; stopped before it reached the weights. Examples: "
+                f"{', '.join(sources)}. The last checkpoint is good: {self.run.newest_state() or 'none yet'}"
+            )
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The means of the metrics over the whole evaluation set."""
+        self.module.eval()
+        loader, means = self.loaders["eval"], Means()
+        with progress_bar("evaluating", len(loader), 0) as advance:
+            for done, (batch,) in enumerate(loader.steps(), start=1):
+                self.compute_loss(batch, "eval", means)
+                advance(done, None)
+        return means.read()
+
+    # ------------------------------------------------------------------------------------------------ what is kept
+
+    def log(self, step: int, examples: int, values: dict[str, float]) -> None:
+        """To metrics.jsonl, to wandb when it runs, and evaluations to the terminal."""
+        self.metrics.write({"step": step, "examples": examples, **values})
+        if self.config.wandb.enabled:
+            import wandb
+
+            wandb.log({"examples": examples, **values}, step=step)
+        if "loss/eval" in values:
+            self.last_evaluation = values
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            console.print(f"[bold]{examples:,} examples[/bold]  {shown}")
+
+    def save(self, step: int, examples: int) -> None:
+        """The state that a resumed run starts from."""
+        place = {"examples": examples, "metrics_size": self.metrics.size, "schedule": self.schedule.state_dict()}
+        self.run.save_state(step, self.module, self.optimizer, place)
+        self.run.prune_states(self.config.keep_states)
+
+    def export(self, step: int, examples: int) -> Path:
+        """The trained weights, for others to use."""
+
+        def write(folder: Path) -> None:
+            self.write_export(folder, step)
+
+        return self.run.export(examples, write, keep_others=self.config.intermediate_checkpoints)
+
+    def write_export(self, folder: Path, step: int) -> None:
+        """Hub format, and `policy.pt` as HALOs writes it."""
+        self.policy.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        content = {"step_idx": step, "state": self.policy.state_dict(), "metrics": self.last_evaluation}
+        torch.save(content, folder / "policy.pt")
+
+    def read_export(self, folder: Path) -> None:
+        """Put the weights that `write_export` wrote in place of those trained, to evaluate them."""
+        load_policy_file(self.policy, folder / "policy.pt")
+
+
+def crosses(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]; never, where `every` is null."""
+    return every is not None and now // every > before // every
+
+
+# ---------------------------------------------------------------------------------------------------- SFT
+
+
+class SFTTrainer(BasicTrainer):
+    """Supervised fine-tuning: the negative log-likelihood of the completion tokens, a mean over the global batch."""
+
+    def loss(self, policy_logps: Tensor) -> Tensor:
+        return -policy_logps
+
+    def weight(self, batch: Batch) -> int:
+        return sum(batch.lengths)
+
+
+# ---------------------------------------------------------------------------------------------------- paired losses
+
+
+class PairedPreferenceTrainer(BasicTrainer):
+    """Losses on (prompt, chosen, rejected): the first half of the sequences are the chosen ones."""
+
+    sides = ("chosen", "rejected")
+
+    def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
+        chosen, rejected = values.split(len(batch.index))
+        return chosen if side == "chosen" else rejected
+
+    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
+        for side in ("chosen", "rejected"):
+            means.add(f"logps_{split}/{side}", self.side(scores.logps, side, batch))
+        means.add(f"logps_{split}/accuracies", self.margin(scores.mean_logps, batch) > 0)
+        if rewards:
+            chosen, rejected = rewards
+            means.add(f"rewards_{split}/chosen", chosen)
+            means.add(f"rewards_{split}/rejected", rejected)
+            means.add(f"rewards_{split}/accuracies", chosen > rejected)
+            means.add(f"rewards_{split}/margins", chosen - rejected)
+
+    def margin(self, values: Tensor, batch: Batch) -> Tensor:
+        return self.side(values, "chosen", batch) - self.side(values, "rejected", batch)
+
+
+class DPOTrainer(PairedPreferenceTrainer):
+    """Direct preference optimisation (Rafailov et al. 2023, 2305.18290, Eq. 7)."""
+
+    def loss(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+        *,
+        beta: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+        rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+        losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+        return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+class FPOTrainer(PairedPreferenceTrainer):
+    """Feature-level preference optimisation (Yin et al. 2024, 2411.07618 v4, Eq. 8-11).
+
+    A length-normalised DPO whose margin is the reference's own, held back by how much further the rejected
+    completion's SAE features have drifted from the reference's than the chosen one's. No gradient flows through the
+    chosen side's drift.
+    """
+
+    def loss(
+        self,
+        policy_chosen_mean_logps: Tensor,
+        policy_rejected_mean_logps: Tensor,
+        reference_chosen_mean_logps: Tensor,
+        reference_rejected_mean_logps: Tensor,
+        chosen_feature_drift: Tensor,
+        rejected_feature_drift: Tensor,
+        *,
+        beta: float,
+        alpha: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        chosen_rewards = beta * (policy_chosen_mean_logps - reference_chosen_mean_logps)
+        rejected_rewards = beta * (policy_rejected_mean_logps - reference_rejected_mean_logps)
+        constraint = alpha * (rejected_feature_drift - chosen_feature_drift.detach())
+        losses = -F.logsigmoid(chosen_rewards - rejected_rewards - constraint)
+        return losses, chosen_rewards.detach(), rejected_rewards.detach()
