@@ -12,11 +12,13 @@ and a policy.pt of plain tensors that `torch.load(weights_only=True)` reads.
 
 import fcntl
 import json
+import netrc
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -26,13 +28,12 @@ from torch import Tensor, nn
 from utils import UserError, appears_whole, flush_to_disk, write_text
 
 # All that a run leaves in its directory, and so all that starting over removes.
-OWN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "LATEST", "step-*", "state")
+OWN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "LATEST", "step-*", "state", "wandb")
 
 # Keys that may differ between a run and its resumption: none of them changes a step that is still to come.
 MAY_CHANGE = (
     "resume",
     "mode",
-    "num_proc",
     "wandb",
     "do_first_eval",
     "eval_every",
@@ -46,22 +47,32 @@ MAY_CHANGE = (
 
 
 class Run:
-    """A run directory that this process alone writes to."""
+    """A run directory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.states = folder / "state"
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Make the directory, and keep other processes from writing to it.
+
+        Raises UserError where another one does, or where this one may not.
+        """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock: TextIO = (folder / ".lock").open("w")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("w")
         except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error.strerror}); cache_dir= names another place") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is writing to this run; use another exp_name") from error
-        for part in folder.rglob(".*.part"):  # left by a process that was killed while it wrote
-            shutil.rmtree(part)
+            raise UserError(f"cannot write to {self.folder} ({error}); cache_dir= names another place") from error
+        with lock:  # closing it, or the end of the process, unlocks it
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                message = f"{self.folder}: another process is writing to this run; use another exp_name"
+                raise UserError(message) from error
+            for part in self.folder.rglob(".*.part"):  # left by a process that was killed while it wrote
+                shutil.rmtree(part)
+            yield
 
     def start(self, config: DictConfig) -> Path | None:
         """Write the configuration; give the state to resume from, if the run has one and `resume` is auto.
@@ -143,22 +154,53 @@ class Run:
         return target
 
 
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line. `size` goes into each state, so that a resumed run cuts off what
-    the killed one wrote after it."""
+class MetricsLog:
+    """`metrics.jsonl`, one JSON object a line, and wandb where it is enabled.
 
-    def __init__(self, path: Path, size: int) -> None:
+    `size` goes into each state, so that a resumed run cuts off what the killed one wrote after it.
+    """
+
+    def __init__(self, run: Run, config: DictConfig, size: int) -> None:
+        path = run.folder / "metrics.jsonl"
         self.file = path.open("a")
         os.truncate(path, size)
         self.file.seek(size)
+        self.wandb = start_wandb(run, config) if config.wandb.enabled else None
 
     def write(self, values: dict[str, Any]) -> None:
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
+        if self.wandb is not None:
+            self.wandb.log(values, step=values["step"])
 
     @property
     def size(self) -> int:
         return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def start_wandb(run: Run, config: DictConfig) -> Any:
+    """A wandb run. It never asks for a login: without a key it is kept offline, in the run directory."""
+    import wandb  # a second to import, so only where it is used
+
+    try:
+        has_key = netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        has_key = False
+    default = "online" if has_key or os.environ.get("WANDB_API_KEY") else "offline"
+    return wandb.init(
+        project=config.wandb.project,
+        entity=config.wandb.entity,
+        name=config.exp_name,
+        dir=run.folder,
+        mode=os.environ.get("WANDB_MODE", default),  # type: ignore[arg-type]
+        config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
+        settings=wandb.Settings(silent=True),
+    )
 
 
 def differences(old: Any, new: DictConfig) -> dict[str, tuple[Any, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -141,7 +141,10 @@ def fetch(source: str, patterns: list[str], setting: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise UserError(unreachable(source, setting, error)) from error
+        raise UserError(
+            f"{setting}: {source} is not a local path, and the Hub did not give it ({str(error).splitlines()[0]}). "
+            f"If it is gated or private, run `hf auth login`; offline, point {setting} at a local copy."
+        ) from error
 
 
 def fetch_file(source: str, setting: str) -> Path:
@@ -152,19 +155,10 @@ def fetch_file(source: str, setting: str) -> Path:
     repository, _, filename = rest.partition("/")
     if not filename or source.startswith(("/", ".")):
         raise UserError(f"{setting}={source}: no such file")
-    try:
-        return Path(hf_hub_download(f"{organisation}/{repository}", filename))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise UserError(unreachable(source, setting, error)) from error
-
-
-def unreachable(source: str, setting: str, error: Exception) -> str:
-    """What to tell a user whose model, SAE or data could not be fetched."""
-    reason = str(error).splitlines()[0]
-    return (
-        f"{setting}={source}: not a local path, and the Hub did not give it ({reason}). If it is gated or private, run "
-        f"`hf auth login`; offline, point {setting} at a local copy."
-    )
+    file = fetch(f"{organisation}/{repository}", [filename], setting) / filename
+    if not file.is_file():
+        raise UserError(f"{setting}={source}: {organisation}/{repository} has no file {filename}")
+    return file
 
 
 def load_config(directory: Path) -> PretrainedConfig:

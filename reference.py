@@ -47,13 +47,13 @@ class ReferenceCache:
         places = [self.place[index] * self.completions + c for c in range(self.completions) for index in batch.index]
         rows = self.rows[places]
         batch.reference = {
-            "logps": torch.from_numpy(np.asarray(rows["logps"], dtype=np.float32)),
-            "token_logps": torch.from_numpy(np.concatenate(list(rows["token_logps"]))),
+            "logps": torch.tensor(rows["logps"]),
+            "token_logps": torch.tensor(np.concatenate(list(rows["token_logps"]))),
         }
         if self.d_sae is not None:
             features = torch.zeros(len(places), self.d_sae)
             for row, latents, activations in zip(features, rows["latents"], rows["activations"]):
-                row[torch.from_numpy(latents.astype(np.int64))] = torch.from_numpy(activations)
+                row[torch.tensor(latents, dtype=torch.long)] = torch.tensor(activations, dtype=torch.float32)
             batch.reference["features"] = features
         return batch
 

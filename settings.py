@@ -89,7 +89,6 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
         "template": (config.template, ["tulu", "chat"]),
         "lr_schedule": (config.lr_schedule, list(trainers.SCHEDULES)),
         "model.policy_dtype": (config.model.policy_dtype, list(DTYPES)),
-        "optimizer": (config.optimizer, [n for n, v in vars(torch.optim).items() if isinstance(v, type)]),
     }
     for key, (value, known) in choices.items():
         hint = suggest(str(value), known)
@@ -97,6 +96,8 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
     for key in ("model.batch_size", "model.eval_batch_size", "model.gradient_accumulation_steps", "log_every"):
         value = OmegaConf.select(config, key)
         problems.expect(isinstance(value, int) and value > 0, f"{key}={value}: has to be a whole number above 0")
+    with problems.collected():
+        trainers.make_optimizer(config, [torch.zeros(1, requires_grad=True)])
     with problems.collected():
         dataloader.check_datasets(config)
     parts = None
@@ -119,14 +120,19 @@ def unknown_keys(overrides: Sequence[str], config_name: str = "config") -> list[
     The loss's own keys are left to its signature (`vocabulary.bind`).
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    added = [o for o in parsed if (o.is_add() or o.is_force_add()) and not o.key_or_group.startswith("loss.")]
+    added = [o for o in parsed if o.is_add() or o.is_force_add()]
     rest = [o.input_line for o in parsed if o not in added and o.input_line is not None]
     plain = compose(config_name, overrides=rest)
     keys = flat(OmegaConf.to_container(plain))
+
+    def is_known(key: str) -> bool:
+        free = [known for known, value in keys.items() if value == {}]  # a dictionary that any key may be added to
+        return key.startswith(("loss.", *(f"{f}." for f in free))) or any(f"{k}.".startswith(f"{key}.") for k in keys)
+
     return [
         f"{o.key_or_group} is read by nothing{suggest(o.key_or_group, keys)}"
         for o in added
-        if o.key_or_group not in keys and not any(known.startswith(f"{o.key_or_group}.") for known in keys)
+        if not is_known(o.key_or_group)
     ]
 
 

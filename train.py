@@ -113,16 +113,18 @@ def prepare(
 def train(config: DictConfig, overrides: list[str]) -> None:
     """Check, prepare, train, summarise."""
     started = time.monotonic()
+    config.exp_name = str(config.exp_name)  # YAML reads exp_name=7 as a number
     parts = settings.check(config, overrides)
     sources = settings.find_sources(config, parts.binding.needs)
     run = Run(Path(config.cache_dir) / config.exp_name)
-    run.start(config)
-    torch.manual_seed(config.seed)
-    trainer = prepare(config, parts, sources, run)
-    if config.model.activation_checkpointing:
-        trainer.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer.train()
-    summary.summarise(trainer, sources.model, started)
+    with run.writing():
+        run.start(config)
+        torch.manual_seed(config.seed)
+        trainer = prepare(config, parts, sources, run)
+        if config.model.activation_checkpointing:
+            trainer.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trainer.train()
+        summary.summarise(trainer, sources.model, started)
 
 
 @hydra.main(version_base=None, config_path="config", config_name="config")
@@ -136,4 +138,6 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv = [argument.replace("++config.", "++", 1) for argument in sys.argv]  # as the line's FAQ spells it
+    if {"-h", "--help"} & set(sys.argv):  # Hydra composes before it helps
+        sys.argv[1:] = ["--help", "loss=fpo", "model=tiny"]
     main()

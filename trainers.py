@@ -8,7 +8,7 @@ Shape letters: B records (pairs) of a batch, S sequences, N completion tokens.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,12 +21,12 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from batch import Batch
-from checkpoint import MetricsFile, Run
+from checkpoint import MetricsLog, Run
 from dataloader import DataLoader
 from models import autocast, load_policy_file, score
 from reference import ReferenceCache
 from sae import SAE, ResidualTap
-from utils import UserError, console, progress_bar
+from utils import UserError, console, progress_bar, suggest
 from vocabulary import QUANTITIES, Binding, Evidence
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
@@ -47,6 +47,17 @@ class Setup:
     tap: ResidualTap | None = None
     train_reference: ReferenceCache | None = None
     eval_reference: ReferenceCache | None = None
+
+
+def make_optimizer(config: DictConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """The class of torch.optim that the configuration names. Raises UserError for a name or an option it has not."""
+    known = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    if config.optimizer not in known:
+        raise UserError(f"optimizer={config.optimizer}: not in torch.optim{suggest(config.optimizer, known)}")
+    try:
+        return known[config.optimizer](parameters, lr=config.lr, **dict(config.optimizer_options))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer={config.optimizer}, lr={config.lr}, {config.optimizer_options}: {error}") from error
 
 
 class Means:
@@ -82,7 +93,8 @@ class BasicTrainer:
         self.references = {"train": setup.train_reference, "eval": setup.eval_reference}
         self.module = self.trained_module()
         self.last_evaluation: dict[str, float] = {}
-        self.optimizer = self.make_optimizer()
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.config, trained)
         self.schedule = get_scheduler(
             SCHEDULES[self.config.lr_schedule],
             self.optimizer,
@@ -134,12 +146,6 @@ class BasicTrainer:
         """What the optimiser trains and a resumed run needs."""
         return self.policy
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        """The class of torch.optim that the configuration names, over all that is trained."""
-        kind = getattr(torch.optim, self.config.optimizer)
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        return kind(parameters, lr=self.config.lr, **dict(self.config.optimizer_options))
-
     def train(self) -> None:
         """Train to the end of the data, from the start or from the newest state of the run."""
         config, loader = self.config, self.loaders["train"]
@@ -149,7 +155,7 @@ class BasicTrainer:
             step, examples, metrics_size = place["step"], place["examples"], place["metrics_size"]
             self.schedule.load_state_dict(place["schedule"])
             console.print(f"resuming after {step:,} of {len(loader):,} steps ({examples:,} examples) from {state}")
-        self.metrics = MetricsFile(self.run.folder / "metrics.jsonl", metrics_size)
+        self.metrics = MetricsLog(self.run, config, metrics_size)
         if state is None and config.do_first_eval:
             self.log(step, examples, self.evaluate())
 
@@ -179,6 +185,7 @@ class BasicTrainer:
         if step > start and not saved:
             self.save(step, examples)
         self.export(step, examples)
+        self.metrics.close()
 
     def optimise(self, step: int, micro_batches: list[Batch], means: Means) -> float:
         """One optimiser step; gives the gradient's norm before clipping.
@@ -220,12 +227,8 @@ class BasicTrainer:
     # ------------------------------------------------------------------------------------------------ what is kept
 
     def log(self, step: int, examples: int, values: dict[str, float]) -> None:
-        """To metrics.jsonl, to wandb when it runs, and evaluations to the terminal."""
+        """To metrics.jsonl and wandb; evaluations to the terminal too."""
         self.metrics.write({"step": step, "examples": examples, **values})
-        if self.config.wandb.enabled:
-            import wandb
-
-            wandb.log({"examples": examples, **values}, step=step)
         if "loss/eval" in values:
             self.last_evaluation = values
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -27,8 +27,9 @@ class UserError(Exception):
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'beta'?)"`, or nothing when no known word is close."""
-    close = get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    names = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), names, n=1)
+    return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
 def fingerprint(*parts: Any) -> str:

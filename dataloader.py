@@ -1,0 +1,712 @@
+"""From the name of a data set, or a file, to the batches of each optimiser step.
+
+    entry of config.datasets --get_<name>() or read_file()--> Dataset of Example
+    Dataset --records() of the loader that the loss names--> records (one per demonstration, pair or label)
+    records --load_tokens(): tokenise, once, cached on disk--> TokenisedData
+    TokenisedData --DataLoader.steps()--> list[Batch] for each optimiser step
+
+To add a data set, write `get_<name>(split)` below; `datasets=[<name>]` finds it.
+"""
+
+import errno
+import hashlib
+import inspect
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets as hf_datasets
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+import tokenise
+import toy
+from batch import Batch, collate_padded
+from rows import (
+    SUFFIXES,
+    BadRow,
+    BadRows,
+    Message,
+    answer_of,
+    checked_text,
+    collapse,
+    conversation,
+    hub_files,
+    number_of,
+    pair_of,
+    rows,
+    text_of,
+    value_of,
+)
+from utils import UserError, appears_whole, console, fingerprint, suggest
+
+LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
+hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
+
+TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+# ------------------------------------------------------------------------------------------------------------ examples
+
+
+@dataclass
+class Example:
+    """A prompt with all that a data set knows about its completions. Lists are indexed by generation."""
+
+    prompt: list[Message]  # ends with the user's turn
+    truncation_mode: str = "keep_start"  # or "keep_end": which end of a prompt that is too long survives
+    dataset_name: str = ""
+    generations: list[str] = field(default_factory=list)
+    desirable: list[bool | None] = field(default_factory=list)  # None: not labelled
+    scores: list[float | None] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)  # where each came from, "file:line" or "file row 17"
+    pairs: list[tuple[int, int]] = field(default_factory=list)  # (preferred, dispreferred)
+    sft_targets: list[int] = field(default_factory=list)  # demonstrations; the first preferred one if none is set
+    followups: list[str] = field(default_factory=list)  # the user's later turns, for a benchmark of several turns
+
+    def add_generation(
+        self, text: str, desirable: bool | None = None, score: float | None = None, source: str = ""
+    ) -> int:
+        """The index of the completion, which is stored once however often it is added with one label.
+
+        Raises BadRow for a completion that is empty or not text.
+        """
+        checked_text(text, "the completion")
+        for i, known in enumerate(self.generations):
+            if known == text and self.desirable[i] == desirable:
+                return i
+        self.generations.append(text)
+        self.desirable.append(desirable)
+        self.scores.append(score)
+        self.sources.append(source)
+        return len(self.generations) - 1
+
+    def add_pair(self, chosen: str, rejected: str, source: str = "") -> None:
+        """Two completions, the first preferred."""
+        preferred = self.add_generation(chosen, source=source)
+        self.pairs.append((preferred, self.add_generation(rejected, source=source)))
+
+    def targets(self) -> list[int]:
+        """The generations to imitate: `sft_targets`, else the first pair's chosen one, else the first desirable one."""
+        preferred = [i for i, _ in self.pairs] + [i for i, label in enumerate(self.desirable) if label]
+        return self.sft_targets or preferred[:1]
+
+    def record(self, *generations: int, desirable: bool | None = None) -> dict[str, Any]:
+        """What tokenise.py reads: the prompt with these completions."""
+        return {
+            "prompt": self.prompt,
+            "completions": [self.generations[i] for i in generations],
+            "desirable": desirable,
+            "score": self.scores[generations[0]] if len(generations) == 1 else None,
+            "truncation_mode": self.truncation_mode,
+            "source": ", ".join(dict.fromkeys(self.sources[i] for i in generations)) or self.dataset_name,
+        }
+
+
+class Dataset:
+    """The Examples of one data set. `data[prompt]` is the Example of that prompt, made when first asked for."""
+
+    def __init__(self, name: str, truncation_mode: str = "keep_start") -> None:
+        self.name = name
+        self.truncation_mode = truncation_mode
+        self.examples: dict[str, Example] = {}
+        self.bad = BadRows(name)
+
+    def __getitem__(self, prompt: str | list[Message]) -> Example:
+        """Raises BadRow for a prompt that is not text or a conversation whose last turn is the user's."""
+        messages = conversation(prompt, "the prompt")
+        if messages[-1]["role"] != "user":
+            raise BadRow("the prompt does not end with the user's turn")
+        key = json.dumps(messages)
+        if key not in self.examples:
+            self.examples[key] = Example(messages, self.truncation_mode, self.name)
+        return self.examples[key]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples.values())
+
+    def part(self, split_name: str, held_out: float) -> "Dataset":
+        """Its "test" part, the share `held_out` of the prompts with the smallest hash (rounded up), or the rest."""
+        by_hash = sorted(self.examples, key=lambda key: hashlib.sha256(key.encode()).digest())
+        test = set(by_hash[: math.ceil(held_out * len(by_hash))])
+        part = Dataset(self.name, self.truncation_mode)
+        part.examples = {k: example for k, example in self.examples.items() if (k in test) == (split_name == "test")}
+        part.bad = self.bad
+        return part
+
+
+# --------------------------------------------------------------------------------------------- data sets with a name
+
+
+def test_only(name: str, split: str) -> None:
+    """Raises UserError for another split than test."""
+    if split != "test":
+        raise UserError(f"{name} has a test split only, not {split!r}: use it in eval_datasets")
+
+
+def get_shp(split: str, *, data_dir: str | None = None) -> Dataset:
+    """Stanford Human Preferences: comments on Reddit posts, ranked by votes.
+
+    Training uses only pairs whose better comment has at least twice the other's score, and at most 5, drawn at
+    random, of each post.
+    """
+    data = Dataset("shp")
+    pairs: dict[str, list[tuple[dict[str, Any], str]]] = {}
+    for place, row in rows(hub_files("stanfordnlp/SHP", ["*/{split}.json"], split, data_dir, "shp"), data.bad):
+        with data.bad.at(place):
+            row = collapse(row)
+            for name in ("history", "human_ref_A", "human_ref_B"):
+                text_of(row, name)
+            for name in ("score_A", "score_B", "labels"):
+                number_of(row, name)
+            if split != "train" or number_of(row, "score_ratio") >= 2:
+                pairs.setdefault(row["history"], []).append((row, place))
+    rng = random.Random(0)
+    for prompt, comparisons in pairs.items():
+        if split == "train":
+            comparisons = rng.sample(comparisons, min(5, len(comparisons)))
+        example = data[prompt]
+        example.sft_targets = [0]  # the best one is not known
+        for row, place in comparisons:
+            a = example.add_generation(row["human_ref_A"], score=row["score_A"], source=place)
+            b = example.add_generation(row["human_ref_B"], score=row["score_B"], source=place)
+            example.pairs.append((a, b) if row["labels"] == 1 else (b, a))
+    return data
+
+
+HH_PARTS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+
+
+def get_hh(split: str, *, data_dir: str | None = None) -> Dataset:
+    """Anthropic HH: dialogues whose last turn is the one compared."""
+    return _hh("hh", HH_PARTS, split, data_dir)
+
+
+def get_hh_helpful(split: str, *, data_dir: str | None = None) -> Dataset:
+    """The part of Anthropic HH that compares helpfulness (helpful-base)."""
+    return _hh("hh_helpful", ["helpful-base"], split, data_dir)
+
+
+def get_hh_harmless(split: str, *, data_dir: str | None = None) -> Dataset:
+    """The part of Anthropic HH that compares harmlessness (harmless-base)."""
+    return _hh("hh_harmless", ["harmless-base"], split, data_dir)
+
+
+def _hh(name: str, parts: Sequence[str], split: str, data_dir: str | None) -> Dataset:
+    data = Dataset(name, "keep_end")
+    files = hub_files("Anthropic/hh-rlhf", [f"{part}/{{split}}.jsonl.gz" for part in parts], split, data_dir, "hh")
+    absent = set(parts) - {file.parent.name for file in files}
+    if absent:
+        console.print(f"{name}: {', '.join(sorted(absent))} not found, the rest is used", style="yellow", markup=False)
+    for place, row in rows(files, data.bad):
+        with data.bad.at(place):
+            prompt, chosen, rejected = pair_of({side: _hh_turns(row, side) for side in ("chosen", "rejected")})
+            data[prompt].add_pair(chosen, rejected, source=place)
+    return data
+
+
+def _hh_turns(row: dict[str, Any], side: str) -> list[Message]:
+    """The turns of a dialogue written as "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    before, *pieces = re.split(r"\n\n(Human|Assistant):", collapse(text_of(row, side)))
+    if before or not pieces:
+        raise BadRow(f"{side!r} does not start with a turn of Human or Assistant")
+    if not pieces[-1].strip():
+        raise BadRow(f"{side!r} is empty")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)]
+
+
+def get_oasst(split: str, *, data_dir: str | None = None) -> Dataset:
+    """Open Assistant: trees of messages, where volunteers ranked the answers to one turn (rank 0 is the best).
+
+    English only. Each answer is paired with the one ranked just above it; the prompt is all that was said from the
+    root down. The test split is the hub's validation split.
+    """
+    data = Dataset("oasst", "keep_end")
+    pattern = ["data/{split}-*.parquet"]
+    hub_split = "validation" if split == "test" else split
+    roles = {"prompter": "user", "assistant": "assistant"}
+    messages: dict[str, dict[str, Any]] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}  # the ranked ones, by the message that they answer
+    for place, row in rows(hub_files("OpenAssistant/oasst1", pattern, hub_split, data_dir, "oasst"), data.bad):
+        with data.bad.at(place):
+            if value_of(row, "lang") != "en":
+                continue
+            if value_of(row, "role") not in roles:
+                raise BadRow("'role' is neither prompter nor assistant")
+            row = {**row, "text": collapse(text_of(row, "text")), "place": place}
+            messages[text_of(row, "message_id")] = row
+            if row.get("rank") is not None and row["role"] == "assistant":
+                answers.setdefault(text_of(row, "parent_id"), []).append(row)
+
+    parent: str | None
+    for parent, ranked in answers.items():
+        path: list[Message] = []
+        while parent in messages:
+            path.insert(0, {"role": roles[messages[parent]["role"]], "content": messages[parent]["text"]})
+            parent = messages[parent]["parent_id"]
+        if parent is not None:
+            continue  # a message on the way is not in English
+        for better, worse in pairwise(sorted(ranked, key=lambda row: row["rank"])):
+            if worse["rank"] == better["rank"] + 1:
+                data[path].add_pair(better["text"], worse["text"], source=worse["place"])
+    return data
+
+
+def get_ultrabin(split: str, *, data_dir: str | None = None) -> Dataset:
+    """UltraFeedback, binarised by the Zephyr team: the best-scored of four models' answers against another."""
+    data = Dataset("ultrabin")
+    files = hub_files(
+        "HuggingFaceH4/ultrafeedback_binarized", ["data/{split}_prefs-*.parquet"], split, data_dir, "ultrabin"
+    )
+    for place, row in rows(files, data.bad):
+        with data.bad.at(place):
+            prompt, chosen, rejected = pair_of(collapse(row))
+            data[prompt].add_pair(chosen, rejected, source=place)
+    return data
+
+
+def get_ultrachat(split: str, *, data_dir: str | None = None) -> Dataset:
+    """UltraChat, as filtered by the Zephyr team: conversations whose last answer is a demonstration."""
+    data = Dataset("ultrachat", "keep_end")
+    files = hub_files("HuggingFaceH4/ultrachat_200k", ["data/{split}_sft-*.parquet"], split, data_dir, "ultrachat")
+    for place, row in rows(files, data.bad):
+        with data.bad.at(place):
+            _add_row(data, {"messages": value_of(row, "messages")}, place)
+    return data
+
+
+def get_alpacaeval(split: str, *, data_dir: str | None = None) -> Dataset:
+    """AlpacaEval's 805 instructions, each with the reference model's output."""
+    test_only("alpacaeval", split)
+    data = Dataset("alpacaeval")
+    for place, row in rows(hub_files("tatsu-lab/alpaca_eval", ["alpaca_eval.json"], split, data_dir), data.bad):
+        with data.bad.at(place):
+            prompt, output = text_of(row, "instruction"), text_of(row, "output")
+            data[prompt].sft_targets = [data[prompt].add_generation(output, source=place)]
+    return data
+
+
+def get_arenahard(split: str, *, data_dir: str | None = None) -> Dataset:
+    """Arena-Hard v0.1's 500 prompts."""
+    test_only("arenahard", split)
+    data = Dataset("arenahard")
+    patterns = ["data/arena-hard-v0.1/question.jsonl", "question.jsonl"]  # on the hub; in the authors' repository
+    for place, row in rows(hub_files("lmarena-ai/arena-hard-auto", patterns, split, data_dir, "arena_hard"), data.bad):
+        with data.bad.at(place):
+            _ = data[text_of(row, "prompt")]
+    return data
+
+
+def get_mtbench(split: str, *, data_dir: str | None = None) -> Dataset:
+    """MT-Bench's 80 questions of two turns: the first is the prompt, the second is in `followups`."""
+    test_only("mtbench", split)
+    data = Dataset("mtbench")
+    patterns = ["raw/question.jsonl", "question.jsonl"]  # on the hub; in the authors' repository
+    for place, row in rows(
+        hub_files("HuggingFaceH4/mt_bench_prompts", patterns, split, data_dir, "mt_bench"), data.bad
+    ):
+        with data.bad.at(place):
+            turns = row.get("turns") or value_of(row, "prompt")  # the authors' name for it, and the hub's
+            first, *later = [checked_text(turn, "a turn") for turn in turns]
+            data[first].followups = later
+    return data
+
+
+TOY_ROWS = {"toy": {"train": 20_000, "test": 2_000}, "toy_sft": {"train": 60_000, "test": 2_000}}
+
+
+def get_toy(split: str) -> Dataset:
+    """Preferences in the toy language (toy.py), which needs no download; the chosen one is the SFT target."""
+    data = Dataset("toy")
+    for n, row in enumerate(toy.preferences(split, seed=0, count=_toy_rows("toy", split)), 1):
+        data[row["prompt"]].add_pair(row["chosen"], row["rejected"], source=f"toy[{split}] row {n}")
+    return data
+
+
+def get_toy_sft(split: str) -> Dataset:
+    """Demonstrations in the toy language."""
+    data = Dataset("toy_sft")
+    for n, row in enumerate(toy.demonstrations(split, seed=0, count=_toy_rows("toy_sft", split)), 1):
+        example = data[row["prompt"]]
+        example.sft_targets.append(example.add_generation(row["completion"], source=f"toy_sft[{split}] row {n}"))
+    return data
+
+
+def _toy_rows(name: str, split: str) -> int:
+    if split not in TOY_ROWS[name]:
+        raise UserError(f"The toy language has the splits {' and '.join(TOY_ROWS[name])}, not {split!r}")
+    return TOY_ROWS[name][split]
+
+
+# ---------------------------------------------------------------------------------------------------------- local files
+
+
+def read_file(file: Path) -> Dataset:
+    """A data set from a file in one of LAYOUTS; columns beyond them are ignored.
+
+    Raises UserError when no row at all can be used.
+    """
+    data = Dataset(str(file), "keep_end")
+    columns: dict[str, None] = {}
+    for place, row in rows([file], data.bad):
+        columns.update(dict.fromkeys(row))
+        with data.bad.at(place):
+            _add_row(data, row, place)
+    if not data.examples:
+        raise UserError(
+            f"{data.bad.summary()}\nColumns found: {', '.join(columns) or 'none'}. Known layouts: {LAYOUTS}."
+        )
+    return data
+
+
+def _add_row(data: Dataset, row: dict[str, Any], place: str) -> None:
+    """Add a row of any of LAYOUTS. Raises BadRow, with `data` as it was."""
+    if "chosen" in row or "rejected" in row:
+        prompt, chosen, rejected = pair_of(row)
+        data[prompt].add_pair(chosen, rejected, source=place)
+    elif "completion" in row:
+        before, completion = answer_of(row, "completion")
+        label = TRUTH.get(str(value_of(row, "label")).lower())
+        if label is None:
+            raise BadRow("'label' is neither true nor false (1 nor 0)")
+        score = None if row.get("score") in (None, "") else number_of(row, "score")
+        data[before or value_of(row, "prompt")].add_generation(completion, label, score, place)
+    elif "messages" in row:
+        before, completion = answer_of(row, "messages")
+        example = data[before]
+        example.sft_targets.append(example.add_generation(completion, source=place))
+    else:
+        raise BadRow("the row has no known layout")
+
+
+# ------------------------------------------------------------------------------------ from the configuration to tokens
+
+
+def named_loaders() -> dict[str, Callable[..., Dataset]]:
+    """The `get_<name>` functions of this file, by name."""
+    return {name.removeprefix("get_"): f for name, f in globals().items() if name.startswith("get_")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `entry`, a name or a file, contributes to the training or the test rows."""
+
+    entry: str
+    split: str = ""  # which of its splits; a file has none
+    part: str = ""  # "train" or "test": only that part of it, see Dataset.part
+
+    @property
+    def is_file(self) -> bool:
+        return "/" in self.entry or self.entry.endswith(SUFFIXES)
+
+    def check(self) -> None:
+        """Raises UserError when there is no such data set, or no such file."""
+        known = sorted(named_loaders())
+        if self.is_file and not Path(self.entry).expanduser().is_file():
+            raise UserError(f"The data file {self.entry} does not exist (looked for from {Path.cwd()})")
+        if self.is_file and not self.entry.endswith(SUFFIXES):
+            raise UserError(f"The data file {self.entry} is of no known kind; known are {', '.join(SUFFIXES)}")
+        if not self.is_file and self.entry not in known:
+            raise UserError(
+                f"There is no data set {self.entry!r}{suggest(self.entry, known)}. Known are {', '.join(known)}, "
+                f"and the paths of files ({', '.join(SUFFIXES)})"
+            )
+
+    def load(self, config: DictConfig) -> Dataset:
+        """The examples. A `get_<name>` function is given the configuration keys that its parameters name."""
+        self.check()
+        if self.is_file:
+            data = read_file(Path(self.entry).expanduser())
+        else:
+            loader = named_loaders()[self.entry]
+            data = loader(self.split, **_named_by(loader, config))
+        return data.part(self.part, config.held_out) if self.part else data
+
+
+def _named_by(function: Callable[..., Any], values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Those of the values that the function's parameters, after its first, ask for by name."""
+    _, *others = inspect.signature(function).parameters
+    return {name: values[name] for name in others if name in values}
+
+
+def sources(config: DictConfig, split_name: str) -> list[Source]:
+    """Where the "train" or the "test" rows come from.
+
+    Without eval_datasets the test rows come from `datasets` too: from their split eval_split, or, of a file and where
+    eval_split is train_split, from the share held_out of the prompts, which training then leaves out.
+    """
+    entries = config.eval_datasets if split_name == "test" and config.eval_datasets else config.datasets
+    split = config.train_split if split_name == "train" else config.eval_split
+    found = []
+    for entry in [entries] if isinstance(entries, str) else entries:
+        whole = Source(entry, split)
+        shared = not config.eval_datasets and (whole.is_file or config.train_split == config.eval_split)
+        found.append(Source(entry, "" if whole.is_file else split, split_name if shared else ""))
+    return found
+
+
+def check_datasets(config: DictConfig) -> None:
+    """Raises UserError for a data set that does not exist, before any is loaded; warns when tests see training rows."""
+    train, test = sources(config, "train"), sources(config, "test")
+    for source in [*train, *test]:
+        source.check()
+    for source in test:
+        if source in train:
+            message = f"{source.entry} is trained on and tested on: figures are not held out"
+            console.print(message, style="yellow", markup=False)
+        elif source.part and not source.is_file:
+            message = f"{source.entry}: tests use {config.held_out:.1%} of the prompts of its {source.split} split"
+            console.print(f"{message}, training the others", markup=False)
+
+
+def load_datasets(config: DictConfig, split_name: str) -> list[Dataset]:
+    """The data sets of a split, in the order of the configuration. Raises UserError when too many rows are bad."""
+    loaded = [source.load(config) for source in sources(config, split_name)]
+    for data in loaded:
+        data.bad.check(config.max_bad_rows)
+    return loaded
+
+
+def prompt_records(data: Dataset) -> list[dict[str, Any]]:
+    """A record for each prompt, to sample from: completions hold the one to compare with, if any."""
+    return [{**example.record(*example.targets()[:1]), "followups": example.followups} for example in data]
+
+
+@dataclass
+class TokenisedData:
+    """Tokenised records: `rows` has the columns of tokenise.FEATURES."""
+
+    rows: hf_datasets.Dataset
+    fingerprint: str  # changes with anything that the tokens depend on
+    path: Path  # where they are cached; report.json there lists the rows left out
+
+
+def load_tokens(
+    config: DictConfig,
+    split_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    loader_class: type["DataLoader"],
+    options: dict[str, Any] | None = None,
+) -> TokenisedData:
+    """The tokenised rows of a split ("train" or "test") for a loader; `options` go to its `records`.
+
+    They are kept in <cache_dir>/.cache/tokens and found there by the next run.
+    """
+    records: list[dict[str, Any]] = []
+    bad: dict[str, dict[str, list[str]]] = {}
+    arguments = {**_named_by(loader_class.records, {"seed": config.seed}), **(options or {})}
+    for data in load_datasets(config, split_name):
+        found = loader_class.records(data, **arguments)
+        if not found:
+            raise UserError(
+                f"{data.name} ({split_name}) has {len(data)} prompts but no {loader_class.needs}, "
+                f"which {loader_class.__name__} works on"
+            )
+        records += found
+        bad[data.name] = data.bad.places
+
+    template = tokenise.make_template(config, tokenizer)
+    limits = {"max_length": config.model.max_length, "max_prompt_length": config.model.max_prompt_length}
+    digest = tokenise.tokenizer_digest(tokenizer)
+    name = fingerprint(tokenise.VERSION, records, bad, digest, template.identity(), limits)
+    path = Path(config.cache_dir) / ".cache" / "tokens" / name
+    if path.exists():
+        console.print(f"Tokens ({split_name}): found in {path}", markup=False)
+    else:
+        rows, left_out = tokenise.tokenise(records, tokenizer, template, **limits)
+        bad["tokenising"] = {}
+        for source, reason in left_out:
+            bad["tokenising"].setdefault(reason, []).append(source)
+        _write_tokens(path, rows, bad)
+    cut = BadRows(f"tokenising ({split_name})", total=len(records))
+    cut.places = json.loads((path / "report.json").read_text())["tokenising"]
+    cut.check(config.max_bad_rows)
+    tokens = hf_datasets.load_from_disk(str(path))
+    assert isinstance(tokens, hf_datasets.Dataset)
+    if not len(tokens):
+        raise UserError(cut.summary())
+    return TokenisedData(tokens, name, path)
+
+
+def _write_tokens(path: Path, tokens: hf_datasets.Dataset, bad: dict[str, dict[str, list[str]]]) -> None:
+    """The tokens, and beside them all bad rows by data set and reason."""
+    try:
+        with appears_whole(path) as part:
+            tokens.save_to_disk(str(part))
+            (part / "report.json").write_text(json.dumps(bad, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those mean that another run has written the same
+            raise
+
+
+# ---------------------------------------------------------------------------------------------- from tokens to batches
+
+
+class DataLoader:
+    """Batches of tokenised records, in an order that is a function of the seed and the epoch alone.
+
+    An optimiser step holds `batch_size` records over all ranks and micro-batches; the last step of an epoch, and of
+    the run, may hold fewer. `n_examples` ends the run after that many records, `n_epochs` after so many passes.
+    """
+
+    needs: ClassVar[str]  # what a data set must have
+
+    def __init__(
+        self,
+        tokens: TokenisedData,
+        *,
+        batch_size: int,
+        pad_id: int,
+        eos_id: int,
+        accumulation: int = 1,
+        n_epochs: int | None = 1,
+        n_examples: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Raises UserError for numbers that make no run."""
+        if n_epochs is None and n_examples is None:
+            raise UserError("One of n_epochs and n_examples must say when the run ends")
+        counts = {
+            "batch_size": batch_size,
+            "accumulation": accumulation,
+            "n_epochs": n_epochs,
+            "n_examples": n_examples,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        self.rows = tokens.rows
+        self.batch_size = batch_size
+        self.pad_id, self.eos_id = pad_id, eos_id
+        self.accumulation = accumulation
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank, self.world_size = rank, world_size
+        whole = math.inf if n_epochs is None else n_epochs * len(self.rows)
+        self.total = int(min(whole, math.inf if n_examples is None else n_examples))  # records of the run
+        self.steps_per_epoch = math.ceil(len(self.rows) / batch_size)
+        columns = [name for name in ("desirable", "score") if self.rows.data.column(name).null_count == 0]
+        self.values = self.rows.select_columns(["prompt_ids", "completion_ids", *columns])
+
+    @staticmethod
+    def records(data: Dataset) -> list[dict[str, Any]]:
+        """The records of a data set, see tokenise.py."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """The number of optimiser steps."""
+        epochs, rest = divmod(self.total, len(self.rows))
+        return epochs * self.steps_per_epoch + math.ceil(rest / self.batch_size)
+
+    def indices(self, step: int) -> list[int]:
+        """The rows of one optimiser step, of all ranks together."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        start = batch * self.batch_size
+        end = min(start + self.batch_size, self.total - epoch * len(self.rows))
+        return self._order(epoch)[start:end].tolist()
+
+    def steps(self, start: int = 0) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each optimiser step, from step `start` on.
+
+        All ranks get the same number of them, at most `accumulation`, with sizes that differ by one at most. Only in
+        a step of fewer records than ranks do the last ranks get none.
+        """
+        for step in range(start, len(self)):
+            indices = self.indices(step)
+            own = indices[self.rank :: self.world_size]
+            count = max(1, min(self.accumulation, len(indices) // self.world_size))
+            yield [self.batch(own[i::count]) for i in range(count) if own[i::count]]
+
+    def used(self) -> list[int]:
+        """The rows that the run will see, in order."""
+        whole = range(len(self.rows)) if self.total >= len(self.rows) else self._order(0)[: self.total]
+        return sorted(map(int, whole))
+
+    def length(self, index: int) -> int:
+        """Tokens of a row's prompt and longest completion."""
+        row = self.values[index]
+        return len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
+
+    def batch(self, indices: list[int]) -> Batch:
+        """The batch of some rows."""
+        columns = self.values[indices]
+        records = [
+            {"prompt_ids": prompt, "completion_ids": completions, "index": index}
+            for prompt, completions, index in zip(
+                columns["prompt_ids"], columns["completion_ids"], indices, strict=True
+            )
+        ]
+        batch = collate_padded(records, pad_id=self.pad_id, eos_id=self.eos_id)
+        batch.record = {name: torch.tensor(columns[name]) for name in ("desirable", "score") if name in columns}
+        return batch
+
+    @lru_cache(maxsize=1)  # noqa: B019 (one loader lives as long as its run)
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.rows))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+
+
+class SFTDataLoader(DataLoader):
+    """One completion a record: the demonstration."""
+
+    needs = "demonstrations"
+
+    @staticmethod
+    def records(data: Dataset) -> list[dict[str, Any]]:
+        """A record for each target of each prompt."""
+        return [example.record(target) for example in data for target in example.targets()]
+
+
+class PairedPreferenceDataLoader(DataLoader):
+    """Two completions a record, the first preferred."""
+
+    needs = "pairs"
+
+    @staticmethod
+    def records(data: Dataset) -> list[dict[str, Any]]:
+        """A record for each pair."""
+        return [example.record(*pair) for example in data for pair in example.pairs]
+
+
+class UnpairedPreferenceDataLoader(DataLoader):
+    """One completion a record, labelled desirable or not: `Batch.record["desirable"]` [S]."""
+
+    needs = "labels or pairs"
+
+    @staticmethod
+    def records(
+        data: Dataset, *, frac_unique_desirable: float = 1.0, frac_unique_undesirable: float = 1.0, seed: int = 0
+    ) -> list[dict[str, Any]]:
+        """A record for each label and for both sides of each pair.
+
+        Of the desirable and of the undesirable ones only the fractions given are kept, drawn with the seed.
+        """
+        found: list[dict[str, Any]] = []
+        for example in data:
+            labelled = [(i, label) for i, label in enumerate(example.desirable) if label is not None]
+            sides = [side for better, worse in example.pairs for side in ((better, True), (worse, False))]
+            found += [example.record(i, desirable=label) for i, label in labelled + sides]
+        kept: set[int] = set()
+        for label, fraction in ((True, frac_unique_desirable), (False, frac_unique_undesirable)):
+            if not 0 <= fraction <= 1:
+                raise UserError(f"frac_unique_{'' if label else 'un'}desirable={fraction} must be between 0 and 1")
+            own = [i for i, record in enumerate(found) if record["desirable"] == label]
+            kept.update(random.Random(seed).sample(own, round(fraction * len(own))))
+        return [record for i, record in enumerate(found) if i in kept]

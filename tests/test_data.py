@@ -1,0 +1,901 @@
+"""Data: from files in each data set's own layout to the batches of a step."""
+
+import csv
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset as HfDataset
+from omegaconf import DictConfig, OmegaConf
+from pyarrow import parquet
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import dataloader
+import rows
+import tokenise
+from batch import Batch, collate_padded
+from dataloader import (
+    DataLoader,
+    Dataset,
+    PairedPreferenceDataLoader,
+    SFTDataLoader,
+    TokenisedData,
+    UnpairedPreferenceDataLoader,
+    load_tokens,
+)
+from rows import BadRow
+from tokenise import ChatTemplate, PrefixTemplate
+from utils import UserError
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data of {DATA} is not here")
+
+BOS, EOS = 1, 2
+PLAIN = PrefixTemplate("", "", "", "")
+TULU = PrefixTemplate("\n<|user|>\n", "", "\n<|assistant|>\n", "")
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def make_tokenizer(merges: int = 0, bos: str | None = "<s>", chat: str | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; without merges a token is a byte, so lengths are counted by hand."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=259 + merges,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a question and an answer, then another question and another answer"] * 9, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token=bos, eos_token="</s>")
+    fast.chat_template = chat
+    return fast
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def make_config(tmp_path: Path, **changes: Any) -> DictConfig:
+    values = {
+        "datasets": ["toy"],
+        "eval_datasets": None,
+        "data_dir": None,
+        "train_split": "train",
+        "eval_split": "test",
+        "held_out": 0.05,
+        "max_bad_rows": 0.01,
+        "seed": 1,
+        "cache_dir": str(tmp_path / "cache"),
+        "template": "tulu",
+        "human_prefix": TULU.human_prefix,
+        "human_suffix": "",
+        "assistant_prefix": TULU.assistant_prefix,
+        "assistant_suffix": "",
+        "model": {"max_length": 512, "max_prompt_length": 256},
+    }
+    return OmegaConf.create({**values, **changes})
+
+
+def changed(config: DictConfig, **changes: Any) -> DictConfig:
+    merged = OmegaConf.merge(config, changes)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def write_jsonl(path: Path, values: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join((value if isinstance(value, str) else json.dumps(value)) + "\n" for value in values)
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt") as file:
+        file.write(text)
+    return path
+
+
+def write_parquet(path: Path, values: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.Table.from_pylist(values), path)
+    return path
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def pairs(data: Dataset) -> list[tuple[str, str, str]]:
+    """(last turn of the prompt, preferred, dispreferred) of every pair."""
+    return [
+        (example.prompt[-1]["content"], example.generations[i], example.generations[j])
+        for example in data
+        for i, j in example.pairs
+    ]
+
+
+def pair_rows(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"q{i}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------------ examples
+
+
+def test_a_data_set_keeps_one_example_for_each_prompt_however_it_is_written() -> None:
+    data = Dataset("mine")
+    data["hello"].add_pair("a", "b", source="f:1")
+    data[[user("hello")]].add_pair("a", "c", source="f:2")
+    data[[user("hello"), assistant("yes?"), user("bye")]].add_pair("d", "e")
+    first, second = data
+    assert len(data) == 2
+    assert first.prompt == [user("hello")]
+    assert first.generations == ["a", "b", "c"], "an identical generation is stored once"
+    assert first.pairs == [(0, 1), (0, 2)]
+    assert first.sources == ["f:1", "f:1", "f:2"]
+    assert second.prompt[-1] == user("bye")
+
+
+def test_the_same_text_with_two_labels_is_two_generations() -> None:
+    example = Dataset("mine")["q"]
+    assert [example.add_generation("a", label) for label in (True, False, True)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        (" ", "empty"),
+        (3, "neither text nor a list"),
+        ([assistant("hi")], "does not end with the user"),
+        ([{"role": "robot", "content": "hi"}], "role"),
+        ([{"role": "user", "content": None}], "not text"),
+        ("lone surrogate \ud800", "not valid Unicode"),
+    ],
+)
+def test_a_prompt_that_is_no_conversation_is_refused_and_leaves_no_example(prompt: Any, reason: str) -> None:
+    data = Dataset("mine")
+    with pytest.raises(BadRow, match=reason):
+        _ = data[prompt]
+    assert len(data) == 0
+
+
+# --------------------------------------------------------------------------------------------- data sets with a name
+
+
+def test_shp_filters_and_samples_training_pairs_only(tmp_path: Path) -> None:
+    def row(post: str, i: int, ratio: float, label: int) -> dict[str, Any]:
+        return {
+            "history": post,
+            "human_ref_A": f"{post} A{i}",
+            "human_ref_B": f"{post}  \t B{i}",
+            "labels": label,
+            "score_A": 4,
+            "score_B": 2,
+            "score_ratio": ratio,
+        }
+
+    content = [row("many", i, 2.0, 1) for i in range(7)] + [row("few", 0, 3.0, 0), row("close", 0, 1.9, 1)]
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "stanfordnlp/SHP/askbakers" / f"{split}.json", content)
+    train = dataloader.get_shp("train", data_dir=str(tmp_path))
+    assert Counter(prompt for prompt, _, _ in pairs(train)) == {"many": 5, "few": 1}
+    assert len(set(pairs(train))) == 6
+    assert pairs(train)[-1] == ("few", "few B0", "few A0"), "labels == 0 means B is preferred; spaces are collapsed"
+    few = train["few"]
+    assert few.scores == [4, 2]
+    assert (few.generations[few.targets()[0]], few.truncation_mode) == ("few A0", "keep_start")
+    assert pairs(train) == pairs(dataloader.get_shp("train", data_dir=str(tmp_path)))
+    assert Counter(p for p, _, _ in pairs(dataloader.get_shp("test", data_dir=str(tmp_path)))) == {
+        "many": 7,
+        "few": 1,
+        "close": 1,
+    }
+
+
+def hh_row(
+    chosen: str, rejected: str, before: str = "\n\nHuman: hi\n\nAssistant: hey \n\nHuman: more"
+) -> dict[str, str]:
+    return {"chosen": f"{before}\n\nAssistant: {chosen}", "rejected": f"{before}\n\nAssistant: {rejected}"}
+
+
+def test_hh_splits_turns_and_counts_what_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(
+        tmp_path / "hh/harmless-base/train.jsonl.gz",
+        [
+            hh_row(" fine,  thanks", "go away"),
+            hh_row("fine, thanks", "no"),
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: other\n\nAssistant: c"},
+            hh_row("", "c"),
+            {"chosen": "hello", "rejected": "\n\nHuman: a\n\nAssistant: b"},
+            {"chosen": "\n\nHuman: a\n\nAssistant: b"},
+            {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"},
+            "{broken",
+        ],
+    )
+    data = dataloader.get_hh("train", data_dir=str(tmp_path))
+    assert [example.prompt for example in data] == [[user("hi"), assistant("hey"), user("more")]]
+    assert pairs(data) == [("more", "fine, thanks", "go away"), ("more", "fine, thanks", "no")]
+    (example,) = data
+    assert (example.truncation_mode, example.targets()) == ("keep_end", [0])
+    assert data.bad.total == 8
+    assert data.bad.places == {
+        "the prompts of 'chosen' and 'rejected' differ": [f"{file}:3"],
+        "'chosen' is empty": [f"{file}:4"],
+        "'chosen' does not start with a turn of Human or Assistant": [f"{file}:5"],
+        "'rejected' is missing": [f"{file}:6"],
+        "'chosen' does not end with the assistant's turn": [f"{file}:7"],
+        "the row is malformed": [f"{file}:8"],
+    }
+    assert "helpful-base, helpful-online, helpful-rejection-sampled not found" in capsys.readouterr().out
+    assert len(dataloader.get_hh_harmless("train", data_dir=str(tmp_path / "hh"))) == 1
+    with pytest.raises(UserError, match="holds no copy of Anthropic/hh-rlhf"):
+        dataloader.get_hh_helpful("train", data_dir=str(tmp_path))
+
+
+def test_oasst_pairs_neighbouring_ranks_of_english_answers(tmp_path: Path) -> None:
+    def message(name: str, parent: str | None, role: str, rank: int | None, lang: str = "en") -> dict[str, Any]:
+        text = f"text  {name}"
+        return {"message_id": name, "parent_id": parent, "role": role, "rank": rank, "lang": lang, "text": text}
+
+    tree = [
+        message("root", None, "prompter", None),
+        message("a2", "root", "assistant", 2),
+        message("a0", "root", "assistant", 0),
+        message("a1", "root", "assistant", 1),
+        message("u0", "a1", "prompter", 0),
+        message("u1", "a1", "prompter", 1),
+        message("b0", "u0", "assistant", 0),
+        message("b1", "u0", "assistant", 1),
+        message("c0", "u1", "assistant", 0),
+        message("c2", "u1", "assistant", 2),
+        message("raíz", None, "prompter", None, "es"),
+        message("d0", "raíz", "assistant", 0),
+        message("d1", "raíz", "assistant", 1),
+    ]
+    write_parquet(tmp_path / "oasst1/data/validation-00000-of-00001.parquet", tree)
+    data = dataloader.get_oasst("test", data_dir=str(tmp_path))
+    assert pairs(data) == [
+        ("text root", "text a0", "text a1"),
+        ("text root", "text a1", "text a2"),
+        ("text u0", "text b0", "text b1"),
+    ]
+    first, second = data
+    assert second.prompt == [user("text root"), assistant("text a1"), user("text u0")]
+    assert first.generations[first.targets()[0]] == "text a0", "the best answer is the one to imitate"
+    assert first.truncation_mode == "keep_end"
+    assert data.bad.places == {}
+
+
+def test_ultrafeedback_and_ultrachat(tmp_path: Path) -> None:
+    write_parquet(
+        tmp_path / "HuggingFaceH4/ultrafeedback_binarized/data/train_prefs-00000-of-00001.parquet",
+        [
+            {"prompt": "q", "chosen": [user("q"), assistant("good  one")], "rejected": [user("q"), assistant("bad")]},
+            {"prompt": "q", "chosen": [user("q"), assistant("")], "rejected": [user("q"), assistant("bad")]},
+        ],
+    )
+    data = dataloader.get_ultrabin("train", data_dir=str(tmp_path))
+    assert pairs(data) == [("q", "good one", "bad")]
+    assert next(iter(data)).truncation_mode == "keep_start"
+    assert [(reason, len(places)) for reason, places in data.bad.places.items()] == [("a turn of 'chosen' is empty", 1)]
+
+    talk = [user("a"), assistant("b"), user("c"), assistant("d  d")]
+    write_parquet(tmp_path / "ultrachat_200k/data/test_sft-00000-of-00001.parquet", [{"prompt": "a", "messages": talk}])
+    (record,) = SFTDataLoader.records(dataloader.get_ultrachat("test", data_dir=str(tmp_path)))
+    assert (record["prompt"], record["completions"]) == (talk[:3], ["d  d"])
+
+
+def test_alpacaeval_is_for_testing_only(tmp_path: Path) -> None:
+    (tmp_path / "alpaca_eval.json").write_text(json.dumps([{"instruction": "do", "output": "done", "generator": "g"}]))
+    data = dataloader.get_alpacaeval("test", data_dir=str(tmp_path))
+    (record,) = dataloader.prompt_records(data)
+    assert (record["prompt"], record["completions"]) == ([user("do")], ["done"])
+    assert record["source"].endswith("alpaca_eval.json row 1")
+    with pytest.raises(UserError, match=r"alpacaeval has a test split only.*eval_datasets"):
+        dataloader.get_alpacaeval("train")
+
+
+def test_toy_and_its_demonstrations() -> None:
+    train, test = dataloader.get_toy("train"), dataloader.get_toy("test")
+    assert len(PairedPreferenceDataLoader.records(train)) == 20_000
+    assert len(PairedPreferenceDataLoader.records(test)) == 2_000
+    assert not set(train.examples) & set(test.examples)
+    example = next(iter(train))
+    assert example.targets() == [example.pairs[0][0]]
+    assert SFTDataLoader.records(dataloader.get_toy_sft("test"))[0]["source"] == "toy_sft[test] row 1"
+    with pytest.raises(UserError, match="splits train and test, not 'dev'"):
+        dataloader.get_toy("dev")
+
+
+@real_data
+def test_real_hh_every_row_is_a_pair_or_accounted_for() -> None:
+    data = dataloader.get_hh("test", data_dir=str(DATA))
+    assert data.bad.total == 2312
+    assert {reason: len(places) for reason, places in data.bad.places.items()} == {
+        "'chosen' is empty": 4,
+        "the prompts of 'chosen' and 'rejected' differ": 5,
+    }
+    assert len(pairs(data)) == 2312 - 9
+    with pytest.raises(UserError, match=r"no 'train' split.*harmless-base/test.jsonl.gz.*\n.*train_split=test"):
+        dataloader.get_hh("train", data_dir=str(DATA))
+
+
+@real_data
+def test_real_benchmarks() -> None:
+    arena, mt = (dataloader.named_loaders()[name]("test", data_dir=str(DATA)) for name in ("arenahard", "mtbench"))
+    assert (len(arena), len(mt)) == (500, 80)
+    assert all(len(example.followups) == 1 for example in mt)
+    assert next(iter(mt)).followups[0].startswith("Rewrite your previous response")
+    alpaca = dataloader.read_file(DATA / "alpaca_eval/preferences_train.jsonl.gz")
+    assert (len(pairs(alpaca)), alpaca.bad.places) == (5731, {})
+
+
+def test_the_hub_is_asked_for_one_split_and_its_refusal_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "helpful-base/test.jsonl.gz", [hh_row("a", "b")])
+    asked: list[Any] = []
+
+    def download(repo: str, **options: Any) -> str:
+        asked.append((repo, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(rows, "snapshot_download", download)
+    assert len(dataloader.get_hh_helpful("test")) == 1
+    assert asked == [("Anthropic/hh-rlhf", {"repo_type": "dataset", "allow_patterns": ["helpful-base/test.jsonl.gz"]})]
+
+    def refuse(repo: str, **options: Any) -> str:
+        raise ConnectionError(f"no route to {repo} {options}")
+
+    monkeypatch.setattr(rows, "snapshot_download", refuse)
+    with pytest.raises(
+        UserError, match=r"Anthropic/hh-rlhf cannot be fetched.*no route(.|\n)*hf auth login(.|\n)*data_dir"
+    ):
+        dataloader.get_hh_helpful("test")
+
+
+# ---------------------------------------------------------------------------------------------------------- local files
+
+
+def test_every_kind_of_file_gives_the_same_pairs_with_their_places(tmp_path: Path) -> None:
+    content = [{"prompt": "q,1", "chosen": "a\nb", "rejected": "é", "extra": "x"}, *pair_rows(2)]
+    content[1:] = [{**row, "extra": "x"} for row in content[1:]]
+    (tmp_path / "list.json").write_text("\n [" + ",\n".join(map(json.dumps, content)) + "]")
+    with gzip.open(tmp_path / "list.json.gz", "wt") as file:
+        json.dump(content, file)
+    with (tmp_path / "table.csv").open("w", newline="", encoding="utf-8-sig") as table:
+        writer = csv.DictWriter(table, list(content[0]))
+        writer.writeheader()
+        writer.writerows(content)
+    write_jsonl(tmp_path / "lines.jsonl", content)
+    write_jsonl(tmp_path / "lines.jsonl.gz", content)
+    write_jsonl(tmp_path / "lines.json", content)
+    write_parquet(tmp_path / "table.parquet", content)
+    third = {"list.json": " row 3", "list.json.gz": " row 3", "table.parquet": " row 3", "table.csv": ":5"}
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 7
+    for path in files:
+        data = dataloader.read_file(path)
+        assert pairs(data) == [("q,1", "a\nb", "é"), ("q0", "good0", "bad0"), ("q1", "good1", "bad1")]
+        places = [record["source"] for record in PairedPreferenceDataLoader.records(data)]
+        assert places[2] == f"{path}{third.get(path.name, ':3')}"
+
+
+def test_pairs_may_be_chat_messages(tmp_path: Path) -> None:
+    talk = [{"role": "system", "content": "be kind"}, user("hi")]
+    file = write_jsonl(
+        tmp_path / "chat.jsonl",
+        [
+            {"prompt": talk, "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+            {"prompt": talk, "chosen": "better", "rejected": "bad"},
+            {"chosen": [*talk, assistant("best")], "rejected": [*talk, assistant("bad")]},
+            {"chosen": [user("hi"), assistant("best")], "rejected": [user("ho"), assistant("bad")]},
+            {"prompt": talk, "chosen": [user("hi")], "rejected": "bad"},
+        ],
+    )
+    data = dataloader.read_file(file)
+    (example,) = data
+    assert example.prompt == talk
+    assert [chosen for _, chosen, _ in pairs(data)] == ["good", "better", "best"]
+    assert list(data.bad.places) == [
+        "the prompts of 'chosen' and 'rejected' differ",
+        "'chosen' does not end with the assistant's turn",
+    ]
+
+
+def test_labels_and_messages(tmp_path: Path) -> None:
+    labels = [True, "false", 1, "0", "maybe", None, 1.0]
+    content = [{"prompt": f"q{i}", "completion": "c", "label": label, "score": i} for i, label in enumerate(labels)]
+    content.append({"prompt": "q", "completion": "c", "label": True, "score": "high"})
+    data = dataloader.read_file(write_jsonl(tmp_path / "labels.jsonl", content))
+    records = UnpairedPreferenceDataLoader.records(data)
+    assert [record["desirable"] for record in records] == [True, False, True, False, True]
+    assert [record["score"] for record in records] == [0, 1, 2, 3, 6]
+    assert {reason.split(" (")[0]: len(places) for reason, places in data.bad.places.items()} == {
+        "'label' is neither true nor false": 1,
+        "'label' is missing": 1,
+        "'score' is not a number": 1,
+    }
+    assert len(SFTDataLoader.records(data)) == 3, "desirable completions are demonstrations"
+
+    talk = [user("a"), assistant("b")]
+    demos = [{"messages": talk}, {"messages": [user("a"), assistant("c")]}, {"messages": [assistant("d")]}]
+    data = dataloader.read_file(write_jsonl(tmp_path / "sft.jsonl", demos))
+    assert [record["completions"] for record in SFTDataLoader.records(data)] == [["b"], ["c"]]
+    assert sum(map(len, data.bad.places.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            '{"question": "q", "answer": "a"}\n' * 3,
+            r"(?s)3 of 3 rows.*Columns found: question, answer.*messages",
+        ),
+        ("a.jsonl", '{"prompt": "q", "chosen": "a"}\n', "1 x 'rejected' is missing: .*a.jsonl:1"),
+        ("a.csv", "prompt,chosen,rejected\nq,a\n", "1 x the row is malformed: .*a.csv:2"),
+        ("a.json", "[{", "a.json cannot be read: "),
+        ("a.jsonl.gz", "not gzip", "a.jsonl.gz cannot be read: "),
+        ("a.parquet", "not parquet", "a.parquet cannot be read: "),
+        ("a.jsonl", "", "Columns found: none"),
+    ],
+)
+def test_a_file_without_a_usable_row_is_one_clear_error(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        dataloader.read_file(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------ from the configuration to tokens
+
+
+def test_data_sets_are_checked_before_any_is_loaded(tmp_path: Path) -> None:
+    for entry, message in {
+        "ultrabim": "did you mean 'ultrabin'",
+        "missing/file.jsonl": "missing/file.jsonl does not exist",
+        str(Path(__file__)): "of no known kind; known are .json",
+    }.items():
+        for key in ("datasets", "eval_datasets"):
+            with pytest.raises(UserError, match=message):
+                dataloader.check_datasets(make_config(tmp_path, **{key: ["hh", entry]}))
+    dataloader.check_datasets(make_config(tmp_path, datasets="shp"))
+
+
+def test_testing_on_training_rows_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(write_jsonl(tmp_path / "a.jsonl", pair_rows(2)))
+    dataloader.check_datasets(make_config(tmp_path, datasets=[file, "toy"]))
+    assert capsys.readouterr().out == ""
+    dataloader.check_datasets(make_config(tmp_path, datasets=[file, "toy"], eval_datasets=[file, "hh"]))
+    assert "a.jsonl is trained on and tested on" in capsys.readouterr().out
+    dataloader.check_datasets(make_config(tmp_path, datasets=["hh"], train_split="test"))
+    assert "hh: tests use 5.0% of the prompts of its test split" in capsys.readouterr().out
+
+
+def test_what_is_held_out(tmp_path: Path) -> None:
+    file = str(write_jsonl(tmp_path / "a.jsonl", pair_rows(100)))
+
+    def prompts(split: str, **changes: Any) -> list[str]:
+        return [p for data in dataloader.load_datasets(make_config(tmp_path, **changes), split) for p in data.examples]
+
+    train, test = prompts("train", datasets=[file]), prompts("test", datasets=[file])
+    assert (len(train), len(test), len({*train, *test})) == (95, 5, 100)
+    reordered = str(write_jsonl(tmp_path / "b.jsonl", pair_rows(100)[::-1]))
+    assert set(prompts("test", datasets=[reordered])) == set(test), "the order of the file plays no part"
+    assert len(prompts("test", datasets=[file], held_out=0.001)) == 1
+    assert len(prompts("train", datasets=[file], eval_datasets=["toy"])) == 100
+    assert len(prompts("test", datasets=["toy"], eval_datasets=[file])) == 100
+
+    write_jsonl(tmp_path / "hh/harmless-base/test.jsonl.gz", [hh_row("a", "b", f"\n\nHuman: {i}") for i in range(40)])
+    changes: dict[str, Any] = {"datasets": ["hh"], "data_dir": str(tmp_path), "train_split": "test"}
+    train, test = prompts("train", **changes), prompts("test", **changes)
+    assert (len(train), len(test), len({*train, *test})) == (38, 2, 40), "one split for both is divided"
+
+
+def test_two_data_sets_with_the_same_prompt_are_both_kept(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    files = [str(write_jsonl(tmp_path / f"{name}.jsonl", pair_rows(3))) for name in "ab"]
+    config = make_config(tmp_path, datasets=files, eval_datasets=["toy"])
+    tokens = load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
+    assert tokens.rows["source"] == [f"{file}:{line}" for file in files for line in (1, 2, 3)]
+
+
+def test_a_custom_data_set_is_found_by_name_and_given_what_it_asks_for(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get_custom_dataset(split: str, human_prefix: str, flavour: str = "plain") -> Dataset:
+        data = Dataset("custom")
+        data["hello"].add_pair(f"{split} {flavour}", human_prefix)
+        return data
+
+    monkeypatch.setattr(dataloader, "get_custom_dataset", get_custom_dataset, raising=False)
+    config = make_config(tmp_path, datasets=["custom_dataset"], flavour="sweet")
+    tokens = load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
+    assert tokens.rows[0]["completions"] == ["train sweet", "\n<|user|>\n"]
+
+
+def test_bad_rows_are_reported_and_too_many_stop_the_run(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content: list[Any] = pair_rows(200)
+    content[6]["chosen"] = " "
+    content[9] = {"prompt": "q", "chosen": 7, "rejected": "b"}
+    file = write_jsonl(tmp_path / "a.jsonl", content)
+    config = make_config(tmp_path, datasets=[str(file)], eval_datasets=["toy"])
+    tokens = load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
+    assert len(tokens.rows) == 198
+    said = capsys.readouterr().out
+    assert "2 of 200 rows" in said
+    assert f"1 x 'chosen' is empty: {file}:7" in said
+    report = json.loads((tokens.path / "report.json").read_text())
+    assert report[str(file)]["'chosen' is neither text nor a list of messages"] == [f"{file}:10"]
+
+    content[100]["rejected"] = "an </s> inside"  # found when tokenised, and counted apart
+    write_jsonl(file, content)
+    tokens = load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
+    report = json.loads((tokens.path / "report.json").read_text())
+    (places,) = report["tokenising"].values()
+    assert places == [f"{file}:101"]
+
+    content[50] = {"prompt": "q"}
+    write_jsonl(file, content)
+    with pytest.raises(UserError, match=r"(?s)3 of 200 rows.*is empty: .*:7.*max_bad_rows=0.01") as stopped:
+        load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
+    assert f"1 x the row has no known layout: {file}:51" in str(stopped.value)
+    load_tokens(changed(config, max_bad_rows=0.02), "train", tokenizer, PairedPreferenceDataLoader)
+
+
+def test_a_data_set_without_what_the_loss_needs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "c", "label": True}] * 2)
+    config = make_config(tmp_path, datasets=[str(file)], eval_datasets=["toy"])
+    with pytest.raises(UserError, match=r"1 prompts but no pairs, which PairedPreferenceDataLoader works on"):
+        load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
+
+
+def test_tokens_are_cached_until_something_they_depend_on_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", pair_rows(5))
+    config = make_config(tmp_path, datasets=[str(file)], eval_datasets=["toy"])
+
+    def load(config: DictConfig = config, **options: Any) -> TokenisedData:
+        return load_tokens(config, "train", make_tokenizer(chat=CHAT, **options), PairedPreferenceDataLoader)
+
+    first = load()
+    assert first.path == tmp_path / "cache" / ".cache" / "tokens" / first.fingerprint
+    assert "found in" not in capsys.readouterr().out
+    again = load()
+    assert (again.fingerprint, again.rows.to_list()) == (first.fingerprint, first.rows.to_list())
+    assert f"found in {first.path}" in capsys.readouterr().out
+
+    other_length = changed(config, model={"max_length": 511})
+    others = [load(merges=5), load(bos=None), load(other_length), load(changed(config, template="chat"))]
+    others.append(load(changed(config, human_suffix="\n")))
+    write_jsonl(file, [*pair_rows(4), {"prompt": "q4", "chosen": "good4", "rejected": "worse"}])
+    others.append(load())
+    assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 7
+
+
+# ------------------------------------------------------------------------------------------------------------- tokens
+
+
+def record(prompt: str | list[dict[str, str]], *completions: str, mode: str = "keep_start") -> dict[str, Any]:
+    messages = [user(prompt)] if isinstance(prompt, str) else prompt
+    return {
+        "prompt": messages,
+        "completions": list(completions),
+        "desirable": None,
+        "score": None,
+        "truncation_mode": mode,
+        "source": "here:1",
+    }
+
+
+def tokenised(tokenizer: PreTrainedTokenizerFast, template: tokenise.Template, *records: dict[str, Any]) -> list[Any]:
+    tokens, left_out = tokenise.tokenise(records, tokenizer, template, max_length=512, max_prompt_length=256)
+    assert left_out == []
+    return tokens.to_list()
+
+
+def test_tulu_rendering_and_the_exact_boundary() -> None:
+    tokenizer = make_tokenizer(merges=40)
+    talk = [{"role": "system", "content": "be brief"}, user("one"), assistant("two"), user("a question")]
+    (row,) = tokenised(tokenizer, TULU, record(talk, " and an answer", "another answer"))
+    rendered = "\n<|system|>\nbe brief\n<|user|>\none\n<|assistant|>\ntwo\n<|user|>\na question\n<|assistant|>\n"
+    assert row["prompt"] == rendered
+    assert json.loads(row["messages"]) == talk
+    assert row["prompt_ids"] == [BOS, *tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+    assert len(row["prompt_ids"]) < len(rendered.encode()), "merges are in use"
+    for ids, text in zip(row["completion_ids"], (" and an answer", "another answer"), strict=True):
+        assert tokenizer.decode(ids[:-1]) == text
+        assert ids == [*tokenizer(text, add_special_tokens=False)["input_ids"], EOS]
+    (sampled,) = tokenise.tokenise_prompts([record(talk)], tokenizer, TULU, max_prompt_length=256)
+    assert sampled["prompt_ids"] == row["prompt_ids"], "training and sampling see the same prompt"
+
+
+def test_suffixes_follow_the_text_of_their_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = PrefixTemplate("U:", "|", "A:", "!")
+    (row,) = tokenised(tokenizer, template, record([user("a"), assistant("b"), user("c")], "d"))
+    assert row["prompt"] == "U:a|A:b!U:c|A:"
+    assert tokenizer.decode(row["completion_ids"][0]) == "d!</s>"
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_chat_template_has_one_bos_and_one_eos(bos: str | None) -> None:
+    tokenizer = make_tokenizer(bos=bos, chat=CHAT)
+    talk = [user("a"), assistant("b"), user("c")]
+    (row,) = tokenised(tokenizer, ChatTemplate(tokenizer), record(talk, "d"))
+    assert tokenizer.decode(row["prompt_ids"]) == (bos or "") + "[user]a\n[assistant]b</s>\n[user]c\n[assistant]"
+    assert tokenizer.decode(row["completion_ids"][0]) == "d</s>"
+
+
+def test_chat_template_errors(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no chat template"):
+        tokenise.make_template(make_config(tmp_path, template="chat"), tokenizer)
+    with pytest.raises(UserError, match="use tulu or chat"):
+        tokenise.make_template(make_config(tmp_path, template="alpaca"), tokenizer)
+    counting = make_tokenizer(chat="{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match="does not begin a conversation with the rendering of its prompt"):
+        tokenised(counting, ChatTemplate(counting), record("a", "b"))
+    chat = make_tokenizer(chat=CHAT)
+    refused = record([{"role": "system", "content": "s"}, user("a")], "b")
+    options = {"max_length": 99, "max_prompt_length": 9}
+    tokens, left_out = tokenise.tokenise([refused, record("a", "b")], chat, ChatTemplate(chat), **options)
+    assert len(tokens) == 1
+    assert left_out == [("here:1", "the chat template refuses the conversation: no system turn")]
+    with pytest.raises(BadRow, match="1 prompts cannot be sampled from; here:1"):
+        tokenise.tokenise_prompts([refused], chat, ChatTemplate(chat), max_prompt_length=9)
+
+
+def test_without_a_bos_token_there_is_none() -> None:
+    tokenizer = make_tokenizer(bos=None)
+    (row,) = tokenised(tokenizer, PLAIN, record("ab", "cd"))
+    assert tokenizer.decode(row["prompt_ids"]) == "ab"
+
+
+@pytest.mark.parametrize(
+    # a byte is a token, BOS and EOS come on top; max_length 12, max_prompt_length 6
+    ("prompt", "completions", "mode", "expected"),
+    [
+        ("abcdefgh", ["xy"], "keep_start", ["<s>abcdefgh", "xy</s>"]),  # 9 + 3 = 12: fits, though the prompt is long
+        ("abcdefgh", ["xyz"], "keep_start", ["<s>abcde", "xyz</s>"]),  # 9 + 4: the prompt is cut to 6
+        ("abcdefgh", ["xyz"], "keep_end", ["<s>defgh", "xyz</s>"]),
+        ("abcdefgh", ["uvwxy"], "keep_end", ["<s>defgh", "uvwxy</s>"]),  # 6 + 6 = 12: fits again
+        ("abcdefgh", ["uvwxyz"], "keep_end", ["<s>defgh", "uvwxyz"]),  # a cut completion has no EOS
+        ("abcde", ["uvwxyzuvwxyz"], "keep_end", ["<s>abcde", "uvwxyz"]),  # a prompt of 6 is not cut
+        ("abc", ["uvwxyzuvwxyz"], "keep_end", ["<s>abc", "uvwxyzuv"]),
+        ("abcdefgh", ["x", "uvwxyz"], "keep_end", ["<s>defgh", "x</s>", "uvwxyz"]),  # the longer one decides for both
+    ],
+)
+def test_truncation(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, completions: list[str], mode: str, expected: list[str]
+) -> None:
+    item = record(prompt, *completions, mode=mode)
+    tokens, _ = tokenise.tokenise([item], tokenizer, PLAIN, max_length=12, max_prompt_length=6)
+    row = tokens[0]
+    assert [tokenizer.decode(ids) for ids in (row["prompt_ids"], *row["completion_ids"])] == expected
+    assert (row["prompt"], row["completions"]) == (prompt, completions), "the text is kept whole"
+
+
+def test_prompts_to_sample_from_are_cut_to_max_prompt_length(tokenizer: PreTrainedTokenizerFast) -> None:
+    items = [record("abcdefgh", "reference", mode=mode) for mode in ("keep_start", "keep_end")]
+    sampled = tokenise.tokenise_prompts(items, tokenizer, PLAIN, max_prompt_length=6)
+    assert [tokenizer.decode(item["prompt_ids"]) for item in sampled] == ["<s>abcde", "<s>defgh"]
+    assert sampled[0]["completions"] == ["reference"]
+
+
+@pytest.mark.parametrize("max_prompt_length", [0, 12, 13])
+def test_lengths_that_leave_no_room_are_refused(tokenizer: PreTrainedTokenizerFast, max_prompt_length: int) -> None:
+    with pytest.raises(UserError, match=f"max_prompt_length={max_prompt_length} .* below model.max_length=12"):
+        tokenise.tokenise([record("a", "b")], tokenizer, PLAIN, max_length=12, max_prompt_length=max_prompt_length)
+
+
+def test_an_eos_in_the_text_is_a_bad_row_and_one_at_its_end_is_not_doubled(tokenizer: PreTrainedTokenizerFast) -> None:
+    items = [record("a", "b</s>c"), record("a", "b</s>\n")]
+    tokens, left_out = tokenise.tokenise(items, tokenizer, PLAIN, max_length=12, max_prompt_length=6)
+    assert [tokenizer.decode(row["completion_ids"][0]) for row in tokens] == ["b</s>"]
+    assert left_out == [("here:1", "the completion holds the end-of-sequence token </s> inside its text")]
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+def made_of(count: int, completions: int = 2, **columns: list[Any]) -> TokenisedData:
+    """Tokens whose record i has the prompt [BOS, 100 + i]."""
+    values = [
+        {
+            "prompt_ids": [BOS, 100 + i],
+            "completion_ids": [[50 + c] * (1 + i % 3) + [EOS] for c in range(completions)],
+            "desirable": columns.get("desirable", [None] * count)[i],
+            "score": columns.get("score", [None] * count)[i],
+        }
+        for i in range(count)
+    ]
+    features = type(tokenise.FEATURES)({name: tokenise.FEATURES[name] for name in values[0]})
+    return TokenisedData(HfDataset.from_list(values, features=features), "", Path())
+
+
+def make_loader(count: int = 10, batch_size: int = 4, **options: Any) -> DataLoader:
+    return DataLoader(made_of(count), batch_size=batch_size, pad_id=0, eos_id=EOS, **options)
+
+
+def seen(loader: DataLoader, start: int = 0) -> list[list[int]]:
+    """The records of each step, in the order of its micro-batches."""
+    return [[i for batch in step for i in batch.index] for step in loader.steps(start)]
+
+
+def test_steps_cover_each_epoch_once_and_keep_the_partial_batch() -> None:
+    loader = make_loader(n_epochs=2)
+    steps = seen(loader)
+    assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2]
+    assert len(loader) == 6
+    epochs = [[i for step in steps[e : e + 3] for i in step] for e in (0, 3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
+    assert epochs[0] != epochs[1], "reshuffled"
+    assert steps == seen(make_loader(n_epochs=2)), "a function of the seed"
+    assert steps != seen(make_loader(n_epochs=2, seed=1))
+    assert seen(make_loader(shuffle=False)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_a_batch_holds_its_records_tokens() -> None:
+    (batch,) = next(make_loader(batch_size=3).steps())
+    assert batch.input_ids[:3, :2].tolist() == [[BOS, 100 + i] for i in batch.index]
+    assert batch.input_ids[3:, 2].tolist() == [51] * 3, "rejected ones come second"
+    assert batch.record == {}
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "sizes"), [(3, [3]), (4, [4]), (13, [4, 4, 2, 3]), (10, [4, 4, 2]), (24, [4, 4, 2, 4, 4, 2, 4])]
+)
+def test_n_examples_stops_exactly(n_examples: int, sizes: list[int]) -> None:
+    loader = make_loader(n_epochs=None, n_examples=n_examples)
+    assert [len(step) for step in seen(loader)] == sizes
+    assert len(loader) == len(sizes)
+    assert [len(step) for step in seen(make_loader(n_examples=n_examples))] == sizes[:3], "one epoch unless told more"
+
+
+def test_a_data_set_smaller_than_a_batch() -> None:
+    steps = seen(make_loader(count=2, n_epochs=None, n_examples=5))
+    assert [sorted(step) for step in steps[:2]] == [[0, 1], [0, 1]]
+    assert len(steps) == 3
+    assert len(steps[2]) == 1
+
+
+@pytest.mark.parametrize("n_examples", [1, 6, 10, 13])
+def test_what_a_run_uses_is_what_its_steps_give(n_examples: int) -> None:
+    loader = make_loader(n_epochs=None, n_examples=n_examples)
+    assert loader.used() == sorted({i for step in seen(loader) for i in step})
+
+
+def test_any_rows_can_be_made_a_batch() -> None:
+    loader = make_loader()
+    batch = loader.batch([7, 2])
+    assert batch.index == [7, 2]
+    assert [loader.length(i) for i in (7, 2)] == [2 + 2 + 1, 2 + 3 + 1]
+    assert batch.input_ids.shape == (4, 6)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 6])
+def test_resuming_continues_exactly(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"n_epochs": None, "n_examples": 26, "accumulation": 2}
+    whole = seen(make_loader(**options))
+    loader = make_loader(**options)
+    made: list[Any] = []
+
+    def collate(records: list[dict[str, Any]], **options: Any) -> Batch:
+        made.append(records)
+        return collate_padded(records, **options)
+
+    monkeypatch.setattr(dataloader, "collate_padded", collate)
+    assert seen(loader, start) == whole[start:]
+    assert len(made) == sum(min(2, len(step)) for step in whole[start:]), "earlier batches are not made"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 8])
+def test_ranks_and_micro_batches_partition_each_step(world_size: int, accumulation: int) -> None:
+    options: dict[str, Any] = {"count": 17, "batch_size": 7, "accumulation": accumulation, "world_size": world_size}
+    ranks = [list(make_loader(rank=rank, **options).steps()) for rank in range(world_size)]
+    for step, expected in enumerate(seen(make_loader(count=17, batch_size=7))):
+        parts = [[batch.index for batch in ranks[rank][step]] for rank in range(world_size)]
+        assert sorted(i for part in parts for batch in part for i in batch) == sorted(expected)
+        shares = [sum(map(len, part)) for part in parts]
+        assert max(shares) - min(shares) <= 1
+        for part in parts:
+            sizes = [len(batch) for batch in part]
+            assert not sizes or (min(sizes) >= 1 and max(sizes) - min(sizes) <= 1)
+            assert len(part) <= accumulation
+        if len(expected) >= world_size:
+            assert len({len(part) for part in parts}) == 1, "ranks that shard a model must run equally often"
+
+
+def test_labels_and_scores_reach_the_batch() -> None:
+    tokens = made_of(4, completions=1, desirable=[True, False, True, True], score=[0.5, 1, 2, 3])
+    loader = UnpairedPreferenceDataLoader(tokens, batch_size=4, pad_id=0, eos_id=EOS)
+    (batch,) = next(loader.steps())
+    assert batch.record["desirable"].dtype == torch.bool
+    assert batch.record["desirable"].tolist() == [index != 1 for index in batch.index]
+    assert batch.record["score"].tolist() == [[0.5, 1, 2, 3][index] for index in batch.index]
+    partly = made_of(4, completions=1, desirable=[True, False, True, True], score=[0.5, 1, 2, None])
+    (batch,) = next(UnpairedPreferenceDataLoader(partly, batch_size=2, pad_id=0, eos_id=EOS).steps())
+    assert set(batch.record) == {"desirable"}, "a score that some rows lack is not used"
+
+
+def test_numbers_that_make_no_run_are_refused() -> None:
+    with pytest.raises(UserError, match="One of n_epochs and n_examples"):
+        make_loader(n_epochs=None)
+    for name in ("batch_size", "accumulation", "n_epochs", "n_examples"):
+        with pytest.raises(UserError, match=f"{name}=0 must be at least 1"):
+            make_loader(**{name: 0})
+
+
+def test_records_of_each_shape() -> None:
+    data = Dataset("mine")
+    data["p"].add_pair("a", "b", source="f:1")
+    data["p"].add_pair("a", "c", source="f:2")
+    data["q"].add_generation("d", desirable=False, score=0.1, source="f:3")
+    shapes = {
+        loader: [(r["completions"], r["desirable"], r["source"]) for r in loader.records(data)]
+        for loader in (SFTDataLoader, PairedPreferenceDataLoader, UnpairedPreferenceDataLoader)
+    }
+    assert shapes == {
+        SFTDataLoader: [(["a"], None, "f:1")],
+        PairedPreferenceDataLoader: [(["a", "b"], None, "f:1"), (["a", "c"], None, "f:1, f:2")],
+        UnpairedPreferenceDataLoader: [
+            (["a"], True, "f:1"),
+            (["b"], False, "f:1"),
+            (["a"], True, "f:1"),
+            (["c"], False, "f:2"),
+            (["d"], False, "f:3"),
+        ],
+    }
+    assert [len(r["completions"]) for r in dataloader.prompt_records(data)] == [1, 0]
+
+
+def test_one_side_of_unpaired_data_can_be_thinned() -> None:
+    data = Dataset("mine")
+    for i in range(100):
+        data[f"q{i}"].add_pair("a", "b")
+
+    def count(**options: Any) -> Counter[bool]:
+        return Counter(r["desirable"] for r in UnpairedPreferenceDataLoader.records(data, **options))
+
+    assert count(frac_unique_desirable=0.25) == {True: 25, False: 100}
+    assert count(frac_unique_undesirable=0.5) == {True: 100, False: 50}
+    draws = [
+        [r["prompt"] for r in UnpairedPreferenceDataLoader.records(data, frac_unique_desirable=0.25, seed=seed)]
+        for seed in (1, 1, 2)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+    with pytest.raises(UserError, match=r"frac_unique_undesirable=1.5 must be between"):
+        count(frac_unique_undesirable=1.5)
+
+
+@real_data
+def test_real_hh_from_file_to_batches(tmp_path: Path) -> None:
+    config = make_config(tmp_path, datasets=["hh"], data_dir=str(DATA), train_split="test")
+    tokenizer = make_tokenizer(merges=100)
+    tokens = load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
+    assert len(tokens.rows) + len(load_tokens(config, "test", tokenizer, PairedPreferenceDataLoader).rows) == 2312 - 9
+    whole = tokens.rows.with_format("numpy")
+    assert all(np.count_nonzero(ids == BOS) == 1 and ids[0] == BOS for ids in whole["prompt_ids"])
+    for prompt, completions in zip(tokens.rows["prompt_ids"], tokens.rows["completion_ids"], strict=True):
+        for completion in completions:
+            assert len(prompt) + len(completion) <= 512
+            assert completion.count(EOS) == (1 if completion[-1] == EOS else 0)
+            assert completion[-1] == EOS or len(prompt) + len(completion) == 512
+    loader = PairedPreferenceDataLoader(tokens, batch_size=32, pad_id=0, eos_id=EOS)
+    assert sum(len(batch.index) for step in loader.steps() for batch in step) == len(tokens.rows)

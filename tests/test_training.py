@@ -1,0 +1,242 @@
+"""Whole runs of the tiny model, in this process: what a step is, and what a resumed run is."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import REPO, metrics
+from hydra import compose, initialize_config_dir
+
+import toy
+import train
+import trainers
+from checkpoint import Run
+from utils import UserError
+
+PAIRS = {split: toy.preferences(split, seed=0, count=count) for split, count in (("train", 24), ("test", 8))}
+LOSSES = sorted(path.stem for path in (REPO / "config/loss").glob("*.yaml"))
+SMALL = [
+    "model=tiny",
+    "++model.batch_size=8",
+    "++model.eval_batch_size=8",
+    "++optimizer=AdamW",
+    "++lr=1e-3",
+    "++warmup_steps=2",
+]
+
+
+def settle(tmp_path, *overrides):
+    """A composed configuration, as the command line would give it."""
+    files = {split: tmp_path / f"{split}.jsonl" for split in PAIRS}
+    for split, file in files.items():
+        file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS[split]))
+    data = [f"datasets=[{files['train']}]", f"eval_datasets=[{files['test']}]", f"cache_dir={tmp_path}"]
+    overrides = [*SMALL, *data, *overrides]
+    with initialize_config_dir(str(REPO / "config"), version_base=None):
+        return compose("config", overrides=overrides), overrides
+
+
+def run(tmp_path, *overrides):
+    """Train, and give the lines of metrics.jsonl."""
+    config, overrides = settle(tmp_path, *overrides)
+    with initialize_config_dir(str(REPO / "config"), version_base=None):
+        train.train(config, overrides)
+    return metrics(tmp_path / config.exp_name)
+
+
+def losses(lines):
+    return [line["loss/train"] for line in lines if "loss/train" in line]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_takes_steps(tmp_path, loss):
+    extra = ["loss.d_sae=64", "loss.k=4"] if loss == "sae" else []
+    lines = run(tmp_path, f"loss={loss}", *extra)
+    assert len(losses(lines)) == 3 and all(map(math.isfinite, losses(lines)))
+    assert [line["examples"] for line in lines if "loss/eval" in line] == [0, 24]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "fpo", "fpo-mse"])
+def test_step_0_is_log_2_without_drift(tmp_path, loss):
+    lines = run(tmp_path, f"loss={loss}")
+    for split, line in (("eval", lines[0]), ("train", lines[1])):
+        assert line[f"loss/{split}"] == pytest.approx(math.log(2), abs=1e-5)
+        for side in ("chosen", "rejected"):
+            assert line[f"rewards_{split}/{side}"] == pytest.approx(0, abs=1e-5)
+            if loss != "dpo":
+                assert line[f"feature_drift_{split}/{side}"] == pytest.approx(0, abs=1e-5)
+    assert lines[-1]["loss/eval"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["sft", "fpo"])
+def test_accumulation_equals_the_big_batch(tmp_path, loss):
+    whole = run(tmp_path, f"loss={loss}", "exp_name=whole")
+    split = run(tmp_path, f"loss={loss}", "exp_name=split", "++model.gradient_accumulation_steps=4")
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-4)
+    norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (whole, split)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+class Killed(Exception):
+    """Stands for the process's end."""
+
+
+@pytest.mark.parametrize("loss", ["fpo", "sae"])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, loss, monkeypatch):
+    options = [f"loss={loss}", "++n_epochs=2", "++save_every=16", "++eval_every=16"]
+    options += ["loss.d_sae=64", "loss.k=4", "loss.dead_after=100"] if loss == "sae" else []
+    whole = run(tmp_path, *options, "exp_name=whole")
+
+    original = trainers.BasicTrainer.optimise
+
+    def dies_at_step_4(self, step, *rest):
+        if step == 4:
+            raise Killed
+        return original(self, step, *rest)
+
+    monkeypatch.setattr(trainers.BasicTrainer, "optimise", dies_at_step_4)
+    with pytest.raises(Killed):
+        run(tmp_path, *options, "exp_name=cut")
+    assert len(losses(metrics(tmp_path / "cut"))) == 4
+    monkeypatch.undo()
+    resumed = run(tmp_path, *options, "exp_name=cut")
+
+    def timeless(lines):
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+    assert timeless(resumed) == timeless(whole)
+    if loss == "fpo":
+        weights = [torch.load(tmp_path / name / "LATEST/policy.pt", weights_only=True) for name in ("whole", "cut")]
+        for key, value in weights[0]["state"].items():
+            assert torch.equal(value, weights[1]["state"][key]), key
+
+
+def test_resuming_with_another_configuration_is_refused(tmp_path):
+    run(tmp_path, "loss=dpo", "exp_name=one")
+    with pytest.raises(UserError, match=r"loss\.beta: 0\.1 there, 0\.2 now"):
+        run(tmp_path, "loss=dpo", "exp_name=one", "loss.beta=0.2")
+    lines = run(tmp_path, "loss=dpo", "exp_name=one", "loss.beta=0.2", "resume=never")
+    assert len(losses(lines)) == 3
+    assert len(losses(run(tmp_path, "loss=dpo", "exp_name=one", "loss.beta=0.2"))) == 3  # finished: nothing to add
+
+
+def test_a_second_run_finds_the_reference_cache(tmp_path, capsys):
+    run(tmp_path, "loss=fpo", "exp_name=first")
+    assert "reference cache: computing 24 records" in capsys.readouterr().out
+    run(tmp_path, "loss=fpo", "exp_name=second", "loss.alpha=0.1")
+    assert "reference cache: found 24 records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["human_prefix=Q", "model.max_length=60 model.max_prompt_length=20", "sae.layer=0"])
+def test_what_the_cached_numbers_depend_on_gives_a_new_cache(tmp_path, capsys, change):
+    run(tmp_path, "loss=fpo", "exp_name=first")
+    capsys.readouterr()
+    run(tmp_path, "loss=fpo", "exp_name=second", *change.split())
+    assert "reference cache: found" not in capsys.readouterr().out
+
+
+def test_changed_weights_give_a_new_cache(tmp_path, capsys):
+    run(tmp_path, "loss=sft", "exp_name=start")
+    run(tmp_path, "loss=dpo", "exp_name=first")
+    capsys.readouterr()
+    run(tmp_path, "loss=dpo", "exp_name=second", f"++model.load_from={tmp_path}/start/LATEST/policy.pt")
+    assert "reference cache: found" not in capsys.readouterr().out
+
+
+def test_the_cached_reference_equals_a_live_one(tmp_path):
+    """Train away from the start, then compare what the loss saw with a model that is the start."""
+    config, overrides = settle(tmp_path, "loss=fpo")
+    from functools import partial
+
+    import models
+    import settings
+    from sae import pooled_features
+
+    with initialize_config_dir(str(REPO / "config"), version_base=None):
+        parts = settings.check(config, overrides)
+        sources = settings.find_sources(config, parts.binding.needs)
+    trainer = train.prepare(config, parts, sources, Run(tmp_path / "run"))
+    load = partial(models.load_model, sources.model, "eager", torch.device("cpu"))
+    live = load()
+    tap = type(trainer.tap)(models.decoder_layers(live)[config.sae.layer])
+    for (batch,) in trainer.loaders["eval"].steps():
+        cached = trainer.references["eval"].attach(batch).reference
+        with torch.no_grad():
+            scores = models.score(live, batch, tap)
+            features = pooled_features(trainer.sae, scores.residual, batch.content_lengths)
+        torch.testing.assert_close(cached["logps"], scores.logps, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cached["token_logps"], scores.token_logps, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cached["features"], features, rtol=1e-4, atol=1e-4)
+    assert not any(p.grad is not None for p in live.parameters())
+
+
+def test_another_model_as_the_reference(tmp_path):
+    run(tmp_path, "loss=sft", "exp_name=start")
+    lines = run(tmp_path, "loss=dpo", "exp_name=dpo", f"++model.reference_path={tmp_path}/start/LATEST")
+    assert abs(lines[0]["loss/eval"] - math.log(2)) > 1e-4
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path, monkeypatch):
+    original = trainers.DPOTrainer.loss
+
+    def breaks_at_the_third_step(self, *args, **options):
+        losses, *rewards = original(self, *args, **options)
+        self.calls = getattr(self, "calls", 0) + self.policy.training
+        return (losses * (float("nan") if self.calls == 3 else 1.0), *rewards)
+
+    breaks_at_the_third_step.__signature__ = __import__("inspect").signature(original)
+    monkeypatch.setattr(trainers.DPOTrainer, "loss", breaks_at_the_third_step)
+    with pytest.raises(UserError, match=r"step 3: the loss is not finite") as error:
+        run(tmp_path, "loss=dpo", "exp_name=nan", "++save_every=8")
+    assert "train.jsonl:" in str(error.value)
+    state = Run(tmp_path / "nan").newest_state()
+    assert state.name == "step-000000002"
+    assert str(state) in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    plain = run(tmp_path, "loss=fpo", "exp_name=plain")
+    checkpointed = run(tmp_path, "loss=fpo", "exp_name=checkpointed", "++model.activation_checkpointing=true")
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_bfloat16_trains_fp32_weights(tmp_path):
+    lines = run(tmp_path, "loss=fpo", "++model.policy_dtype=bfloat16")
+    assert losses(lines)[0] == pytest.approx(math.log(2), abs=2e-2)
+    state = torch.load(tmp_path / "fpo_tiny/LATEST/policy.pt", weights_only=True)["state"]
+    assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+def test_exports_load_elsewhere(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run(tmp_path, "loss=dpo", "exp_name=one", "++save_every=8", "++intermediate_checkpoints=true")
+    folder = tmp_path / "one"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-16", "step-24", "step-8"]
+    assert (folder / "LATEST").resolve().name == "step-24"
+    model = AutoModelForCausalLM.from_pretrained(folder / "LATEST")
+    AutoTokenizer.from_pretrained(folder / "LATEST")
+    policy = torch.load(folder / "LATEST/policy.pt", weights_only=True)
+    assert policy["step_idx"] == 3 and "loss/eval" in policy["metrics"]
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, policy["state"][key])
+    for source in ("LATEST/policy.pt", "LATEST", ""):  # all that model.load_from may name
+        lines = run(tmp_path, "loss=dpo", f"exp_name=from{source[-3:]}", f"++model.load_from={folder}/{source}")
+        assert lines[0]["loss/eval"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_schedules_and_optimisers(tmp_path):
+    lines = run(tmp_path, "loss=sft", "lr_schedule=linear", "optimizer=SGD", "++optimizer_options.momentum=0.9")
+    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([5e-4, 1e-3, 0])
+    lines = run(tmp_path, "loss=sft", "exp_name=b", "lr_schedule=constant", "optimizer=RMSprop")
+    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([5e-4, 1e-3, 1e-3])
+
+
+def test_summary_holds_the_figures(tmp_path):
+    run(tmp_path, "loss=fpo", "++toy_comparison=16", "++max_new_tokens=24")
+    figures = json.loads((tmp_path / "fpo_tiny/summary.json").read_text())
+    wanted = "accuracy_before accuracy_after win_rate win_rate_low win_rate_high feature_drift kl seconds peak_rss_mb"
+    assert set(wanted.split()) <= figures.keys()
+    assert 0 <= figures["win_rate_low"] <= figures["win_rate"] <= figures["win_rate_high"] <= 1
