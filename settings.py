@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 import dataloader
 import trainers
 from checkpoint import flat
-from models import CONFIG_FILES, DTYPES, fetch, fetch_file, load_config
+from models import CONFIG_FILES, DTYPES, fetch, fetch_file, find_weights, load_config
 from utils import UserError, local_path, suggest
 from vocabulary import Binding, bind
 
@@ -121,6 +121,8 @@ def unknown_keys(overrides: Sequence[str], config_name: str = "config") -> list[
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     added = [o for o in parsed if o.is_add() or o.is_force_add()]
+    if not added:
+        return []
     rest = [o.input_line for o in parsed if o not in added and o.input_line is not None]
     plain = compose(config_name, overrides=rest)
     keys = flat(OmegaConf.to_container(plain))
@@ -157,6 +159,9 @@ def find_sources(config: DictConfig, needs: frozenset[str]) -> Sources:
     if "sae" in needs:
         with problems.collected():
             found["sae"] = fetch_file(config.sae.path, "sae.path")
+    if model.load_from is not None:
+        with problems.collected():
+            find_weights(model.load_from)
     if found["model"] is not None:
         with problems.collected():
             text = load_config(found["model"]).get_text_config()

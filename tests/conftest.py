@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for each other
+
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM

@@ -23,7 +23,8 @@ from vocabulary import QUANTITIES
 
 README = (REPO / "README.md").read_text()
 CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text()
-DOCUMENTS = {path: path.read_text() for path in sorted(REPO.glob("*.md")) + sorted(REPO.glob("[ad]*/*.md"))}
+PAGES = [page for pattern in ("*.md", "assets/*.md", "docs/*.md") for page in sorted(REPO.glob(pattern))]
+DOCUMENTS = {page: page.read_text() for page in PAGES}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RECIPES = re.findall(r"^## (Add .*)$", CONTRIBUTING, re.MULTILINE)
 
@@ -70,16 +71,18 @@ def test_ci_runs_the_readmes_test_command():
 # --------------------------------------------------------------------------------------------------------- commands
 
 
+@pytest.mark.usefixtures("configuration")
 @pytest.mark.parametrize("arguments", commands("train.py"), ids=" ".join)
-def test_train_command_is_sound(arguments, configuration, monkeypatch):
+def test_train_command_is_sound(arguments, monkeypatch):
     monkeypatch.chdir(REPO)
     if any("../shared/data" in argument for argument in arguments) and not DATA.is_dir():
         pytest.skip(f"{DATA} is not there")
     settings.check(compose("config", overrides=arguments), arguments)
 
 
+@pytest.mark.usefixtures("configuration")
 @pytest.mark.parametrize("arguments", commands("eval.py"), ids=" ".join)
-def test_eval_command_is_sound(arguments, configuration):
+def test_eval_command_is_sound(arguments):
     path, *overrides = arguments
     assert path.startswith("--config-path=")
     assert settings.unknown_keys(["loss=fpo", "model=tiny", *overrides]) == []
@@ -125,8 +128,8 @@ def test_links_lead_somewhere(path):
 
 
 def test_modules_are_on_the_map():
-    tracked = {path.name for path in REPO.glob("*.py")}
-    assert tracked - set(re.findall(r"`(\w+\.py)`", CONTRIBUTING)) == set()
+    modules = {path.name for path in REPO.glob("*.py")}
+    assert modules - set(re.findall(r"`(\w+\.py)`", CONTRIBUTING)) == set()
 
 
 # ------------------------------------------------------------------------------------------------------------ sizes

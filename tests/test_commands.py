@@ -1,0 +1,216 @@
+"""The commands as a user types them, and what is left when they are killed."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import DATA, REPO, command, metrics
+from test_training import PAIRS
+
+import toy
+
+
+def files(folder, **splits):
+    """Options that name JSONL files of pairs, written into `folder`."""
+    for name, rows in splits.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"datasets=[{folder}/train.jsonl]", f"eval_datasets=[{folder}/test.jsonl]", f"cache_dir={folder}/out"]
+
+
+QUICK = ["loss=fpo", "model=tiny", "optimizer=AdamW", "lr=1e-3", "model.batch_size=8", "model.eval_batch_size=8"]
+
+KILLER = """
+import os, runpy, signal, sys
+import {module} as module
+original, calls = module.{function}, 0
+def dies(*args, **options):
+    global calls
+    calls += 1
+    if calls == {call}:
+        {before}
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **options)
+module.{function} = dies
+sys.argv = ["train.py", *{arguments!r}]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def killed(arguments, module, function, call, before="pass"):
+    """Run train.py and kill -9 it as it makes the n-th call of a function, `before` having been done."""
+    script = KILLER.format(module=module, function=function, call=call, before=before, arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+
+
+def timeless(lines):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
+    """In the middle of the cache, of a step, of a state's file and of the export: nothing is lost."""
+    rows = toy.preferences("train", seed=1, count=1100)
+    data = files(tmp_path, train=rows, test=PAIRS["test"])
+    options = [*QUICK, *data, "n_examples=1100", "model.batch_size=128", "save_every=256", "exp_name=cut"]
+    half = "open(args[1], 'wb').write(b'half a file')"
+    killed(options, "reference", "write_arrow", 2)  # the second of three shards
+    killed(options, "torch.optim", "AdamW.step", 4)
+    killed(options, "safetensors.torch", "save_file", 1, half)
+    killed(options, "torch", "save", 1, half)
+    out = command("train.py", *options).stdout
+    assert "resuming after 9 of 9 steps" in out
+    cut = tmp_path / "out" / "cut"
+    assert not list(cut.rglob("*.part"))
+    reference = tmp_path / "out" / ".cache" / "reference"
+    assert sorted(len(list(folder.glob("*.arrow"))) for folder in reference.iterdir()) == [1, 3]
+
+    command("train.py", *options, "exp_name=whole", f"cache_dir={tmp_path}/other")
+    assert timeless(metrics(cut)) == timeless(metrics(tmp_path / "other" / "whole"))
+    same = [tmp_path / name / "LATEST" / "model.safetensors" for name in ("out/cut", "other/whole")]
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
+def test_a_cache_killed_half_way_goes_on(tmp_path):
+    data = files(tmp_path, train=toy.preferences("train", seed=1, count=1100), test=PAIRS["test"])
+    options = [*QUICK, *data, "n_examples=1100", "model.batch_size=1100"]
+    killed(options, "reference", "write_arrow", 3)
+    assert "going on after 2 of 3 shards" in command("train.py", *options).stdout
+
+
+def test_two_processes_do_not_share_a_run(tmp_path):
+    import fcntl
+
+    data = files(tmp_path, **PAIRS)
+    folder = tmp_path / "out" / "taken"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = command("train.py", *QUICK, *data, "exp_name=taken", check=False)
+    assert done.returncode == 2
+    assert "another process is writing to this run" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The quickstart, shortened, with everything on."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    arguments = ["experiment=quickstart", "n_examples=640", "warmup_steps=5", "n_eval_examples=64"]
+    done = command("train.py", *arguments, "toy_comparison=64", f"cache_dir={folder}", "++wandb.enabled=true")
+    return folder / "quickstart", done.stdout, arguments
+
+
+def test_quickstart_ends_with_the_figures(quickstart):
+    run, out, _ = quickstart
+    figures = json.loads((run / "summary.json").read_text())
+    assert figures["accuracy_after"] > figures["accuracy_before"]
+    assert figures["feature_drift"] > 0 and figures["kl"] > 0
+    for words in ("preference accuracy before", "win rate", "95 % interval", "feature drift", "KL to the reference"):
+        assert words in out
+    assert str(run) in out.replace("\n", "")
+    assert list(run.glob("wandb/offline-run-*"))
+
+
+def test_a_second_quickstart_finds_the_cache(quickstart):
+    run, _, arguments = quickstart
+    out = command("train.py", *arguments, f"cache_dir={run.parent}").stdout
+    assert out.count("reference cache: found") == 2
+
+
+def test_sample_and_judge(quickstart, tmp_path):
+    """By a run directory, and by a copy of its config.yaml somewhere else."""
+    run, _, _ = quickstart
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    for number, path in enumerate([run, "config.yaml"]):
+        samples = tmp_path / f"samples{number}"
+        options = ["++n_samples=40", "++model.eval_batch_size=32", f"++samples_dir={samples}/"]
+        command(REPO / "eval.py", f"--config-path={path}", *options, cwd=tmp_path)
+        content = json.loads((samples / "quickstart.json").read_text())
+        assert content.keys() == {"sampled_at", "config", "samples"}
+        assert len(content["samples"]) == 40
+        for sample in content["samples"]:
+            assert sample.keys() == {"prompt", "messages", "chosen", "policy"}
+    judge = ["-mc", "512", "-bk", "chosen", "-ck", "policy", "-r", tmp_path / "results.jsonl", "-j", "toy"]
+    command("compare.py", "-f", samples / "quickstart.json", *judge)
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    result = json.loads(line)
+    assert result["total"] == 40
+    assert result["candidate"]["wins"] + result["baseline"]["wins"] + result["ties"] == 40
+
+
+def test_eval_mode_gives_the_last_evaluations_metrics(quickstart):
+    run, _, _ = quickstart
+    command("eval.py", f"--config-path={run}", "++mode=eval")
+    last = [line for line in metrics(run) if "loss/eval" in line][-1]
+    for key, value in json.loads((run / "eval.json").read_text()).items():
+        assert value == pytest.approx(last[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["++mode=dream"], "mode=dream: not one of sample, eval"),
+        (["++n_sample=3"], "n_sample is read by nothing (did you mean 'n_samples'?)"),
+    ],
+)
+def test_eval_errors(quickstart, arguments, message):
+    run, _, _ = quickstart
+    done = command("eval.py", f"--config-path={run}", *arguments, check=False)
+    assert done.returncode == 2
+    assert message in done.stdout.replace("\n", " ")
+
+
+def test_eval_without_a_run(tmp_path):
+    done = command("eval.py", f"--config-path={tmp_path}", check=False)
+    assert done.returncode == 2 and "no such run directory or YAML file" in done.stdout
+
+
+def test_without_the_hub_one_message_says_what_to_do(tmp_path):
+    done = command("train.py", "loss=fpo", "model=gemma2b", f"cache_dir={tmp_path}", check=False)
+    assert done.returncode == 2
+    for words in ("google/gemma-2-2b", "google/gemma-scope-2b-pt-res", "hf auth login", "sae.path at a local copy"):
+        assert words in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_lines_spelling_of_a_key_works(tmp_path):
+    """`++config.intermediate_checkpoints=true`, as HALOs's FAQ has it."""
+    options = [*QUICK, *files(tmp_path, **PAIRS), "++config.intermediate_checkpoints=true", "save_every=8"]
+    command("train.py", *options)
+    assert len(list((tmp_path / "out" / "fpo_tiny").glob("step-*"))) == 3
+
+
+def test_help_lists_the_choices():
+    out = command("train.py", "--help").stdout
+    for words in ("fpo-mse", "gemma2b", "quickstart"):
+        assert words in out
+
+
+REAL = {
+    "hh": ["datasets=[hh]", f"data_dir={DATA}", "train_split=test", "eval_split=test"],
+    "alpaca": [
+        f"datasets=[{DATA}/alpaca_eval/preferences_train.jsonl.gz]",
+        f"eval_datasets=[{DATA}/alpaca_eval/preferences_test.jsonl.gz]",
+    ],
+}
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA}")
+@pytest.mark.parametrize("name", REAL)
+def test_fpo_on_real_preferences(tmp_path, name):
+    """A slice of the documented command: every row read, a few of them trained on, sampled and judged."""
+    options = [*QUICK, *REAL[name], f"cache_dir={tmp_path}", f"exp_name={name}", "n_examples=16", "n_eval_examples=8"]
+    out = command("train.py", *options).stdout
+    if name == "hh":
+        assert "9 of 2312 rows cannot be used" in out
+        assert "4 x 'chosen' is empty" in out
+        assert "harmless-base/test.jsonl.gz:" in out
+    lines = metrics(tmp_path / name)
+    assert lines[0]["loss/eval"] == pytest.approx(0.693147, abs=1e-5)
+    assert lines[1]["loss/train"] == pytest.approx(0.693147, abs=1e-5)
+    assert all(value == value and abs(value) < float("inf") for line in lines for value in line.values())
+    sampling = ["++n_samples=4", "++max_new_tokens=16", f"++samples_dir={tmp_path}"]
+    command("eval.py", f"--config-path={tmp_path / name}", *sampling)
+    command("compare.py", "-f", tmp_path / f"{name}.json", "-j", "toy", "-r", tmp_path / "results.jsonl")
+    assert json.loads((tmp_path / "results.jsonl").read_text())["total"] == 4
