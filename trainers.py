@@ -271,7 +271,7 @@ def crosses(every: int | None, before: int, now: int) -> bool:
 class SFTTrainer(BasicTrainer):
     """Supervised fine-tuning: the negative log-likelihood of the completion tokens, a mean over the global batch."""
 
-    def loss(self, policy_logps: Tensor) -> Tensor:
+    def loss(self, policy_logps):
         return -policy_logps
 
     def weight(self, batch: Batch) -> int:
@@ -309,18 +309,68 @@ class DPOTrainer(PairedPreferenceTrainer):
     """Direct preference optimisation (Rafailov et al. 2023, 2305.18290, Eq. 7)."""
 
     def loss(
-        self,
-        policy_chosen_logps: Tensor,
-        policy_rejected_logps: Tensor,
-        reference_chosen_logps: Tensor,
-        reference_rejected_logps: Tensor,
-        *,
-        beta: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta
+    ):
         chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
         rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
-        losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
-        return losses, chosen_rewards.detach(), rejected_rewards.detach()
+        return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+
+
+class CDPOTrainer(PairedPreferenceTrainer):
+    """Conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences", Eq. 3).
+
+    A share `label_smoothing` of the preferences is taken to be the wrong way round.
+    """
+
+    def loss(self, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, label_smoothing):
+        chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+        rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+        right = -F.logsigmoid(chosen_rewards - rejected_rewards)
+        wrong = -F.logsigmoid(rejected_rewards - chosen_rewards)
+        return (1 - label_smoothing) * right + label_smoothing * wrong, chosen_rewards, rejected_rewards
+
+
+class IPOTrainer(PairedPreferenceTrainer):
+    """Identity preference optimisation (Azar et al. 2023, 2310.12036, Eq. 17), of log-ratios per token."""
+
+    def loss(self, chosen_mean_logps, rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps, *, tau):
+        chosen_logratios = chosen_mean_logps - ref_chosen_mean_logps
+        rejected_logratios = rejected_mean_logps - ref_rejected_mean_logps
+        losses = (chosen_logratios - rejected_logratios - 1 / (2 * tau)).square()
+        return losses, tau * chosen_logratios, tau * rejected_logratios
+
+
+class SLiCTrainer(PairedPreferenceTrainer):
+    """Sequence likelihood calibration (Zhao et al. 2023, 2305.10425, Eq. 1) with a regulariser on the chosen one."""
+
+    def loss(self, policy_chosen_logps, policy_rejected_logps, *, beta, lambda_coef):
+        losses = F.relu(beta - policy_chosen_logps + policy_rejected_logps) - lambda_coef * policy_chosen_logps
+        return losses, beta * policy_chosen_logps, beta * policy_rejected_logps
+
+
+class SimPOTrainer(PairedPreferenceTrainer):
+    """Simple preference optimisation (Meng et al. 2024, 2405.14734, Eq. 6); the margin is gamma_beta_ratio * beta."""
+
+    def loss(self, policy_chosen_mean_logps, policy_rejected_mean_logps, *, beta, gamma_beta_ratio):
+        chosen_rewards = beta * policy_chosen_mean_logps
+        rejected_rewards = beta * policy_rejected_mean_logps
+        losses = -F.logsigmoid(chosen_rewards - rejected_rewards - gamma_beta_ratio * beta)
+        return losses, chosen_rewards, rejected_rewards
+
+
+class ORPOTrainer(PairedPreferenceTrainer):
+    """Odds ratio preference optimisation (Hong et al. 2024, 2403.07691, Eq. 6-7)."""
+
+    def loss(self, policy_chosen_mean_logps, policy_rejected_mean_logps, *, lambda_coef):
+        log_odds = log_odds_of(policy_chosen_mean_logps) - log_odds_of(policy_rejected_mean_logps)
+        losses = -policy_chosen_mean_logps - lambda_coef * F.logsigmoid(log_odds)
+        return losses, lambda_coef * policy_chosen_mean_logps, lambda_coef * policy_rejected_mean_logps
+
+
+def log_odds_of(logps: Tensor) -> Tensor:
+    """log(p / (1 - p)) from log p, for p up to 1 - 1e-6, beyond which it would run to infinity."""
+    logps = logps.clamp(max=-1e-6)
+    return logps - torch.log(-torch.expm1(logps))
 
 
 class FPOTrainer(PairedPreferenceTrainer):
@@ -333,18 +383,17 @@ class FPOTrainer(PairedPreferenceTrainer):
 
     def loss(
         self,
-        policy_chosen_mean_logps: Tensor,
-        policy_rejected_mean_logps: Tensor,
-        reference_chosen_mean_logps: Tensor,
-        reference_rejected_mean_logps: Tensor,
-        chosen_feature_drift: Tensor,
-        rejected_feature_drift: Tensor,
+        policy_chosen_mean_logps,
+        policy_rejected_mean_logps,
+        reference_chosen_mean_logps,
+        reference_rejected_mean_logps,
+        chosen_feature_drift,
+        rejected_feature_drift,
         *,
-        beta: float,
-        alpha: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        beta,
+        alpha,
+    ):
         chosen_rewards = beta * (policy_chosen_mean_logps - reference_chosen_mean_logps)
         rejected_rewards = beta * (policy_rejected_mean_logps - reference_rejected_mean_logps)
         constraint = alpha * (rejected_feature_drift - chosen_feature_drift.detach())
-        losses = -F.logsigmoid(chosen_rewards - rejected_rewards - constraint)
-        return losses, chosen_rewards.detach(), rejected_rewards.detach()
+        return -F.logsigmoid(chosen_rewards - rejected_rewards - constraint), chosen_rewards, rejected_rewards
