@@ -33,7 +33,7 @@ class Batch:
     content: Tensor  # [M] index into N of the tokens that are text, not the end of the sequence
     lengths: list[int]  # [S] completion tokens of each sequence
     content_lengths: list[int]  # [S] the same, of the tokens in `content`; sums to M
-    index: list[int]  # [B] the records' rows in the tokenised data set
+    index: list[Any]  # [B] what the records are known by: their rows in the tokenised data set
     record: dict[str, Tensor] = field(default_factory=dict)  # [B] or [S] per-record values: labels, scores
     reference: dict[str, Any] = field(default_factory=dict)  # [S] cached values of the reference
 

@@ -628,10 +628,13 @@ class DataLoader:
         a step of fewer records than ranks do the last ranks get none.
         """
         for step in range(start, len(self)):
-            indices = self.indices(step)
-            own = indices[self.rank :: self.world_size]
-            count = max(1, min(self.accumulation, len(indices) // self.world_size))
-            yield [self.batch(own[i::count]) for i in range(count) if own[i::count]]
+            yield [self.batch(own) for own in self.shares(self.indices(step))]
+
+    def shares(self, records: list[Any]) -> list[list[Any]]:
+        """The records of an optimiser step that each of this rank's micro-batches holds."""
+        own = records[self.rank :: self.world_size]
+        count = max(1, min(self.accumulation, len(records) // self.world_size))
+        return [own[i::count] for i in range(count) if own[i::count]]
 
     def used(self) -> list[int]:
         """The rows that the run will see, in order."""
@@ -646,21 +649,59 @@ class DataLoader:
     def batch(self, indices: list[int]) -> Batch:
         """The batch of some rows."""
         columns = self.values[indices]
-        records = [
-            {"prompt_ids": prompt, "completion_ids": completions, "index": index}
-            for prompt, completions, index in zip(
-                columns["prompt_ids"], columns["completion_ids"], indices, strict=True
-            )
-        ]
-        batch = collate_padded(records, pad_id=self.pad_id, eos_id=self.eos_id)
+        batch = self.collate(columns["prompt_ids"], columns["completion_ids"], indices)
         batch.record = {name: torch.tensor(columns[name]) for name in ("desirable", "score") if name in columns}
         return batch
+
+    def collate(self, prompts: list[list[int]], completions: list[list[list[int]]], index: Sequence[Any]) -> Batch:
+        """One batch of tokenised prompts with their completions."""
+        records = [
+            {"prompt_ids": prompt, "completion_ids": own, "index": key}
+            for prompt, own, key in zip(prompts, completions, index, strict=True)
+        ]
+        return collate_padded(records, pad_id=self.pad_id, eos_id=self.eos_id)
 
     @lru_cache(maxsize=1)  # noqa: B019 (one loader lives as long as its run)
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(len(self.rows))
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+
+
+class MismatchedRecords:
+    """For KTO's z: each prompt of an optimiser step with the completion of the step's next record.
+
+    A record is a pair (row of the prompt, row of the completion). A step of one record takes the completion of the
+    one that comes before it in the epoch.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def pairs(self, step: int) -> list[tuple[int, int]]:
+        """The records of one optimiser step, of all ranks together."""
+        rows = self.loader.indices(step)
+        others = rows[1:] + rows[:1] if len(rows) > 1 else self.loader.indices(step - 1)[-1:]
+        return list(zip(rows, others))
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of one optimiser step."""
+        return [self.batch(own) for own in self.loader.shares(self.pairs(step))]
+
+    def used(self) -> list[tuple[int, int]]:
+        """The records that the run will see, in order."""
+        return sorted({pair for step in range(len(self.loader)) for pair in self.pairs(step)})
+
+    def length(self, pair: tuple[int, int]) -> int:
+        """Tokens of a record."""
+        values = self.loader.values
+        return len(values[pair[0]]["prompt_ids"]) + len(values[pair[1]]["completion_ids"][0])
+
+    def batch(self, pairs: list[tuple[int, int]]) -> Batch:
+        """The batch of some records."""
+        prompts = self.loader.values[[prompt for prompt, _ in pairs]]["prompt_ids"]
+        completions = self.loader.values[[completion for _, completion in pairs]]["completion_ids"]
+        return self.loader.collate(prompts, completions, pairs)
 
 
 class SFTDataLoader(DataLoader):

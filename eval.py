@@ -17,13 +17,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+import assembly
 import dataloader
 import models
 import settings
 import tokenise
 from checkpoint import Run
 from sampling import sample
-from train import prepare
 from utils import UserError, console, write_json
 
 
@@ -93,7 +93,7 @@ def write_metrics(config: DictConfig, run: Path) -> None:
     """The metrics of the whole evaluation set, in `<run>/eval.json`."""
     parts = settings.check(config, [], modes=["eval"])
     sources = settings.find_sources(config, parts.binding.needs)
-    trainer = prepare(config, parts, sources, Run(run), cached=["test"])
+    trainer = assembly.prepare(config, parts, sources, Run(run), cached=["eval"])
     trainer.read_export(run / "LATEST")
     values = trainer.evaluate()
     write_json(run / "eval.json", values)

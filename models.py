@@ -39,6 +39,7 @@ class Scores:
     """What a model says about the completions of a batch."""
 
     token_logps: Tensor  # [N] fp32
+    hidden: Tensor  # [N, D] final hidden states at the positions that predict the tokens
     batch: Batch
     residual: Tensor | None = None  # [M, D] at the text tokens of the completions, where a tap was given
 
@@ -65,15 +66,10 @@ def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None) 
     Only the N completion positions are projected onto the vocabulary, a chunk at a time.
     """
     with tap.reading() if tap else nullcontext():
-        hidden = final_hidden_states(model, batch)
-    token_logps = completion_logps(
-        hidden.flatten(0, 1)[batch.predictor],
-        batch.target,
-        model.get_output_embeddings(),
-        getattr(model.config.get_text_config(), "final_logit_softcapping", None),
-    )
+        hidden = final_hidden_states(model, batch).flatten(0, 1)[batch.predictor]
+    token_logps = completion_logps(hidden, batch.target, model.get_output_embeddings(), final_softcap(model))
     residual = tap.take().flatten(0, 1)[batch.position[batch.content]] if tap else None
-    return Scores(token_logps, batch, residual)
+    return Scores(token_logps, hidden, batch, residual)
 
 
 def final_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -91,17 +87,45 @@ def completion_logps(hidden: Tensor, target: Tensor, head: nn.Module, softcap: f
 
     The logits exist for one chunk of positions at a time, in the backward pass too, which computes them again.
     """
-    vocabulary = cast(Tensor, head.weight).shape[0]
-    chunk = max(1, HEAD_ELEMENTS // vocabulary)
-    parts = zip(hidden.split(chunk), target.split(chunk))
+    parts = zip(in_chunks(hidden, head), in_chunks(target, head))
     return torch.cat([checkpoint(_chunk_logps, h, t, head, softcap, use_reentrant=False) for h, t in parts])
 
 
-def _chunk_logps(hidden: Tensor, target: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
+def completion_kl(
+    hidden: Tensor, head: nn.Module, other: Tensor, other_head: nn.Module, softcap: float | None
+) -> Tensor:
+    """KL(other || own) [N] over the whole vocabulary, in fp32, from the final hidden states [N, D] of two models.
+
+    In chunks, as `completion_logps`: neither model's logits exist whole.
+    """
+    parts = zip(in_chunks(hidden, head), in_chunks(other, head))
+    return torch.cat([checkpoint(_chunk_kl, h, head, o, other_head, softcap, use_reentrant=False) for h, o in parts])
+
+
+def in_chunks(rows: Tensor, head: nn.Module) -> tuple[Tensor, ...]:
+    """The rows in parts small enough for their logits to fit into HEAD_ELEMENTS."""
+    return rows.split(max(1, HEAD_ELEMENTS // cast(Tensor, head.weight).shape[0]))
+
+
+def _logits(hidden: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
     logits = head(hidden).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _chunk_logps(hidden: Tensor, target: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
+    logits = _logits(hidden, head, softcap)
     return logits.gather(1, target.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+
+
+def _chunk_kl(hidden: Tensor, head: nn.Module, other: Tensor, other_head: nn.Module, softcap: float | None) -> Tensor:
+    own = _logits(hidden, head, softcap).log_softmax(1)
+    others = _logits(other, other_head, softcap).log_softmax(1)
+    return (others.exp() * (others - own)).sum(1)
+
+
+def final_softcap(model: PreTrainedModel) -> float | None:
+    """The bound that Gemma 2 puts on its logits."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

@@ -7,7 +7,7 @@ all that its numbers depend on. A shard appears whole or not at all: a killed ru
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from batch import Batch
-from dataloader import DataLoader
 from models import score
 from sae import SAE, ResidualTap, pooled_features
 from utils import UserError, appears_whole, console, progress_bar
@@ -32,19 +31,32 @@ COLUMNS = datasets.Features(
 )
 
 
+class Records(Protocol):
+    """What the reference scores: records known by keys that JSON can hold (a DataLoader's rows, for one)."""
+
+    def used(self) -> list[Any]:
+        """The keys of all records, in order."""
+
+    def length(self, key: Any, /) -> int:
+        """Tokens of a record."""
+
+    def batch(self, keys: list[Any], /) -> Batch:
+        """The batch of some records."""
+
+
 class ReferenceCache:
     """Rows of a finished cache. Row C * i + c is completion c of the i-th cached record, of C a record."""
 
-    def __init__(self, folder: Path, indices: Sequence[int], d_sae: int | None) -> None:
-        shards = [datasets.Dataset.from_file(str(folder / name)) for name in shard_names(len(indices))]
+    def __init__(self, folder: Path, keys: Sequence[Any], d_sae: int | None) -> None:
+        shards = [datasets.Dataset.from_file(str(folder / name)) for name in shard_names(len(keys))]
         self.rows = datasets.concatenate_datasets(shards).with_format("numpy")
-        self.completions = len(self.rows) // len(indices)
+        self.completions = len(self.rows) // len(keys)
         self.d_sae = d_sae
-        self.place = {index: place for place, index in enumerate(indices)}
+        self.place = {key: place for place, key in enumerate(keys)}
 
     def attach(self, batch: Batch) -> Batch:
         """Put `logps` [S], `token_logps` [N] and, with an SAE, `features` [S, F] into `batch.reference`."""
-        places = [self.place[index] * self.completions + c for c in range(self.completions) for index in batch.index]
+        places = [self.place[key] * self.completions + c for c in range(self.completions) for key in batch.index]
         rows = self.rows[places]
         batch.reference = {
             "logps": torch.tensor(rows["logps"]),
@@ -58,45 +70,70 @@ class ReferenceCache:
         return batch
 
 
+class LiveReference:
+    """A frozen reference model in memory, for a loss that needs its whole distribution."""
+
+    def __init__(self, model: PreTrainedModel, tap: ResidualTap | None, sae: SAE | None) -> None:
+        self.model, self.tap, self.sae = model.requires_grad_(False).eval(), tap, sae
+
+    @torch.no_grad()
+    def attach(self, batch: Batch) -> Batch:
+        """As `ReferenceCache.attach`, and the whole distribution as `hidden` [N, D] with its `head`."""
+        batch = batch.to(next(self.model.parameters()).device)
+        scores = score(self.model, batch, self.tap)
+        batch.reference = {
+            "logps": scores.logps,
+            "token_logps": scores.token_logps,
+            "hidden": scores.hidden,
+            "head": self.model.get_output_embeddings(),
+        }
+        if self.sae is not None and scores.residual is not None:
+            batch.reference["features"] = pooled_features(self.sae, scores.residual, batch.content_lengths)
+        return batch
+
+
+Reference = ReferenceCache | LiveReference
+
+
 def shard_names(records: int) -> list[str]:
     return [f"{start:09d}.arrow" for start in range(0, records, SHARD)]
 
 
 def load_or_build(
     folder: Path,
-    loader: DataLoader,
+    records: Records,
     model: PreTrainedModel,
     tap: ResidualTap | None,
     sae: SAE | None,
     batch_size: int,
 ) -> ReferenceCache:
-    """The cache of the records that a loader will give, computed by `model` in eval mode where it is not there yet.
+    """The cache of these records, computed by `model` in eval mode where it is not there yet.
 
     Raises UserError if the model gives a log-probability that is not finite.
     """
-    indices = loader.used()
-    names = shard_names(len(indices))
+    keys = records.used()
+    names = shard_names(len(keys))
     missing = [n for n, name in enumerate(names) if not (folder / name).is_file()]
     if not missing:
-        console.print(f"reference cache: found {len(indices):,} records in {folder}")
+        console.print(f"reference cache: found {len(keys):,} records in {folder}")
     elif len(missing) < len(names):
         console.print(f"reference cache: going on after {len(names) - len(missing)} of {len(names)} shards in {folder}")
     else:
-        console.print(f"reference cache: computing {len(indices):,} records into {folder}")
+        console.print(f"reference cache: computing {len(keys):,} records into {folder}")
     model.eval()
     with progress_bar("reference cache", len(names), len(names) - len(missing)) as advance:
         for done, shard in enumerate(missing, start=len(names) - len(missing) + 1):
-            rows = shard_rows(indices[shard * SHARD : (shard + 1) * SHARD], loader, model, tap, sae, batch_size)
+            rows = shard_rows(keys[shard * SHARD : (shard + 1) * SHARD], records, model, tap, sae, batch_size)
             with appears_whole(folder / names[shard]) as part:
                 write_arrow(rows, part)
             advance(done, None)
-    return ReferenceCache(folder, indices, None if sae is None else sae.d_sae)
+    return ReferenceCache(folder, keys, None if sae is None else sae.d_sae)
 
 
 @torch.no_grad()
 def shard_rows(
-    indices: Sequence[int],
-    loader: DataLoader,
+    keys: Sequence[Any],
+    records: Records,
     model: PreTrainedModel,
     tap: ResidualTap | None,
     sae: SAE | None,
@@ -104,18 +141,18 @@ def shard_rows(
 ) -> list[dict[str, Any]]:
     """The cache's rows of some records, in order. Records of like length are scored together: less padding."""
     device = next(model.parameters()).device
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
-    order = sorted(indices, key=loader.length)
+    rows: dict[tuple[Any, int], dict[str, Any]] = {}
+    order = sorted(keys, key=records.length)
     for start in range(0, len(order), batch_size):
-        rows |= reference_rows(loader.batch(order[start : start + batch_size]).to(device), model, tap, sae)
-    completions = len(rows) // len(indices)
-    return [rows[index, c] for index in indices for c in range(completions)]
+        rows |= reference_rows(records.batch(order[start : start + batch_size]).to(device), model, tap, sae)
+    completions = len(rows) // len(keys)
+    return [rows[key, c] for key in keys for c in range(completions)]
 
 
 def reference_rows(
     batch: Batch, model: PreTrainedModel, tap: ResidualTap | None, sae: SAE | None
-) -> dict[tuple[int, int], dict[str, Any]]:
-    """The cache's row of each completion, by record index and completion number."""
+) -> dict[tuple[Any, int], dict[str, Any]]:
+    """The cache's row of each completion, by the record's key and completion number."""
     scores = score(model, batch, tap)
     if not torch.isfinite(scores.token_logps).all():
         raise UserError(f"the reference gives log-probabilities that are not finite, among records {batch.index}")

@@ -113,7 +113,7 @@ class SAETrainer(BasicTrainer):
 
     def first_residuals(self, setup: Setup) -> Iterator[Tensor]:
         tokens = 0
-        for micro_batches in setup.train_loader.steps():
+        for micro_batches in setup.loaders["train"].steps():
             for batch in micro_batches:
                 yield self.residuals(batch.to(self.device))
                 tokens += self.weight(batch)

@@ -106,6 +106,7 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
         loader = named_class(config.loss.dataloader, dataloader, "loss.dataloader")
         binding = bind(trainer, loader.records, dict(config.loss))
         parts = Parts(trainer, loader, binding)
+        trainer.check(config, binding)
         if "sae" in binding.needs and config.get("sae") is None:
             known = sorted(path.stem for path in (Path(__file__).parent / "config/sae").glob("*.yaml"))
             raise UserError(f"loss={config.loss.name} needs an SAE: sae={'|'.join(known)}, fitting the model")

@@ -9,7 +9,7 @@ Shape letters: B records (pairs) of a batch, S sequences, N completion tokens.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,11 +22,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from batch import Batch
 from checkpoint import MetricsLog, Run
-from dataloader import DataLoader
-from models import autocast, load_policy_file, score
-from reference import ReferenceCache
+from dataloader import DataLoader, MismatchedRecords
+from models import Scores, autocast, final_softcap, load_policy_file, score
+from reference import Reference
 from sae import SAE, ResidualTap
-from utils import UserError, console, progress_bar, suggest
+from utils import UserError, console, progress_bar, suggest, sum_over_ranks
 from vocabulary import QUANTITIES, Binding, Evidence
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
@@ -41,12 +41,10 @@ class Setup:
     run: Run
     policy: PreTrainedModel
     tokenizer: Tokenizer
-    train_loader: DataLoader
-    eval_loader: DataLoader
+    loaders: dict[str, DataLoader]  # "train" and "eval"
     sae: SAE | None = None
     tap: ResidualTap | None = None
-    train_reference: ReferenceCache | None = None
-    eval_reference: ReferenceCache | None = None
+    references: dict[str, Reference] = field(default_factory=dict)  # of "train", "eval", "train/mismatched", ...
 
 
 def make_optimizer(config: DictConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -89,8 +87,8 @@ class BasicTrainer:
         self.device = next(setup.policy.parameters()).device
         self.policy, self.tap = setup.policy, setup.tap
         self.sae = setup.sae.to(self.device) if setup.sae else None
-        self.loaders = {"train": setup.train_loader, "eval": setup.eval_loader}
-        self.references = {"train": setup.train_reference, "eval": setup.eval_reference}
+        self.loaders, self.references = setup.loaders, setup.references
+        self.kl: Tensor | None = None
         self.module = self.trained_module()
         self.last_evaluation: dict[str, float] = {}
         trained = [p for p in self.module.parameters() if p.requires_grad]
@@ -99,7 +97,7 @@ class BasicTrainer:
             SCHEDULES[self.config.lr_schedule],
             self.optimizer,
             num_warmup_steps=self.config.warmup_steps,
-            num_training_steps=len(setup.train_loader),
+            num_training_steps=len(self.loaders["train"]),
         )
 
     # ------------------------------------------------------------------------------------------------ the loss
@@ -114,14 +112,24 @@ class BasicTrainer:
         """What a batch counts for in the mean over the optimiser step: its number of records."""
         return len(batch.index)
 
+    def score(self, batch: Batch, reference: Reference | None) -> tuple[Batch, Scores]:
+        """The batch on the device, with what the reference says of it, and what the policy says."""
+        with autocast(self.device, self.config.model.policy_dtype):
+            batch = (reference.attach(batch) if reference else batch).to(self.device)
+            return batch, score(self.policy, batch, self.tap)
+
+    def before_step(self, split: str, step: int) -> None:
+        """Measure what belongs to a whole optimiser step, or evaluation batch, before its losses are computed."""
+
+    @classmethod
+    def check(cls, config: DictConfig, binding: Binding) -> None:
+        """Raise UserError for a configuration that this trainer cannot work with."""
+
     def compute_loss(self, batch: Batch, split: str, means: Means) -> Tensor:
         """Losses of a batch, one for each record; their sum over the step, divided by its weight, is minimised."""
-        if reference := self.references[split]:
-            batch = reference.attach(batch)
-        batch = batch.to(self.device)
-        with autocast(self.device, self.config.model.policy_dtype):
-            scores = score(self.policy, batch, self.tap)
-        evidence = Evidence(batch, scores, self.sae)
+        batch, scores = self.score(batch, self.references.get(split))
+        head, softcap = self.policy.get_output_embeddings(), final_softcap(self.policy)
+        evidence = Evidence(batch, scores, head, softcap, self.sae, self.kl)
         options = self.binding.options
         names = dict.fromkeys(i.quantity for i in self.binding.inputs)
         quantities = {name: QUANTITIES[name](evidence, **options[name]) for name in names}
@@ -137,7 +145,7 @@ class BasicTrainer:
                 means.add(f"feature_drift_{split}/{side}", self.side(quantities["feature_drift"], side, batch))
         return losses
 
-    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
+    def report(self, means: Means, split: str, batch: Batch, scores: Scores, rewards: list[Tensor]) -> None:
         """Add what this shape of data logs, beside the loss."""
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -192,6 +200,7 @@ class BasicTrainer:
 
         Raises UserError, leaving the weights alone, if a loss or the gradient is not finite.
         """
+        self.before_step("train", step)
         weight = sum(self.weight(batch) for batch in micro_batches)
         losses = []
         for batch in micro_batches:
@@ -219,9 +228,10 @@ class BasicTrainer:
         self.module.eval()
         loader, means = self.loaders["eval"], Means()
         with progress_bar("evaluating", len(loader), 0) as advance:
-            for done, (batch,) in enumerate(loader.steps(), start=1):
+            for step, (batch,) in enumerate(loader.steps()):
+                self.before_step("eval", step)
                 self.compute_loss(batch, "eval", means)
-                advance(done, None)
+                advance(step + 1, None)
         return means.read()
 
     # ------------------------------------------------------------------------------------------------ what is kept
@@ -290,7 +300,7 @@ class PairedPreferenceTrainer(BasicTrainer):
         chosen, rejected = values.split(len(batch.index))
         return chosen if side == "chosen" else rejected
 
-    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
+    def report(self, means: Means, split: str, batch: Batch, scores: Scores, rewards: list[Tensor]) -> None:
         for side in ("chosen", "rejected"):
             means.add(f"logps_{split}/{side}", self.side(scores.logps, side, batch))
         means.add(f"logps_{split}/accuracies", self.margin(scores.mean_logps, batch) > 0)
@@ -373,6 +383,48 @@ def log_odds_of(logps: Tensor) -> Tensor:
     return logps - torch.log(-torch.expm1(logps))
 
 
+class TDPO1Trainer(PairedPreferenceTrainer):
+    """Token-level DPO (Zeng et al. 2024, 2404.11999, Eq. 17): DPO less the difference in sequential KL."""
+
+    def loss(
+        self,
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen_position_kl,
+        rejected_position_kl,
+        *,
+        beta,
+    ):
+        chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+        rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+        constraint = beta * (rejected_position_kl - chosen_position_kl)
+        return -F.logsigmoid(chosen_rewards - rejected_rewards - constraint), chosen_rewards, rejected_rewards
+
+
+class TDPO2Trainer(PairedPreferenceTrainer):
+    """Token-level DPO's second form (2404.11999, Eq. 18): the difference in sequential KL weighs alpha, and no gradient
+    flows through the chosen side's."""
+
+    def loss(
+        self,
+        chosen_logps,
+        ref_chosen_logps,
+        chosen_position_kl,
+        rejected_logps,
+        ref_rejected_logps,
+        rejected_position_kl,
+        *,
+        beta,
+        alpha,
+    ):
+        chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+        rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+        constraint = alpha * beta * (rejected_position_kl - chosen_position_kl.detach())
+        return -F.logsigmoid(chosen_rewards - rejected_rewards - constraint), chosen_rewards, rejected_rewards
+
+
 class FPOTrainer(PairedPreferenceTrainer):
     """Feature-level preference optimisation (Yin et al. 2024, 2411.07618 v4, Eq. 8-11).
 
@@ -397,3 +449,90 @@ class FPOTrainer(PairedPreferenceTrainer):
         rejected_rewards = beta * (policy_rejected_mean_logps - reference_rejected_mean_logps)
         constraint = alpha * (rejected_feature_drift - chosen_feature_drift.detach())
         return -F.logsigmoid(chosen_rewards - rejected_rewards - constraint), chosen_rewards, rejected_rewards
+
+
+# ---------------------------------------------------------------------------------------------------- unpaired losses
+
+
+class UnpairedPreferenceTrainer(BasicTrainer):
+    """Losses on single completions labelled desirable or not. `chosen_...` in a loss's parameters are the values of
+    the desirable ones in the batch, `rejected_...` of the others; there may be none of either."""
+
+    sides = (None, "chosen", "rejected")
+
+    def __init__(self, setup: Setup, **options: Any) -> None:
+        super().__init__(setup, **options)
+        self.mismatched_records = {split: MismatchedRecords(loader) for split, loader in self.loaders.items()}
+
+    @classmethod
+    def check(cls, config: DictConfig, binding: Binding) -> None:
+        if "kl" in binding.needs and config.model.batch_size == 1:
+            raise UserError("model.batch_size=1: KTO's z needs the completion of another example, so at least 2")
+
+    def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
+        desirable = batch.record["desirable"]
+        return values if side is None else values[desirable if side == "chosen" else ~desirable]
+
+    @torch.no_grad()
+    def before_step(self, split: str, step: int) -> None:
+        """KTO's z (2402.01306, section 4.1): the mean log-ratio of each prompt with another record's completion, over
+        the optimiser step on all ranks, and then no less than 0."""
+        if "kl" not in self.binding.needs:
+            return
+        total = torch.zeros(2, device=self.device, dtype=torch.float64)
+        for batch in self.mismatched_records[split].batches(step):
+            batch, scores = self.score(batch, self.references[f"{split}/mismatched"])
+            logratios = scores.logps - batch.reference["logps"]
+            total += torch.stack([logratios.double().sum(), logratios.new_tensor(len(logratios)).double()])
+        logratio, count = sum_over_ranks(total)
+        self.kl = (logratio / count).clamp(min=0).float()
+
+    def report(self, means: Means, split: str, batch: Batch, scores: Scores, rewards: list[Tensor]) -> None:
+        for side in ("chosen", "rejected"):
+            means.add(f"logps_{split}/{side}", self.side(scores.logps, side, batch))
+            for values in rewards:
+                means.add(f"rewards_{split}/{side}", self.side(values, side, batch))
+        if self.kl is not None:
+            means.add(f"kl/{split}", self.kl)
+
+
+class KTOTrainer(UnpairedPreferenceTrainer):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, 2402.01306, Eq. 8)."""
+
+    def loss(self, policy_logps, reference_logps, desirable, kl, *, beta, desirable_weight, undesirable_weight):
+        logratios = policy_logps - reference_logps
+        values = torch.sigmoid(beta * signed(logratios - kl, desirable))
+        return torch.where(desirable, desirable_weight, undesirable_weight) * (1 - values), beta * logratios
+
+
+class KTOLogSigmoidTrainer(UnpairedPreferenceTrainer):
+    """KTO with -log sigmoid(.) in place of 1 - sigmoid(.), as HALOs has it."""
+
+    def loss(self, policy_logps, reference_logps, desirable, kl, *, beta, desirable_weight, undesirable_weight):
+        logratios = policy_logps - reference_logps
+        losses = -F.logsigmoid(beta * signed(logratios - kl, desirable))
+        return torch.where(desirable, desirable_weight, undesirable_weight) * losses, beta * logratios
+
+
+class KTOZeroTrainer(UnpairedPreferenceTrainer):
+    """KTO with 0 as its reference point and no weights, as HALOs has it."""
+
+    def loss(self, policy_logps, reference_logps, desirable, *, beta):
+        logratios = policy_logps - reference_logps
+        return 1 - torch.sigmoid(beta * signed(logratios, desirable)), beta * logratios
+
+
+class KTOSurprisalTrainer(UnpairedPreferenceTrainer):
+    """KTO without a reference: log-probabilities per token in place of log-ratios, as HALOs has it.
+
+    Its z, a mean of log-probabilities, is never above 0, so it is 0.
+    """
+
+    def loss(self, policy_mean_logps, desirable, *, beta, desirable_weight, undesirable_weight):
+        values = torch.sigmoid(beta * signed(policy_mean_logps, desirable))
+        return torch.where(desirable, desirable_weight, undesirable_weight) * (1 - values), beta * policy_mean_logps
+
+
+def signed(values: Tensor, desirable: Tensor) -> Tensor:
+    """The values [S] where desirable, their negatives elsewhere."""
+    return torch.where(desirable, values, -values)

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import sae as saes
 from batch import Batch
-from models import Scores
+from models import Scores, completion_kl
 from utils import UserError, suggest
 
 SIDES = ("chosen", "rejected")
@@ -32,7 +32,10 @@ class Evidence:
 
     batch: Batch
     policy: Scores
+    head: nn.Module  # the policy's vocabulary projection
+    softcap: float | None  # on its logits
     sae: saes.SAE | None = None
+    kl: Tensor | None = None  # of the whole optimiser step
 
 
 def policy_logps(e: Evidence) -> Tensor:
@@ -75,14 +78,44 @@ def feature_drift(e: Evidence, *, divergence: str, k: int, feature_weights: Tens
     )
 
 
+def position_kl(e: Evidence) -> Tensor:
+    """Sum over the completion's tokens of KL(reference || policy) of the next token (TDPO, 2404.11999, Eq. 8)."""
+    other, other_head = e.batch.reference["hidden"], e.batch.reference["head"]
+    per_token = completion_kl(e.policy.hidden, e.head, other, other_head, e.softcap)
+    return per_token.new_zeros(e.batch.num_sequences).index_add(0, e.batch.sequence, per_token)
+
+
+def desirable(e: Evidence) -> Tensor:
+    """Whether the completion is labelled as desirable (bool); for unpaired data."""
+    return e.batch.record["desirable"]
+
+
+def kl(e: Evidence) -> Tensor:
+    """KTO's z, one number for all sequences of an optimiser step (`UnpairedPreferenceTrainer.measure_kl`)."""
+    assert e.kl is not None
+    return e.kl.expand(e.batch.num_sequences)
+
+
 QUANTITIES: dict[str, Callable[..., Tensor]] = {
     quantity.__name__: quantity
-    for quantity in (policy_logps, policy_mean_logps, reference_logps, reference_mean_logps, lengths, feature_drift)
+    for quantity in (
+        policy_logps,
+        policy_mean_logps,
+        reference_logps,
+        reference_mean_logps,
+        lengths,
+        feature_drift,
+        position_kl,
+        desirable,
+        kl,
+    )
 }
 NEEDS = {  # what has to be there before the first step, for those that take more than the policy's own scores
     "reference_logps": {"reference"},
     "reference_mean_logps": {"reference"},
     "feature_drift": {"reference", "sae"},
+    "position_kl": {"live_reference"},
+    "kl": {"reference", "kl"},
 }
 
 
@@ -101,7 +134,7 @@ class Binding:
 
     inputs: tuple[Input, ...]
     options: dict[str, dict[str, Any]]  # hyper-parameters of `__init__`, `loss`, the loader and each quantity
-    needs: frozenset[str]  # of "reference", "sae"
+    needs: frozenset[str]  # of "reference", "live_reference", "sae", "kl"
 
 
 def parse_parameter(parameter: str) -> Input | None:

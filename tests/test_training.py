@@ -8,6 +8,7 @@ import torch
 from conftest import REPO, metrics
 from hydra import compose, initialize_config_dir
 
+import assembly
 import toy
 import train
 import trainers
@@ -53,8 +54,9 @@ def losses(lines):
 def test_every_loss_takes_steps(tmp_path, loss):
     extra = ["loss.d_sae=64", "loss.k=4"] if loss == "sae" else []
     lines = run(tmp_path, f"loss={loss}", *extra)
-    assert len(losses(lines)) == 3 and all(map(math.isfinite, losses(lines)))
-    assert [line["examples"] for line in lines if "loss/eval" in line] == [0, 24]
+    records = 48 if loss.startswith("kto") else 24  # both sides of each pair, or pairs
+    assert len(losses(lines)) == records // 8 and all(map(math.isfinite, losses(lines)))
+    assert [line["examples"] for line in lines if "loss/eval" in line] == [0, records]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "fpo", "fpo-mse"])
@@ -69,7 +71,7 @@ def test_step_0_is_log_2_without_drift(tmp_path, loss):
     assert lines[-1]["loss/eval"] != pytest.approx(math.log(2), abs=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["sft", "fpo"])
+@pytest.mark.parametrize("loss", ["sft", "fpo", "kto"])
 def test_accumulation_equals_the_big_batch(tmp_path, loss):
     whole = run(tmp_path, f"loss={loss}", "exp_name=whole")
     split = run(tmp_path, f"loss={loss}", "exp_name=split", "++model.gradient_accumulation_steps=4")
@@ -156,7 +158,7 @@ def test_the_cached_reference_equals_a_live_one(tmp_path):
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         parts = settings.check(config, overrides)
         sources = settings.find_sources(config, parts.binding.needs)
-    trainer = train.prepare(config, parts, sources, Run(tmp_path / "run"))
+    trainer = assembly.prepare(config, parts, sources, Run(tmp_path / "run"))
     load = partial(models.load_model, sources.model, "eager", torch.device("cpu"))
     live = load()
     tap = type(trainer.tap)(models.decoder_layers(live)[config.sae.layer])
