@@ -38,6 +38,7 @@ def prepare(
             binding.options["feature_drift"] |= drift_options(sae.d_sae, **binding.options["feature_drift"])
 
     tokenizer = models.load_tokenizer(sources.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(parts.trainer.control_tokens)})
     tokens = {
         split: dataloader.load_tokens(config, name, tokenizer, parts.loader, binding.options["loader"])
         for split, name in (("train", "train"), ("eval", "test"))
@@ -61,7 +62,8 @@ def prepare(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = models.choose_attention(model.attn_implementation, architecture, device, model.policy_dtype)
     weights = models.fetch(model.name_or_path, models.WEIGHT_FILES, "model.name_or_path")
-    policy = models.load_model(weights, attention, device, model.load_from)
+    policy = models.load_model(weights, attention, device, model.load_from, reward=parts.trainer.is_reward)
+    models.fit_vocabulary(policy, tokenizer)
     tap = None
     if sae is not None:
         sae.to(device)

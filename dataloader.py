@@ -751,3 +751,19 @@ class UnpairedPreferenceDataLoader(DataLoader):
             own = [i for i, record in enumerate(found) if record["desirable"] == label]
             kept.update(random.Random(seed).sample(own, round(fraction * len(own))))
         return [record for i, record in enumerate(found) if i in kept]
+
+
+GOOD, BAD = "<|good|>", "<|bad|>"  # the control tokens of conditional SFT
+
+
+class ConditionalSFTDataLoader(UnpairedPreferenceDataLoader):
+    """The unpaired records, each completion after the control token for its label."""
+
+    @staticmethod
+    def records(data: Dataset, **options: Any) -> list[dict[str, Any]]:
+        """As of UnpairedPreferenceDataLoader. The tokenizer has to know both control tokens."""
+        found = UnpairedPreferenceDataLoader.records(data, **options)
+        return [
+            {**record, "completions": [(GOOD if record["desirable"] else BAD) + text for text in record["completions"]]}
+            for record in found
+        ]

@@ -22,6 +22,7 @@ import dataloader
 import models
 import settings
 import tokenise
+import trainers
 from checkpoint import Run
 from sampling import sample
 from utils import UserError, console, write_json
@@ -48,7 +49,11 @@ def read_config(path: Path, overrides: list[str]) -> tuple[DictConfig, Path]:
 
 def write_samples(config: DictConfig, run: Path) -> None:
     """One completion for each of the first n_samples test prompts, in `<samples_dir>/<exp_name>.json`."""
+    trainer = settings.named_class(config.loss.trainer, trainers, "loss.trainer")
+    if trainer.is_reward:
+        raise UserError(f"{run}: a reward model writes no text; ++mode=eval measures it")
     tokenizer = models.load_tokenizer(run / "LATEST")
+    control = [tokenizer.encode(token, add_special_tokens=False)[0] for token in trainer.control_tokens]
     template = tokenise.make_template(config, tokenizer)
     records = [r for data in dataloader.load_datasets(config, "test") for r in dataloader.prompt_records(data)]
     prompts = tokenise.tokenise_prompts(
@@ -64,12 +69,13 @@ def write_samples(config: DictConfig, run: Path) -> None:
         samples = sample(
             policy,
             tokenizer,
-            [prompt["prompt_ids"] for prompt in prompts],
+            [[*prompt["prompt_ids"], *control[:1]] for prompt in prompts],
             temperature=config.temperature,
             top_p=config.top_p,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.model.eval_batch_size,
             seed=config.seed,
+            never=control,
         )
     content: dict[str, Any] = {
         "sampled_at": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -16,7 +16,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +47,8 @@ class Scores:
 
     token_logps: Tensor  # [N] fp32
     hidden: Tensor  # [N, D] final hidden states at the positions that predict the tokens
+    head: nn.Module  # the model's vocabulary projection
+    softcap: float | None  # on its logits
     batch: Batch
     residual: Tensor | None = None  # [M, D] at the text tokens of the completions, where a tap was given
 
@@ -67,9 +76,11 @@ def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None) 
     """
     with tap.reading() if tap else nullcontext():
         hidden = final_hidden_states(model, batch).flatten(0, 1)[batch.predictor]
-    token_logps = completion_logps(hidden, batch.target, model.get_output_embeddings(), final_softcap(model))
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    token_logps = completion_logps(hidden, batch.target, head, softcap)
     residual = tap.take().flatten(0, 1)[batch.position[batch.content]] if tap else None
-    return Scores(token_logps, hidden, batch, residual)
+    return Scores(token_logps, hidden, head, softcap, batch, residual)
 
 
 def final_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -123,9 +134,19 @@ def _chunk_kl(hidden: Tensor, head: nn.Module, other: Tensor, other_head: nn.Mod
     return (others.exp() * (others - own)).sum(1)
 
 
-def final_softcap(model: PreTrainedModel) -> float | None:
-    """The bound that Gemma 2 puts on its logits."""
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+@dataclass
+class RewardScores:
+    """What a reward model says about the completions of a batch."""
+
+    rewards: Tensor  # [S] fp32
+
+
+def score_rewards(model: PreTrainedModel, batch: Batch) -> RewardScores:
+    """The reward model's one number for each completion, read at its last token, as
+    `AutoModelForSequenceClassification` does."""
+    hidden = final_hidden_states(model, batch).flatten(0, 1)
+    last = torch.tensor(batch.lengths, device=hidden.device).cumsum(0) - 1
+    return RewardScores(cast(Any, model).score(hidden[batch.position[last]]).float().squeeze(1))
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
@@ -206,6 +227,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
+def fit_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Add embeddings for tokens that the tokenizer has and the model has no room for."""
+    if len(tokenizer) > cast(Any, model).get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+
+
 def choose_attention(wanted: str, config: PretrainedConfig, device: torch.device, dtype: str) -> str:
     """`wanted`, or for `auto` the fastest implementation that computes this model exactly; says which and why."""
     if wanted != "auto":
@@ -229,8 +256,10 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def load_model(directory: Path, attention: str, device: torch.device, load_from: str | None = None) -> PreTrainedModel:
-    """A causal language model in fp32, on `device`, in eval mode.
+def load_model(
+    directory: Path, attention: str, device: torch.device, load_from: str | None = None, *, reward: bool = False
+) -> PreTrainedModel:
+    """A causal language model, or a reward model, in fp32, on `device`, in eval mode.
 
     `directory` is in Hub format. `load_from` replaces the weights: a `policy.pt`, a Hub-format directory, or a run
     directory (its LATEST). Raises UserError listing weights that are missing, left over or of another shape.
@@ -240,8 +269,10 @@ def load_model(directory: Path, attention: str, device: torch.device, load_from:
         found = find_weights(load_from)
         directory, policy_file = (directory, found) if found.is_file() else (found, None)
     weight_files(directory)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    loaded = kind.from_pretrained(
         directory,
+        **({"num_labels": 1} if reward else {}),
         dtype=torch.float32,
         attn_implementation=attention,
         use_safetensors=True,
@@ -252,24 +283,28 @@ def load_model(directory: Path, attention: str, device: torch.device, load_from:
     problems = {
         kind: sorted(map(str, loading[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
-    refuse_misfits(directory, problems)
+    refuse_misfits(directory, problems, reward)
     if policy_file is not None:
-        load_policy_file(model, policy_file)
+        load_policy_file(model, policy_file, reward=reward)
     cast(nn.Module, model).to(device)
     return model.eval()
 
 
-def load_policy_file(model: PreTrainedModel, path: Path) -> None:
+def load_policy_file(model: PreTrainedModel, path: Path, *, reward: bool = False) -> None:
     """Load a `policy.pt` of this repo or of HALOs. Raises UserError where it does not fit the model exactly."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
         result = model.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"{path}: not a policy.pt of this model ({error})") from error
-    refuse_misfits(path, {"missing_keys": result.missing_keys, "unexpected_keys": result.unexpected_keys})
+    refuse_misfits(path, {"missing_keys": result.missing_keys, "unexpected_keys": result.unexpected_keys}, reward)
 
 
-def refuse_misfits(source: Path, problems: dict[str, list[str]]) -> None:
+def refuse_misfits(source: Path, problems: dict[str, list[str]], reward: bool) -> None:
+    """Raise UserError for weights that are missing or left over. A reward model may start from a language model: it
+    has a head of its own, `score`, for the projection onto the vocabulary."""
+    heads = ("score.", "lm_head.", "embed_out.") if reward else ()
+    problems = {kind: [name for name in names if not name.startswith(heads)] for kind, names in problems.items()}
     if any(problems.values()):
         lists = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{source}: the weights do not fit the model. {lists}")

@@ -30,9 +30,11 @@ def sample(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    never: Sequence[int] = (),
 ) -> list[Sample]:
-    """One completion for each prompt (token ids), in the prompts' order. Temperature 0 is greedy.
+    """One completion for each prompt (token ids), in the prompts' order, without the tokens in `never`.
 
+    Temperature 0 is greedy.
     Prompts of similar length go together, padded on the left; every batch draws from a seed of its own, so the samples
     depend on the seed and the batch size.
     """
@@ -41,6 +43,7 @@ def sample(
     generation = GenerationConfig(
         **(settings if temperature > 0 else {"do_sample": False}),
         max_new_tokens=max_new_tokens,
+        suppress_tokens=list(never) or None,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=end_tokens(model, tokenizer),

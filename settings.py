@@ -102,6 +102,8 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
         dataloader.check_datasets(config)
     parts = None
     with problems.collected():
+        if OmegaConf.is_missing(config.loss, "trainer"):
+            raise UserError(f"loss={config.loss.name} needs a trainer of yours: ++loss.trainer=path/to/file.py:Class")
         trainer = named_class(config.loss.trainer, trainers, "loss.trainer")
         loader = named_class(config.loss.dataloader, dataloader, "loss.dataloader")
         binding = bind(trainer, loader.records, dict(config.loss))

@@ -5,12 +5,14 @@ import resource
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from rich.table import Table
 
 import models
+import toy
 from batch import collate_padded
 from compare import Item, judge_pairs, toy_judge, win_rate
 from sampling import Sample, sample
@@ -22,6 +24,8 @@ NAMES = {  # the figures in the order of the table; a run has those that apply t
     "loss_after": "held-out loss after",
     "accuracy_before": "preference accuracy before",
     "accuracy_after": "preference accuracy after",
+    "toy_score_before": "toy score before",
+    "toy_score_after": "toy score after",
     "win_rate": "win rate against the start",
     "feature_drift": "feature drift",
     "kl": "KL to the reference, nats a completion",
@@ -75,7 +79,7 @@ def against_start(trainer: BasicTrainer, start_weights: Path, count: int) -> dic
     """The tuned policy against the policy it started as, on held-out prompts, by the toy language's rules.
 
     Both are sampled as they are (temperature 1, no truncation), so the same samples give an unbiased KL:
-    E over the policy's completions of log policy - log start.
+    the mean over the policy's completions of log policy - log start.
     """
     config, model = trainer.config, trainer.config.model
     attention = trainer.policy.config._attn_implementation
@@ -83,42 +87,53 @@ def against_start(trainer: BasicTrainer, start_weights: Path, count: int) -> dic
     rows = {row["prompt"]: row for row in trainer.loaders["eval"].rows}
     prompts = list(rows.values())[:count]
 
-    def completions(policy: Any, seed: int) -> list[Sample]:
+    control = [trainer.tokenizer.encode(token, add_special_tokens=False)[0] for token in trainer.control_tokens]
+    plain = [row["prompt_ids"] for row in prompts]
+    controlled = [[*ids, *control[:1]] for ids in plain]
+
+    def completions(policy: Any, prompt_ids: list[list[int]], seed: int) -> list[Sample]:
         return sample(
             policy,
             trainer.tokenizer,
-            [row["prompt_ids"] for row in prompts],
+            prompt_ids,
             temperature=1.0,
             top_p=1.0,
             max_new_tokens=config.max_new_tokens,
             batch_size=model.eval_batch_size,
             seed=seed,
+            never=control if policy is trainer.policy else (),
         )
 
-    tuned, before = completions(trainer.policy, config.seed), completions(start, config.seed + 1)
+    tuned = completions(trainer.policy, controlled, config.seed)
+    before = completions(start, plain, config.seed + 1)
     items = [Item(json.loads(row["messages"]), t.text, b.text) for row, t, b in zip(prompts, tuned, before)]
     outcomes = Counter(verdict.outcome for verdict in judge_pairs(items, toy_judge, config.seed))
     rate, low, high = win_rate(outcomes["win"], outcomes["tie"], outcomes["loss"])
+    questions = [item.messages[-1]["content"] for item in items]
     return {
+        "toy_score_before": mean(toy.score(question, item.baseline) for question, item in zip(questions, items)),
+        "toy_score_after": mean(toy.score(question, item.candidate) for question, item in zip(questions, items)),
         "win_rate": rate,
         "win_rate_low": low,
         "win_rate_high": high,
-        "kl": sequence_kl(trainer, start, [row["prompt_ids"] for row in prompts], [s.ids for s in tuned]),
+        "kl": (
+            log_likelihood(trainer, trainer.policy, controlled, tuned) - log_likelihood(trainer, start, plain, tuned)
+        ),
     }
 
 
 @torch.no_grad()
-def sequence_kl(trainer: BasicTrainer, start: Any, prompts: list[list[int]], completions: list[list[int]]) -> float:
-    """Mean over the policy's own completions of log policy(y|x) - log start(y|x), in nats."""
+def log_likelihood(trainer: BasicTrainer, policy: Any, prompts: list[list[int]], samples: list[Sample]) -> float:
+    """Mean log-probability of the samples under a policy, in nats."""
     tokenizer, size = trainer.tokenizer, trainer.config.model.eval_batch_size
     records = [
-        {"prompt_ids": prompt, "completion_ids": [ids], "index": i}
-        for i, (prompt, ids) in enumerate(zip(prompts, completions))
+        {"prompt_ids": prompt, "completion_ids": [drawn.ids], "index": i}
+        for i, (prompt, drawn) in enumerate(zip(prompts, samples))
     ]
     total = 0.0
     for first in range(0, len(records), size):
         batch = collate_padded(
             records[first : first + size], pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id
-        ).to(trainer.device)
-        total += float((models.score(trainer.policy, batch).logps - models.score(start, batch).logps).sum())
+        )
+        total += float(models.score(policy, batch.to(trainer.device)).logps.sum())
     return total / len(records)

@@ -181,14 +181,15 @@ def score(prompt: str, completion: str, prefer: Sequence[str] = DEFAULT) -> floa
     """How much of `prefer` a completion has: each preference outweighs all those after it.
 
     `prefer` holds names from PREFERABLE, the most important first. The score is in [0, 2), or -1 for a completion
-    whose language, tone or format can't be told. Raises UserError for a name that isn't there.
+    whose language, tone or format can't be told, and where the prompt isn't one of the toy language. Raises UserError
+    for a name that isn't there.
     """
     unknown = [name for name in prefer if name not in PREFERABLE]
     if unknown or not prefer:
         which = f"{unknown[0]!r}{suggest(unknown[0], PREFERABLE)}" if unknown else "nothing"
         raise UserError(f"the toy language can't prefer {which}; prefer one or more of {', '.join(PREFERABLE)}")
     found = attributes(prompt, completion)
-    if None in (found.language, found.tone, found.format):
+    if None in (found.task, found.language, found.tone, found.format):
         return -1.0
     held = {found.language, found.tone, found.format}
     if found.correct:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
@@ -22,8 +23,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from batch import Batch
 from checkpoint import MetricsLog, Run
-from dataloader import DataLoader, MismatchedRecords
-from models import Scores, autocast, final_softcap, load_policy_file, score
+from dataloader import BAD, GOOD, DataLoader, MismatchedRecords
+from models import autocast, find_weights, load_model, load_policy_file, score, score_rewards
 from reference import Reference
 from sae import SAE, ResidualTap
 from utils import UserError, console, progress_bar, suggest, sum_over_ranks
@@ -80,6 +81,9 @@ class BasicTrainer:
     """The loop: batches to steps, metrics, evaluations, checkpoints. Subclasses say what a batch's loss is."""
 
     sides: ClassVar[tuple[str | None, ...]] = (None,)  # which sides of a record a loss may ask for
+    is_reward: ClassVar[bool] = False  # trains a reward model, not a policy
+    control_tokens: ClassVar[tuple[str, ...]] = ()  # added to the vocabulary; sampling starts from the first
+    passes = 1  # updates from each step of the training data
 
     def __init__(self, setup: Setup) -> None:
         self.config, self.run, self.tokenizer = setup.config, setup.run, setup.tokenizer
@@ -88,7 +92,8 @@ class BasicTrainer:
         self.policy, self.tap = setup.policy, setup.tap
         self.sae = setup.sae.to(self.device) if setup.sae else None
         self.loaders, self.references = setup.loaders, setup.references
-        self.kl: Tensor | None = None
+        self.kl: Tensor | None = None  # what some trainers add to the evidence
+        self.value_head: nn.Module | None = None
         self.module = self.trained_module()
         self.last_evaluation: dict[str, float] = {}
         trained = [p for p in self.module.parameters() if p.requires_grad]
@@ -112,14 +117,19 @@ class BasicTrainer:
         """What a batch counts for in the mean over the optimiser step: its number of records."""
         return len(batch.index)
 
-    def score(self, batch: Batch, reference: Reference | None) -> tuple[Batch, Scores]:
+    def score(self, batch: Batch, reference: Reference | None) -> tuple[Batch, Any]:
         """The batch on the device, with what the reference says of it, and what the policy says."""
         with autocast(self.device, self.config.model.policy_dtype):
             batch = (reference.attach(batch) if reference else batch).to(self.device)
             return batch, score(self.policy, batch, self.tap)
 
-    def before_step(self, split: str, step: int) -> None:
+    def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:
         """Measure what belongs to a whole optimiser step, or evaluation batch, before its losses are computed."""
+
+    def clip_gradients(self) -> float:
+        """Bound the gradient's norm; gives what it was."""
+        limit = self.config.model.max_grad_norm
+        return float(nn.utils.clip_grad_norm_(self.module.parameters(), limit if limit else float("inf")))
 
     @classmethod
     def check(cls, config: DictConfig, binding: Binding) -> None:
@@ -128,8 +138,7 @@ class BasicTrainer:
     def compute_loss(self, batch: Batch, split: str, means: Means) -> Tensor:
         """Losses of a batch, one for each record; their sum over the step, divided by its weight, is minimised."""
         batch, scores = self.score(batch, self.references.get(split))
-        head, softcap = self.policy.get_output_embeddings(), final_softcap(self.policy)
-        evidence = Evidence(batch, scores, head, softcap, self.sae, self.kl)
+        evidence = Evidence(batch, scores, self.sae, self.kl, self.value_head)
         options = self.binding.options
         names = dict.fromkeys(i.quantity for i in self.binding.inputs)
         quantities = {name: QUANTITIES[name](evidence, **options[name]) for name in names}
@@ -145,7 +154,7 @@ class BasicTrainer:
                 means.add(f"feature_drift_{split}/{side}", self.side(quantities["feature_drift"], side, batch))
         return losses
 
-    def report(self, means: Means, split: str, batch: Batch, scores: Scores, rewards: list[Tensor]) -> None:
+    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         """Add what this shape of data logs, beside the loss."""
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -196,18 +205,24 @@ class BasicTrainer:
         self.metrics.close()
 
     def optimise(self, step: int, micro_batches: list[Batch], means: Means) -> float:
-        """One optimiser step; gives the gradient's norm before clipping.
+        """One step of the training data, of `passes` updates; gives the last gradient's norm before clipping."""
+        self.before_step("train", step, micro_batches)
+        for _ in range(self.passes):
+            norm = self.update(step, micro_batches, means)
+        self.schedule.step()
+        return norm
+
+    def update(self, step: int, micro_batches: list[Batch], means: Means) -> float:
+        """One update of the weights; gives the gradient's norm before clipping.
 
         Raises UserError, leaving the weights alone, if a loss or the gradient is not finite.
         """
-        self.before_step("train", step)
         weight = sum(self.weight(batch) for batch in micro_batches)
         losses = []
         for batch in micro_batches:
             losses.append(self.compute_loss(batch, "train", means))
             (losses[-1].sum() / weight).backward()
-        limit = self.config.model.max_grad_norm
-        norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), limit if limit else float("inf")))
+        norm = self.clip_gradients()
         if not all(bool(part.isfinite().all()) for part in losses) or not norm < float("inf"):
             bad = [b.index for b, part in zip(micro_batches, losses) if not part.isfinite().all()]
             rows = self.loaders["train"].rows
@@ -218,7 +233,6 @@ class BasicTrainer:
                 f"{', '.join(sources)}. The last checkpoint is good: {self.run.newest_state() or 'none yet'}"
             )
         self.optimizer.step()
-        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -229,7 +243,7 @@ class BasicTrainer:
         loader, means = self.loaders["eval"], Means()
         with progress_bar("evaluating", len(loader), 0) as advance:
             for step, (batch,) in enumerate(loader.steps()):
-                self.before_step("eval", step)
+                self.before_step("eval", step, [batch])
                 self.compute_loss(batch, "eval", means)
                 advance(step + 1, None)
         return means.read()
@@ -267,7 +281,7 @@ class BasicTrainer:
 
     def read_export(self, folder: Path) -> None:
         """Put the weights that `write_export` wrote in place of those trained, to evaluate them."""
-        load_policy_file(self.policy, folder / "policy.pt")
+        load_policy_file(self.policy, folder / "policy.pt", reward=self.is_reward)
 
 
 def crosses(every: int | None, before: int, now: int) -> bool:
@@ -288,6 +302,13 @@ class SFTTrainer(BasicTrainer):
         return sum(batch.lengths)
 
 
+class CSFTTrainer(SFTTrainer):
+    """Conditional SFT (Korbak et al. 2023, 2302.08582): preferred completions are learnt after one control token, the
+    others after another, and sampling starts from the first."""
+
+    control_tokens = (GOOD, BAD)
+
+
 # ---------------------------------------------------------------------------------------------------- paired losses
 
 
@@ -300,19 +321,23 @@ class PairedPreferenceTrainer(BasicTrainer):
         chosen, rejected = values.split(len(batch.index))
         return chosen if side == "chosen" else rejected
 
-    def report(self, means: Means, split: str, batch: Batch, scores: Scores, rewards: list[Tensor]) -> None:
+    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         for side in ("chosen", "rejected"):
             means.add(f"logps_{split}/{side}", self.side(scores.logps, side, batch))
         means.add(f"logps_{split}/accuracies", self.margin(scores.mean_logps, batch) > 0)
         if rewards:
-            chosen, rejected = rewards
-            means.add(f"rewards_{split}/chosen", chosen)
-            means.add(f"rewards_{split}/rejected", rejected)
-            means.add(f"rewards_{split}/accuracies", chosen > rejected)
-            means.add(f"rewards_{split}/margins", chosen - rejected)
+            report_pair_rewards(means, split, *rewards)
 
     def margin(self, values: Tensor, batch: Batch) -> Tensor:
         return self.side(values, "chosen", batch) - self.side(values, "rejected", batch)
+
+
+def report_pair_rewards(means: Means, split: str, chosen: Tensor, rejected: Tensor) -> None:
+    """Each chosen completion's reward against that of its own rejected one."""
+    means.add(f"rewards_{split}/chosen", chosen)
+    means.add(f"rewards_{split}/rejected", rejected)
+    means.add(f"rewards_{split}/accuracies", chosen > rejected)
+    means.add(f"rewards_{split}/margins", chosen - rejected)
 
 
 class DPOTrainer(PairedPreferenceTrainer):
@@ -451,6 +476,23 @@ class FPOTrainer(PairedPreferenceTrainer):
         return -F.logsigmoid(chosen_rewards - rejected_rewards - constraint), chosen_rewards, rejected_rewards
 
 
+class BradleyTerryTrainer(PairedPreferenceTrainer):
+    """A reward model (Bradley & Terry 1952; Ouyang et al. 2022, 2203.02155, Eq. 1): a scalar head on the last token."""
+
+    is_reward = True
+
+    def loss(self, chosen_rewards, rejected_rewards):
+        return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+
+    def score(self, batch: Batch, reference: Reference | None) -> tuple[Batch, Any]:  # noqa: ARG002
+        batch = batch.to(self.device)
+        with autocast(self.device, self.config.model.policy_dtype):
+            return batch, score_rewards(self.policy, batch)
+
+    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:  # noqa: ARG002
+        report_pair_rewards(means, split, *rewards)
+
+
 # ---------------------------------------------------------------------------------------------------- unpaired losses
 
 
@@ -474,7 +516,7 @@ class UnpairedPreferenceTrainer(BasicTrainer):
         return values if side is None else values[desirable if side == "chosen" else ~desirable]
 
     @torch.no_grad()
-    def before_step(self, split: str, step: int) -> None:
+    def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
         """KTO's z (2402.01306, section 4.1): the mean log-ratio of each prompt with another record's completion, over
         the optimiser step on all ranks, and then no less than 0."""
         if "kl" not in self.binding.needs:
@@ -487,7 +529,7 @@ class UnpairedPreferenceTrainer(BasicTrainer):
         logratio, count = sum_over_ranks(total)
         self.kl = (logratio / count).clamp(min=0).float()
 
-    def report(self, means: Means, split: str, batch: Batch, scores: Scores, rewards: list[Tensor]) -> None:
+    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         for side in ("chosen", "rejected"):
             means.add(f"logps_{split}/{side}", self.side(scores.logps, side, batch))
             for values in rewards:
@@ -536,3 +578,117 @@ class KTOSurprisalTrainer(UnpairedPreferenceTrainer):
 def signed(values: Tensor, desirable: Tensor) -> Tensor:
     """The values [S] where desirable, their negatives elsewhere."""
     return torch.where(desirable, values, -values)
+
+
+# ---------------------------------------------------------------------------------------------------- offline PPO
+
+
+class PPOTrainer(UnpairedPreferenceTrainer):
+    """Offline, one-step PPO (Schulman et al. 2017, 1707.06347), as HALOs has it: the completions are the data's, the
+    old policy is the reference, and a completion is rewarded at its last token.
+
+    `reward` is `label` (1 for a desirable completion, -1 for another), `score` (the data's own field), or a reward
+    model that loss=bradley-terry trained. `ppo_epochs` updates are made from each batch.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        reward: str,
+        gamma: float,
+        lam: float,
+        ppo_epochs: int,
+        value_head_max_grad_norm: float,
+    ) -> None:
+        width = setup.policy.config.get_text_config().hidden_size
+        device = next(setup.policy.parameters()).device
+        value_head = nn.Linear(width, 1).to(device)
+        nn.init.zeros_(value_head.weight)
+        nn.init.zeros_(value_head.bias)
+        self.both = nn.ModuleDict({"policy": setup.policy, "value_head": value_head})
+        super().__init__(setup)
+        self.value_head, self.reward, self.gamma, self.lam = value_head, reward, gamma, lam
+        self.passes, self.value_head_max_grad_norm = ppo_epochs, value_head_max_grad_norm
+        self.reward_model: PreTrainedModel | None = None
+        if reward not in ("label", "score"):
+            self.reward_model = load_model(
+                find_weights(reward), setup.policy.config._attn_implementation, device, reward=True
+            )
+
+    def trained_module(self) -> nn.Module:
+        return self.both
+
+    def loss(
+        self, policy_token_logps, reference_token_logps, advantages, returns, values, *, cliprange, critic_coef, KL_coef
+    ):
+        ratio = torch.exp(policy_token_logps - reference_token_logps)
+        clipped = ratio.clamp(cliprange, 1 / cliprange)
+        policy_losses = -torch.minimum(advantages * ratio, advantages * clipped)
+        critic_losses = 0.5 * (values - returns).square()
+        return policy_losses + critic_coef * critic_losses + KL_coef * (reference_token_logps - policy_token_logps)
+
+    def weight(self, batch: Batch) -> int:
+        return sum(batch.lengths)
+
+    @torch.no_grad()
+    def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
+        """Rewards, returns and advantages of the whole batch; the advantages whitened over it, on all ranks."""
+        moments = torch.zeros(3, device=self.device, dtype=torch.float64)
+        for batch in micro_batches:
+            moved, scores = self.score(batch, None)
+            values = QUANTITIES["values"](Evidence(moved, scores, value_head=self.value_head))
+            rewards = self.rewards(moved)
+            pairs = zip(values.split(batch.lengths), rewards)
+            parts = [generalised_advantages(own, reward, self.gamma, self.lam) for own, reward in pairs]
+            advantages, returns = (torch.cat(column) for column in zip(*parts))
+            batch.record |= {"advantages": advantages, "returns": returns}
+            wide = advantages.double()
+            moments += torch.stack([wide.sum(), wide.square().sum(), wide.new_tensor(len(wide))])
+        total, squares, count = sum_over_ranks(moments)
+        mean = total / count
+        deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
+        for batch in micro_batches:
+            batch.record["advantages"] = ((batch.record["advantages"] - mean) / (deviation + 1e-8)).float()
+
+    def rewards(self, batch: Batch) -> Tensor:
+        """The reward [S] of each completion."""
+        if self.reward_model is not None:
+            return score_rewards(self.reward_model, batch).rewards
+        if self.reward == "score":
+            if "score" not in batch.record:
+                raise UserError("loss.reward=score: not every row of the data has a score")
+            return batch.record["score"].float()
+        return signed(torch.ones_like(batch.record["desirable"], dtype=torch.float32), batch.record["desirable"])
+
+    def clip_gradients(self) -> float:
+        assert self.value_head is not None
+        nn.utils.clip_grad_norm_(self.value_head.parameters(), self.value_head_max_grad_norm)
+        limit = self.config.model.max_grad_norm
+        return float(nn.utils.clip_grad_norm_(self.policy.parameters(), limit if limit else float("inf")))
+
+    def write_export(self, folder: Path, step: int) -> None:
+        super().write_export(folder, step)
+        assert self.value_head is not None
+        safetensors.torch.save_model(self.value_head, str(folder / "value_head.safetensors"))
+
+    def read_export(self, folder: Path) -> None:
+        super().read_export(folder)
+        assert self.value_head is not None
+        safetensors.torch.load_model(self.value_head, str(folder / "value_head.safetensors"))
+
+
+def generalised_advantages(values: Tensor, reward: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [L] of one completion from its values [L] and the reward of its last token.
+
+    Schulman et al. 2015, 1506.02438, Eq. 16; the episode ends with the completion, so nothing is forecast beyond it.
+    """
+    following = torch.cat([values[1:], values.new_zeros(1)])
+    deltas = gamma * following - values
+    deltas[-1] += reward
+    advantages = torch.empty_like(values)
+    running = values.new_zeros(())
+    for t in range(len(values) - 1, -1, -1):
+        running = deltas[t] + gamma * lam * running
+        advantages[t] = running
+    return advantages, advantages + values

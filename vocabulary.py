@@ -5,10 +5,10 @@ hyper-parameters:
 
     def loss(self, policy_chosen_mean_logps, policy_rejected_mean_logps, *, beta): ...
 
-A quantity is one value for each sequence, [S]. In a loss on pairs each is asked for once for the chosen and once for
-the rejected completions, [B] each: `policy_logps` as `policy_chosen_logps` and `policy_rejected_logps`,
-`feature_drift` as `chosen_feature_drift`, and so on. Short names work too: `chosen_logps` is
-`policy_chosen_logps`, `ref_chosen_logps` is `reference_chosen_logps`.
+A quantity is one value for each sequence, [S], or, where it says so, for each completion token, [N]. In a loss on
+pairs each is asked for once for the chosen and once for the rejected completions, [B] each: `policy_logps` as
+`policy_chosen_logps` and `policy_rejected_logps`, `feature_drift` as `chosen_feature_drift`, and so on. Short names
+work too: `chosen_logps` is `policy_chosen_logps`, `ref_chosen_logps` is `reference_chosen_logps`.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import sae as saes
 from batch import Batch
-from models import Scores, completion_kl
+from models import completion_kl
 from utils import UserError, suggest
 
 SIDES = ("chosen", "rejected")
@@ -31,11 +31,10 @@ class Evidence:
     """All that quantities are computed from, for one batch."""
 
     batch: Batch
-    policy: Scores
-    head: nn.Module  # the policy's vocabulary projection
-    softcap: float | None  # on its logits
+    policy: Any  # models.Scores; models.RewardScores of a reward model
     sae: saes.SAE | None = None
     kl: Tensor | None = None  # of the whole optimiser step
+    value_head: nn.Module | None = None
 
 
 def policy_logps(e: Evidence) -> Tensor:
@@ -81,7 +80,7 @@ def feature_drift(e: Evidence, *, divergence: str, k: int, feature_weights: Tens
 def position_kl(e: Evidence) -> Tensor:
     """Sum over the completion's tokens of KL(reference || policy) of the next token (TDPO, 2404.11999, Eq. 8)."""
     other, other_head = e.batch.reference["hidden"], e.batch.reference["head"]
-    per_token = completion_kl(e.policy.hidden, e.head, other, other_head, e.softcap)
+    per_token = completion_kl(e.policy.hidden, e.policy.head, other, other_head, e.policy.softcap)
     return per_token.new_zeros(e.batch.num_sequences).index_add(0, e.batch.sequence, per_token)
 
 
@@ -96,6 +95,37 @@ def kl(e: Evidence) -> Tensor:
     return e.kl.expand(e.batch.num_sequences)
 
 
+def rewards(e: Evidence) -> Tensor:
+    """What a reward model gives the completion."""
+    return e.policy.rewards
+
+
+def policy_token_logps(e: Evidence) -> Tensor:
+    """Log-probability of each completion token under the policy, [N]."""
+    return e.policy.token_logps
+
+
+def reference_token_logps(e: Evidence) -> Tensor:
+    """The same under the reference."""
+    return e.batch.reference["token_logps"]
+
+
+def values(e: Evidence) -> Tensor:
+    """The value head's forecast before each completion token, [N]."""
+    assert e.value_head is not None
+    return e.value_head(e.policy.hidden.float()).squeeze(1)
+
+
+def advantages(e: Evidence) -> Tensor:
+    """Generalised advantage of each completion token, [N], whitened over the optimiser step."""
+    return e.batch.record["advantages"]
+
+
+def returns(e: Evidence) -> Tensor:
+    """What the value head should have forecast, [N]."""
+    return e.batch.record["returns"]
+
+
 QUANTITIES: dict[str, Callable[..., Tensor]] = {
     quantity.__name__: quantity
     for quantity in (
@@ -108,6 +138,12 @@ QUANTITIES: dict[str, Callable[..., Tensor]] = {
         position_kl,
         desirable,
         kl,
+        rewards,
+        policy_token_logps,
+        reference_token_logps,
+        values,
+        advantages,
+        returns,
     )
 }
 NEEDS = {  # what has to be there before the first step, for those that take more than the policy's own scores
@@ -116,6 +152,7 @@ NEEDS = {  # what has to be there before the first step, for those that take mor
     "feature_drift": {"reference", "sae"},
     "position_kl": {"live_reference"},
     "kl": {"reference", "kl"},
+    "reference_token_logps": {"reference"},
 }
 
 

@@ -5,10 +5,28 @@ import math
 import pytest
 import torch
 
-from trainers import DPOTrainer, FPOTrainer, SFTTrainer
+from trainers import (
+    BradleyTerryTrainer,
+    CDPOTrainer,
+    DPOTrainer,
+    FPOTrainer,
+    IPOTrainer,
+    KTOLogSigmoidTrainer,
+    KTOSurprisalTrainer,
+    KTOTrainer,
+    KTOZeroTrainer,
+    ORPOTrainer,
+    PPOTrainer,
+    SFTTrainer,
+    SimPOTrainer,
+    SLiCTrainer,
+    TDPO1Trainer,
+    TDPO2Trainer,
+    generalised_advantages,
+)
 
 
-def loss_of(trainer: type, *args: torch.Tensor, **options: float):
+def loss_of(trainer: type, *args: torch.Tensor, **options):
     return trainer.loss(None, *args, **options)
 
 
@@ -73,3 +91,112 @@ def test_dpo_swapped_is_its_mirror_image():
 
 def test_sft_is_the_negative_log_likelihood():
     assert loss_of(SFTTrainer, column(-4, -6)).tolist() == [4, 6]
+
+
+def test_cdpo_by_hand():
+    # margin 0.3 as in test_dpo_by_hand; a fifth of the preferences is wrong
+    losses, *_ = loss_of(CDPOTrainer, column(-10), column(-9), column(-12), column(-8), beta=0.1, label_smoothing=0.2)
+    assert losses.item() == pytest.approx(0.8 * softplus(-0.3) + 0.2 * softplus(0.3))
+
+
+def test_ipo_by_hand():
+    # log-ratios per token 0.5 and -0.2; the gap aimed at is 1 / (2 * 0.1) = 5
+    losses, *_ = loss_of(IPOTrainer, column(-1.0), column(-0.8), column(-1.5), column(-0.6), tau=0.1)
+    assert losses.item() == pytest.approx((0.7 - 5) ** 2)
+
+
+def test_slic_by_hand():
+    # the first pair is already further apart than beta, so only the regulariser is left
+    losses, *_ = loss_of(SLiCTrainer, column(-4, -6), column(-9, -5.5), beta=1.0, lambda_coef=0.1)
+    assert losses.tolist() == pytest.approx([0.4, 1.5 + 0.6])
+
+
+def test_simpo_by_hand():
+    # the gap per token is 0.5, times beta 1; so is the margin aimed at
+    losses, *_ = loss_of(SimPOTrainer, column(-1.0), column(-1.5), beta=2.0, gamma_beta_ratio=0.5)
+    assert losses.item() == pytest.approx(math.log(2))
+
+
+def test_orpo_by_hand():
+    # p = 1/2 has odds 1, p = 1/5 has odds 1/4: log odds ratio log 4, sigmoid 4/5
+    losses, *_ = loss_of(ORPOTrainer, column(math.log(1 / 2)), column(math.log(1 / 5)), lambda_coef=0.25)
+    assert losses.item() == pytest.approx(math.log(2) + 0.25 * math.log(5 / 4))
+
+
+def test_orpo_of_a_certain_completion_is_finite():
+    certain = column(0.0)
+    losses, *_ = loss_of(ORPOTrainer, certain, column(-1.0), lambda_coef=0.25)
+    losses.sum().backward()
+    assert losses.isfinite().all() and certain.grad.isfinite().all()
+
+
+def test_tdpo_by_hand():
+    # beta * (h_w - h_l) = 0.3; D_w = 0.4, D_l = 1.0
+    logps = {
+        "chosen_logps": column(-10),
+        "rejected_logps": column(-9),
+        "ref_chosen_logps": column(-12),
+        "ref_rejected_logps": column(-8),
+        "rejected_position_kl": column(1.0),
+    }
+    chosen_kl = [column(0.4), column(0.4)]
+    one, *_ = loss_of(TDPO1Trainer, **logps, chosen_position_kl=chosen_kl[0], beta=0.1)
+    two, *_ = loss_of(TDPO2Trainer, **logps, chosen_position_kl=chosen_kl[1], beta=0.1, alpha=0.5)
+    assert one.item() == pytest.approx(softplus(-(0.3 - 0.06)))
+    assert two.item() == pytest.approx(softplus(-(0.3 - 0.03)))
+    (one + two).sum().backward()
+    assert chosen_kl[0].grad is not None and chosen_kl[1].grad is None
+
+
+def test_kto_by_hand():
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    # h = 2 and -3, z = 1
+    inputs = column(-10, -8), column(-12, -5), torch.tensor([True, False])
+    z, weights = torch.tensor([1.0, 1.0]), {"desirable_weight": 2.0, "undesirable_weight": 3.0}
+    losses, rewards = loss_of(KTOTrainer, *inputs, z, beta=0.1, **weights)
+    assert losses.tolist() == pytest.approx([2 * (1 - sigmoid(0.1)), 3 * (1 - sigmoid(0.4))])
+    assert rewards.tolist() == pytest.approx([0.2, -0.3])
+    losses, _ = loss_of(KTOLogSigmoidTrainer, *inputs, z, beta=0.1, **weights)
+    assert losses.tolist() == pytest.approx([2 * softplus(-0.1), 3 * softplus(-0.4)])
+    losses, _ = loss_of(KTOZeroTrainer, *inputs, beta=0.1)
+    assert losses.tolist() == pytest.approx([1 - sigmoid(0.2), 1 - sigmoid(0.3)])
+    losses, _ = loss_of(KTOSurprisalTrainer, column(-1, -2), inputs[2], beta=0.1, **weights)
+    assert losses.tolist() == pytest.approx([2 * (1 - sigmoid(-0.1)), 3 * (1 - sigmoid(0.2))])
+
+
+def test_bradley_terry_by_hand():
+    losses, *_ = loss_of(BradleyTerryTrainer, column(1.5), column(0.5))
+    assert losses.item() == pytest.approx(softplus(-1))
+
+
+def test_advantages_and_returns_by_hand():
+    # values 0.5, 0.2, 0.4; reward 1 on the last token; gamma 0.9, lambda 0.5
+    # deltas: 0.9 * 0.2 - 0.5 = -0.32;  0.9 * 0.4 - 0.2 = 0.16;  1 - 0.4 = 0.6
+    # advantages from the end: 0.6;  0.16 + 0.45 * 0.6 = 0.43;  -0.32 + 0.45 * 0.43 = -0.1265
+    values = torch.tensor([0.5, 0.2, 0.4])
+    advantages, returns = generalised_advantages(values, torch.tensor(1.0), gamma=0.9, lam=0.5)
+    assert advantages.tolist() == pytest.approx([-0.1265, 0.43, 0.6])
+    assert returns.tolist() == pytest.approx([0.3735, 0.63, 1.0])
+
+
+def test_ppo_by_hand():
+    # ratios e^0 = 1, 3 (clipped to 2) and 1/3 (clipped to 1/2); advantages 1, 1 and -1
+    policy = torch.tensor([-1.0, math.log(0.3), math.log(0.1)])
+    reference = torch.tensor([-1.0, math.log(0.1), math.log(0.3)])
+    losses = loss_of(
+        PPOTrainer,
+        policy,
+        reference,
+        torch.tensor([1.0, 1.0, -1.0]),
+        torch.tensor([0.5, 0.0, 0.0]),
+        torch.tensor([0.1, 0.0, 1.0]),
+        cliprange=0.5,
+        critic_coef=0.01,
+        KL_coef=0.1,
+    )
+    critic = [0.01 * 0.5 * 0.16, 0.0, 0.01 * 0.5]
+    penalty = [0.0, -0.1 * math.log(3), 0.1 * math.log(3)]
+    expected = [part + c + k for part, c, k in zip([-1.0, -2.0, 0.5], critic, penalty)]
+    assert losses.tolist() == pytest.approx(expected)

@@ -1,0 +1,238 @@
+"""What trainers do beyond their loss: PPO's updates, reward models, control tokens, losses from elsewhere."""
+
+import json
+
+import pytest
+import torch
+from conftest import REPO, metrics
+from hydra import compose, initialize_config_dir
+from test_training import PAIRS, losses, run, settle
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import assembly
+import models
+import settings
+import trainers
+from checkpoint import Run
+from utils import UserError
+
+
+def assembled(tmp_path, *overrides):
+    """A trainer that is ready to start."""
+    config, overrides = settle(tmp_path, *overrides)
+    with initialize_config_dir(str(REPO / "config"), version_base=None):
+        parts = settings.check(config, overrides)
+        sources = settings.find_sources(config, parts.binding.needs)
+    return assembly.prepare(config, parts, sources, Run(tmp_path / config.exp_name))
+
+
+# ---------------------------------------------------------------------------------------------------- PPO
+
+
+def test_ppo_makes_every_update(tmp_path, monkeypatch):
+    steps = []
+    original = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (steps.append(1), original(self, *a))[1])
+    run(tmp_path, "loss=ppo", "loss.ppo_epochs=3")
+    assert len(steps) == 6 * 3  # 48 completions in batches of 8
+    before = AutoModelForCausalLM.from_pretrained(REPO / "assets/tiny").state_dict()
+    after = torch.load(tmp_path / "ppo_tiny/LATEST/policy.pt", weights_only=True)["state"]
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert (tmp_path / "ppo_tiny/LATEST/value_head.safetensors").is_file()
+
+
+def test_ppo_whitens_over_the_whole_batch(tmp_path):
+    """Advantages of a step have mean 0 and deviation 1 over all micro-batches, and do not depend on the split."""
+
+    def advantages(accumulation):
+        trainer = assembled(tmp_path, "loss=ppo", f"model.gradient_accumulation_steps={accumulation}")
+        torch.manual_seed(0)
+        torch.nn.init.normal_(trainer.value_head.weight)
+        micro_batches = next(iter(trainer.loaders["train"].steps()))
+        trainer.before_step("train", 0, micro_batches)
+        found = {}
+        for batch in micro_batches:
+            found |= dict(zip(batch.index, batch.record["advantages"].split(batch.lengths)))
+        return found
+
+    whole, split = advantages(1), advantages(4)
+    together = torch.cat(list(whole.values()))
+    assert together.mean().item() == pytest.approx(0, abs=1e-5)
+    assert together.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
+    assert whole.keys() == split.keys()
+    for index, own in whole.items():
+        torch.testing.assert_close(split[index], own, rtol=1e-3, atol=1e-4)
+
+
+def test_ppo_takes_its_rewards_from_labels_scores_or_a_model(tmp_path):
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair["chosen"], "label": n % 2, "score": n / 4}
+        for n, pair in enumerate(PAIRS["train"])
+    ]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"datasets=[{tmp_path}/scored.jsonl]"]
+
+    def rewards(*options):
+        trainer = assembled(tmp_path, "loss=ppo", *data, *options)
+        batch = trainer.loaders["train"].batch(list(range(8)))
+        return trainer.rewards(batch)
+
+    assert rewards().tolist() == [-1.0, 1.0] * 4
+    assert rewards("loss.reward=score").tolist() == [n / 4 for n in range(8)]
+    run(tmp_path, "loss=bradley-terry", "exp_name=rm")
+    by_model = rewards(f"loss.reward={tmp_path}/rm")
+    assert by_model.shape == (8,) and by_model.std() > 0
+    with pytest.raises(UserError, match=r"loss\.reward=score: not every row of the data has a score"):
+        run(tmp_path, "loss=ppo", "loss.reward=score")
+
+
+def test_ppo_resumes_as_if_uninterrupted(tmp_path, monkeypatch):
+    options = ["loss=ppo", "loss.ppo_epochs=2", "++save_every=16", "loss.reward=label"]
+    whole = run(tmp_path, *options, "exp_name=whole")
+    original = trainers.BasicTrainer.optimise
+
+    def stops(self, step, *rest):
+        if step == 4:
+            raise KeyboardInterrupt
+        return original(self, step, *rest)
+
+    monkeypatch.setattr(trainers.BasicTrainer, "optimise", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *options, "exp_name=cut")
+    monkeypatch.undo()
+    assert losses(run(tmp_path, *options, "exp_name=cut")) == losses(whole)
+
+
+# ---------------------------------------------------------------------------------------------------- reward models
+
+
+def test_reward_model_loads_elsewhere_with_the_same_rewards(tmp_path):
+    run(tmp_path, "loss=bradley-terry", "exp_name=rm")
+    latest = tmp_path / "rm/LATEST"
+    classifier = AutoModelForSequenceClassification.from_pretrained(latest, attn_implementation="eager")
+    trainer = assembled(tmp_path, "loss=bradley-terry", "exp_name=rm")
+    trainer.read_export(latest)
+    batch = trainer.loaders["train"].batch([0, 1, 2])
+    with torch.no_grad():
+        ours = models.score_rewards(trainer.policy, batch).rewards
+        theirs = classifier(batch.input_ids, attention_mask=(batch.document >= 0).long()).logits.squeeze(1)
+    torch.testing.assert_close(ours, theirs)
+    assert "rewards_eval/accuracies" in metrics(tmp_path / "rm")[-1]
+
+
+# ---------------------------------------------------------------------------------------------------- control tokens
+
+
+def test_control_tokens_survive_and_are_learnt(tmp_path):
+    run(tmp_path, "loss=csft")
+    latest = tmp_path / "csft_tiny/LATEST"
+    tokenizer = AutoTokenizer.from_pretrained(latest)
+    good, bad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|good|>", "<|bad|>"))
+    plain = AutoTokenizer.from_pretrained(REPO / "assets/tiny")
+    assert {good, bad} == {len(plain), len(plain) + 1}
+    model = AutoModelForCausalLM.from_pretrained(latest)
+    assert model.get_input_embeddings().num_embeddings == len(plain) + 2
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+    trainer = assembled(tmp_path, "loss=csft")
+    rows = trainer.loaders["train"].rows
+    assert len(rows) == 48
+    for row in rows:
+        (ids,) = row["completion_ids"]
+        assert ids[0] == (good if row["desirable"] else bad)
+        assert good not in ids[1:] and bad not in ids[1:]
+        assert ids[-1] == tokenizer.eos_token_id
+    # loading what was resized does not resize again
+    run(tmp_path, "loss=csft", "exp_name=again", f"++model.name_or_path={latest}")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again/LATEST")
+    assert again.get_input_embeddings().num_embeddings == len(plain) + 2
+
+
+def test_sampling_starts_from_the_good_token(tmp_path, monkeypatch):
+    import eval as evaluation
+    from sampling import Sample
+
+    run(tmp_path, "loss=csft")
+    given = []
+
+    def sample(_model, _tokenizer, prompts, **_options):
+        given.extend(prompts)
+        return [Sample("text", [5])] * len(prompts)
+
+    monkeypatch.setattr(evaluation, "sample", sample)
+    config, folder = evaluation.read_config(tmp_path / "csft_tiny", [f"++samples_dir={tmp_path}"])
+    evaluation.write_samples(config, folder)
+    good = AutoTokenizer.from_pretrained(folder / "LATEST").convert_tokens_to_ids("<|good|>")
+    assert given and all(prompt[-1] == good for prompt in given)
+
+
+# ---------------------------------------------------------------------------------------------------- from elsewhere
+
+CUSTOM = """
+import torch
+import torch.nn.functional as F
+
+from trainers import PairedPreferenceTrainer, UnpairedPreferenceTrainer
+
+
+class CustomKTOTrainer(UnpairedPreferenceTrainer):
+    def loss(self, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps):
+        chosen = 1 - torch.sigmoid(0.1 * (chosen_logps - ref_chosen_logps))
+        rejected = 1 - torch.sigmoid(0.1 * (ref_rejected_logps - rejected_logps))
+        loss = torch.cat([chosen, rejected]).mean()
+        return loss
+
+
+class CustomPairedTrainer(PairedPreferenceTrainer):
+    def loss(self, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta):
+        return -F.logsigmoid(beta * (chosen_logps - ref_chosen_logps - rejected_logps + ref_rejected_logps))
+"""
+
+
+def test_custom_trainers_from_a_file_outside(tmp_path):
+    (tmp_path / "my_trainers.py").write_text(CUSTOM)
+    custom = f"++loss.trainer={tmp_path}/my_trainers.py"
+    paired = run(tmp_path, "loss=paired", f"{custom}:CustomPairedTrainer", "++loss.beta=0.1", "exp_name=paired")
+    assert losses(paired) == pytest.approx(losses(run(tmp_path, "loss=dpo", "exp_name=dpo")))
+    unpaired = run(tmp_path, "loss=unpaired", f"{custom}:CustomKTOTrainer", "exp_name=unpaired")
+    assert losses(unpaired) == pytest.approx(losses(run(tmp_path, "loss=kto-zero", "exp_name=kto")), rel=1e-5)
+
+
+def test_a_custom_loss_needs_its_trainer(tmp_path):
+    with pytest.raises(UserError, match=r"loss=paired needs a trainer of yours: \+\+loss\.trainer="):
+        run(tmp_path, "loss=paired")
+
+
+# ---------------------------------------------------------------------------------------------------- KTO
+
+
+def test_kto_needs_two_examples_a_batch(tmp_path):
+    with pytest.raises(UserError, match=r"model\.batch_size=1: KTO's z needs"):
+        run(tmp_path, "loss=kto", "model.batch_size=1")
+
+
+@pytest.mark.parametrize("kept", ["frac_unique_undesirable=0", "frac_unique_desirable=0"])
+@pytest.mark.parametrize("loss", ["kto", "kto-zero", "kto-surprisal", "ppo"])
+def test_batches_of_one_kind_only(tmp_path, loss, kept):
+    lines = run(tmp_path, f"loss={loss}", f"loss.{kept}")
+    assert len(losses(lines)) == 3
+    assert all(value == value for line in lines for value in line.values())
+
+
+def test_a_last_batch_of_one(tmp_path):
+    """49 records in batches of 8: the last one's z needs a neighbour."""
+    lines = run(tmp_path, "loss=kto", "++n_epochs=2", "++n_examples=49")
+    assert len(losses(lines)) == 7
+    assert losses(lines)[-1] == losses(lines)[-1]
+
+
+@pytest.mark.parametrize("group", ["model", "sae"])
+def test_every_yaml_composes(group):
+    names = sorted(path.stem for path in (REPO / "config" / group).glob("*.yaml") if path.stem != "base")
+    with initialize_config_dir(str(REPO / "config"), version_base=None):
+        for name in names:
+            choice = ["loss=fpo", f"model={name}"] if group == "model" else ["loss=fpo", "model=tiny", f"sae={name}"]
+            config = compose("config", overrides=choice)
+            assert config[group].name
+            if group == "model":
+                settings.check(compose("config", overrides=["loss=dpo", *choice[1:]]), [])
