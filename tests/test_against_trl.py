@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def apart(policy: Path, reference: Path = TINY) -> list[str]:
 def theirs(kind: str, loader: DataLoader, folder: Path, policy: Path, reference: Path = TINY, **options: Any) -> Any:
     """TRL's trainer of a kind, with the text of our loader's steps, batch by batch."""
     trl = pytest.importorskip("trl")
-    module = __import__(f"trl.experimental.{kind.lower()}", fromlist=["_"]) if kind in ("CPO", "ORPO") else trl
+    module = import_module(f"trl.experimental.{kind.lower()}") if kind in ("CPO", "ORPO") else trl
     texts = []
     for step in range(len(loader)):
         # TRL's KTO pairs x_i with y_{i-1} of the batch and ours with y_{i+1}: the same pairs in a batch turned round
@@ -220,7 +221,7 @@ def test_loss_and_gradients_equal_trl(tmp_path: Path, moved: Path, loss: str) ->
 def test_slic_equals_trls_hinge_with_its_likelihood_term(tmp_path: Path, moved: Path) -> None:
     """CPO's hinge is 1 - beta * (p_w - p_l), so a margin of 1 where beta is 1. Its regulariser is a mean over the
     chosen tokens of the batch and SLiC's a mean over pairs, so the weights differ by the tokens a pair."""
-    first = prepared(tmp_path, pairs(BATCH), "loss=slic", *apart(moved)).loaders["train"].batch(list(range(BATCH)))
+    first = prepared(tmp_path, pairs(BATCH), "loss=slic").loaders["train"].batch(list(range(BATCH)))
     tokens = sum(first.lengths[:BATCH])
     weight = f"loss.lambda_coef={0.5 * BATCH / tokens}"
     ours = prepared(tmp_path, pairs(BATCH), "loss=slic", "loss.beta=1.0", weight, *apart(moved))
@@ -230,7 +231,8 @@ def test_slic_equals_trls_hinge_with_its_likelihood_term(tmp_path: Path, moved: 
 
 
 def test_orpo_equals_trls_odds_ratio(tmp_path: Path, moved: Path) -> None:
-    """The likelihood term is written out: TRL's counts the prompt's tokens too, ours and the paper's do not."""
+    """The likelihood term is written out: TRL's is a mean over all tokens of the batch, the prompts' too; ours, as the
+    paper's P(y|x), one over each completion's."""
 
     def loss_of(trainer: Any, batch: Any) -> Tensor:
         chosen, rejected, *_ = trainer.concatenated_forward(trainer.model, batch)
@@ -372,18 +374,32 @@ def test_degenerate_pairs_stay_finite(tmp_path: Path, loss: str) -> None:
     lengths = [[len(ids) for ids in row["completion_ids"]] for row in rows]
     assert len(rows) == (3 if loss in PAIRED else 6)
     assert lengths[-1] == [1] * len(lengths[-1]) and len(rows[-1]["prompt_ids"]) == 23
-    assert_trains(trainer)
+    train_finitely(trainer)
 
 
 @pytest.mark.parametrize("label", [True, False])
 @pytest.mark.parametrize("loss", UNPAIRED)
 def test_one_kind_of_example_only(tmp_path: Path, loss: str, label: bool) -> None:
     rows = [{**row, "label": label} for row in labelled(6)]
-    assert_trains(prepared(tmp_path, rows, f"loss={loss}", "model.batch_size=4", "lr=1e-3"))
+    means = train_finitely(prepared(tmp_path, rows, f"loss={loss}", "model.batch_size=4", "lr=1e-3"))
+    assert [f"logps_train/{side}" in means for side in ("chosen", "rejected")] == [label, not label]
 
 
-def assert_trains(trainer: BasicTrainer) -> None:
-    """An epoch or two leave finite numbers in the metrics and in the weights, which they change."""
+@pytest.mark.parametrize("loss", [*PAIRED, *UNPAIRED])
+def test_certain_completions_stay_finite(tmp_path: Path, loss: str) -> None:
+    """A probability of 1 is where a log of odds ends."""
+    trainer = prepared(tmp_path, pairs(BATCH), f"loss={loss}")
+    (batch,) = next(trainer.loaders["train"].steps())
+    trainer.before_step("train", 0, [batch])
+    batch, scores = trainer.score(batch, trainer.references.get("train"))
+    certain = torch.zeros_like(scores.token_logps, requires_grad=True)
+    losses = losses_from(trainer, batch, replace(scores, token_logps=certain))
+    losses.sum().backward()
+    assert losses.isfinite().all() and certain.grad is not None and certain.grad.isfinite().all()
+
+
+def train_finitely(trainer: BasicTrainer) -> dict[str, float]:
+    """The metrics of training to the end, which leaves finite numbers in them and in the weights, and moves those."""
     before = [p.detach().clone() for p in trainer.policy.parameters()]
     means = Means()
     for step, batches in enumerate(trainer.loaders["train"].steps()):
@@ -393,6 +409,7 @@ def assert_trains(trainer: BasicTrainer) -> None:
     after = list(trainer.policy.parameters())
     assert all(bool(p.isfinite().all()) for p in after)
     assert any(not torch.equal(old, new) for old, new in zip(before, after))
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------- KTO's z
