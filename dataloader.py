@@ -679,8 +679,10 @@ class MismatchedRecords:
         self.loader = loader
 
     def pairs(self, step: int) -> list[tuple[int, int]]:
-        """The records of one optimiser step, of all ranks together."""
+        """The records of one optimiser step, of all ranks together. Raises UserError where there is but one record."""
         rows = self.loader.indices(step)
+        if len(rows) == 1 and step == 0:
+            raise UserError("KTO's z needs the completion of another example: the data has to hold at least 2")
         others = rows[1:] + rows[:1] if len(rows) > 1 else self.loader.indices(step - 1)[-1:]
         return list(zip(rows, others))
 

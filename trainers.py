@@ -508,8 +508,9 @@ class UnpairedPreferenceTrainer(BasicTrainer):
 
     @classmethod
     def check(cls, config: DictConfig, binding: Binding) -> None:
-        if "kl" in binding.needs and config.model.batch_size == 1:
-            raise UserError("model.batch_size=1: KTO's z needs the completion of another example, so at least 2")
+        for key in ("batch_size", "eval_batch_size"):
+            if "kl" in binding.needs and config.model[key] == 1:
+                raise UserError(f"model.{key}=1: KTO's z needs the completion of another example, so at least 2")
 
     def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
         desirable = batch.record["desirable"]

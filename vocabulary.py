@@ -90,7 +90,7 @@ def desirable(e: Evidence) -> Tensor:
 
 
 def kl(e: Evidence) -> Tensor:
-    """KTO's z, one number for all sequences of an optimiser step (`UnpairedPreferenceTrainer.measure_kl`)."""
+    """KTO's z, one number for all sequences of an optimiser step (`UnpairedPreferenceTrainer.before_step`)."""
     assert e.kl is not None
     return e.kl.expand(e.batch.num_sequences)
 

@@ -41,27 +41,48 @@ def test_ppo_makes_every_update(tmp_path, monkeypatch):
     assert (tmp_path / "ppo_tiny/LATEST/value_head.safetensors").is_file()
 
 
+def advantages(tmp_path, accumulation=1, rank=0, world_size=1):
+    """The advantages of the first optimiser step, by record, with a value head that says something."""
+    trainer = assembled(tmp_path, "loss=ppo", f"model.gradient_accumulation_steps={accumulation}")
+    loader = trainer.loaders["train"]
+    loader.rank, loader.world_size = rank, world_size
+    torch.nn.init.constant_(trainer.value_head.weight, 0.01)
+    micro_batches = next(iter(loader.steps()))
+    trainer.before_step("train", 0, micro_batches)
+    found = {}
+    for batch in micro_batches:
+        found |= dict(zip(batch.index, batch.record["advantages"].split(batch.lengths)))
+    return found
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for index, own in expected.items():
+        torch.testing.assert_close(found[index], own, rtol=1e-3, atol=1e-4)
+
+
 def test_ppo_whitens_over_the_whole_batch(tmp_path):
     """Advantages of a step have mean 0 and deviation 1 over all micro-batches, and do not depend on the split."""
-
-    def advantages(accumulation):
-        trainer = assembled(tmp_path, "loss=ppo", f"model.gradient_accumulation_steps={accumulation}")
-        torch.manual_seed(0)
-        torch.nn.init.normal_(trainer.value_head.weight)
-        micro_batches = next(iter(trainer.loaders["train"].steps()))
-        trainer.before_step("train", 0, micro_batches)
-        found = {}
-        for batch in micro_batches:
-            found |= dict(zip(batch.index, batch.record["advantages"].split(batch.lengths)))
-        return found
-
-    whole, split = advantages(1), advantages(4)
+    whole = advantages(tmp_path)
     together = torch.cat(list(whole.values()))
     assert together.mean().item() == pytest.approx(0, abs=1e-5)
     assert together.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
-    assert whole.keys() == split.keys()
-    for index, own in whole.items():
-        torch.testing.assert_close(split[index], own, rtol=1e-3, atol=1e-4)
+    assert_equal(advantages(tmp_path, accumulation=4), whole)
+
+
+def one_rank_of_two(rank, tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=rank, world_size=2)
+    torch.save(advantages(tmp_path, rank=rank, world_size=2), tmp_path / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_ppo_whitens_over_all_ranks(tmp_path):
+    whole = advantages(tmp_path)
+    torch.multiprocessing.spawn(one_rank_of_two, (tmp_path,), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(len(found) == 4 for found in ranks)
+    assert_equal(ranks[0] | ranks[1], whole)
 
 
 def test_ppo_takes_its_rewards_from_labels_scores_or_a_model(tmp_path):
@@ -209,6 +230,12 @@ def test_a_custom_loss_needs_its_trainer(tmp_path):
 def test_kto_needs_two_examples_a_batch(tmp_path):
     with pytest.raises(UserError, match=r"model\.batch_size=1: KTO's z needs"):
         run(tmp_path, "loss=kto", "model.batch_size=1")
+
+
+@pytest.mark.parametrize("option", ["model.eval_batch_size=1", "n_examples=1", "n_eval_examples=1"])
+def test_kto_is_refused_where_there_is_nothing_to_mismatch(tmp_path, option):
+    with pytest.raises(UserError, match="KTO's z needs the completion of another example"):
+        run(tmp_path, "loss=kto", f"++{option}")
 
 
 @pytest.mark.parametrize("kept", ["frac_unique_undesirable=0", "frac_unique_desirable=0"])
