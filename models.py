@@ -228,9 +228,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """Add embeddings for tokens that the tokenizer has and the model has no room for."""
-    if len(tokenizer) > cast(Any, model).get_input_embeddings().num_embeddings:
+    """Add embeddings for tokens that the tokenizer has and the model has no room for: the mean of the others, so that
+    a new token first changes little."""
+    known = cast(Any, model).get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight = cast(Any, embeddings).weight.data
+            weight[known:] = weight[:known].mean(0)
 
 
 def choose_attention(wanted: str, config: PretrainedConfig, device: torch.device, dtype: str) -> str:
