@@ -24,9 +24,9 @@ HEAD = f"""# Peak memory by loss
 
 Made by `python benchmarks/memory.py`: two optimiser steps of 16 pairs of about 100 + 200 + 200 tokens on a random model
 of Gemma 2's architecture with {VOCABULARY:,} words, in fp32 on the CPU. *Peak* is the largest resident set of the whole
-process, libraries included; *over `simpo`* is what the loss takes beyond the one that keeps the least. `tdpo1` and
-`tdpo2` hold a second model of {{model}} MB, and no loss holds the logits of a whole batch ({{logits}} MB; a TDPO that
-did would hold two).
+process, libraries included; *over `simpo`* is what the loss takes beyond that paired loss without a reference. `tdpo1`
+and `tdpo2` hold a second model of {{model}} MB, and no loss holds the logits of a whole batch ({{logits}} MB; a TDPO
+that did would hold two).
 """
 
 
