@@ -34,6 +34,7 @@ OWN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "LATEST", "step-*",
 MAY_CHANGE = (
     "resume",
     "mode",
+    "cache_dir",
     "wandb",
     "do_first_eval",
     "eval_every",

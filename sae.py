@@ -22,7 +22,7 @@ SHARE_FLOOR = 1e-6  # added to every share of the KL drift, so that a feature th
 
 
 class SAE(nn.Module):
-    """A frozen JumpReLU autoencoder (Rajamanoharan et al. 2024, 2407.14435, Eq. 3-4), as Gemma Scope's are.
+    """A frozen JumpReLU autoencoder (Rajamanoharan et al. 2024, 2407.14435), as Gemma Scope's are.
 
         features = relu(pre) * (pre > threshold),  pre = x @ W_enc + b_enc;   x' = features @ W_dec + b_dec
 
@@ -159,7 +159,7 @@ def selected_features(sae: SAE, residual: Tensor, lengths: Sequence[int], latent
 
 
 def compared_latents(policy: Tensor, reference: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The latents I_k = topk(policy) | topk(reference) of each sequence (FPO, 2411.07618, section 3.3).
+    """The latents I_k = topk(policy) | topk(reference) of each sequence (FPO, 2411.07618).
 
     From pooled features [S, F] of both: latents [S, 2k] and a mask [S, 2k] that is True once for each member.
     Latents that are zero are no members, so a sequence with fewer than k active ones does not depend on how ties

@@ -171,6 +171,7 @@ class BasicTrainer:
             place = self.run.load_state(state, self.module, self.optimizer)
             step, examples, metrics_size = place["step"], place["examples"], place["metrics_size"]
             self.schedule.load_state_dict(place["schedule"])
+            self.last_evaluation = place["evaluation"]
             console.print(f"resuming after {step:,} of {len(loader):,} steps ({examples:,} examples) from {state}")
         self.metrics = MetricsLog(self.run, config, metrics_size)
         if state is None and config.do_first_eval:
@@ -186,7 +187,7 @@ class BasicTrainer:
                 examples += sum(len(batch.index) for batch in micro_batches)
                 evaluated = crosses(config.eval_every, before, examples)
                 saved = crosses(config.save_every, before, examples)
-                if step % config.log_every == 0 or evaluated or saved:
+                if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
                     values = {**means.read(), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
                     self.log(step, examples, {**values, "seconds": time.monotonic() - since})
                     advance(step, values["loss/train"])
@@ -260,7 +261,12 @@ class BasicTrainer:
 
     def save(self, step: int, examples: int) -> None:
         """The state that a resumed run starts from."""
-        place = {"examples": examples, "metrics_size": self.metrics.size, "schedule": self.schedule.state_dict()}
+        place = {
+            "examples": examples,
+            "metrics_size": self.metrics.size,
+            "schedule": self.schedule.state_dict(),
+            "evaluation": self.last_evaluation,
+        }
         self.run.save_state(step, self.module, self.optimizer, place)
         self.run.prune_states(self.config.keep_states)
 
@@ -376,7 +382,7 @@ class IPOTrainer(PairedPreferenceTrainer):
 
 
 class SLiCTrainer(PairedPreferenceTrainer):
-    """Sequence likelihood calibration (Zhao et al. 2023, 2305.10425, Eq. 1) with a regulariser on the chosen one."""
+    """Sequence likelihood calibration (Zhao et al. 2023, 2305.10425) with a regulariser on the chosen one."""
 
     def loss(self, policy_chosen_logps, policy_rejected_logps, *, beta, lambda_coef):
         losses = F.relu(beta - policy_chosen_logps + policy_rejected_logps) - lambda_coef * policy_chosen_logps
@@ -409,7 +415,7 @@ def log_odds_of(logps: Tensor) -> Tensor:
 
 
 class TDPO1Trainer(PairedPreferenceTrainer):
-    """Token-level DPO (Zeng et al. 2024, 2404.11999, Eq. 17): DPO less the difference in sequential KL."""
+    """Token-level DPO (Zeng et al. 2024, 2404.11999): DPO less the difference in sequential KL."""
 
     def loss(
         self,
@@ -429,7 +435,7 @@ class TDPO1Trainer(PairedPreferenceTrainer):
 
 
 class TDPO2Trainer(PairedPreferenceTrainer):
-    """Token-level DPO's second form (2404.11999, Eq. 18): the difference in sequential KL weighs alpha, and no gradient
+    """Token-level DPO's second form (2404.11999): the difference in sequential KL weighs alpha, and no gradient
     flows through the chosen side's."""
 
     def loss(
@@ -518,7 +524,7 @@ class UnpairedPreferenceTrainer(BasicTrainer):
 
     @torch.no_grad()
     def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
-        """KTO's z (2402.01306, section 4.1): the mean log-ratio of each prompt with another record's completion, over
+        """KTO's z (2402.01306): the mean log-ratio of each prompt with another record's completion, over
         the optimiser step on all ranks, and then no less than 0."""
         if "kl" not in self.binding.needs:
             return

@@ -78,7 +78,7 @@ def feature_drift(e: Evidence, *, divergence: str, k: int, feature_weights: Tens
 
 
 def position_kl(e: Evidence) -> Tensor:
-    """Sum over the completion's tokens of KL(reference || policy) of the next token (TDPO, 2404.11999, Eq. 8)."""
+    """Sum over the completion's tokens of KL(reference || policy) of the next token (TDPO, 2404.11999)."""
     other, other_head = e.batch.reference["hidden"], e.batch.reference["head"]
     per_token = completion_kl(e.policy.hidden, e.policy.head, other, other_head, e.policy.softcap)
     return per_token.new_zeros(e.batch.num_sequences).index_add(0, e.batch.sequence, per_token)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import DATA, REPO, command, metrics
 from test_training import PAIRS
 
@@ -68,8 +69,10 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
 
     command("train.py", *options, "exp_name=whole", f"cache_dir={tmp_path}/other")
     assert timeless(metrics(cut)) == timeless(metrics(tmp_path / "other" / "whole"))
-    same = [tmp_path / name / "LATEST" / "model.safetensors" for name in ("out/cut", "other/whole")]
-    assert same[0].read_bytes() == same[1].read_bytes()
+    latest = [tmp_path / name / "LATEST" for name in ("out/cut", "other/whole")]
+    assert (latest[0] / "model.safetensors").read_bytes() == (latest[1] / "model.safetensors").read_bytes()
+    policies = [torch.load(folder / "policy.pt", weights_only=True) for folder in latest]
+    assert policies[0]["metrics"] == policies[1]["metrics"]
 
 
 def test_a_cache_killed_half_way_goes_on(tmp_path):
