@@ -175,3 +175,14 @@ def test_recipe_works_as_written(recipe, copy):
             assert path.exists() == (what[1] == "add to")
             with path.open("a") as file:
                 file.write(rest)
+
+
+@pytest.mark.slow
+def test_the_readmes_custom_trainer_runs_as_written(copy):
+    (code,) = [body for language, body in BLOCK.findall(README) if "class CustomKTOTrainer" in body]
+    (line,) = re.findall(r"`(python train\.py loss=unpaired [^`]*)`", README)
+    (copy / "my_trainers.py").write_text(code)
+    few = ["n_examples=64", "n_eval_examples=16", "toy_comparison=null"]
+    command = [sys.executable, *shlex.split(line)[1:], *few]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
