@@ -54,8 +54,8 @@ def prepare(
             seed=config.seed,
             **ids,
         ),
-        "eval": parts.loader(
-            tokens["eval"], batch_size=model.eval_batch_size, n_examples=config.n_eval_examples, shuffle=False, **ids
+        "eval": parts.loader(  # the same records whatever the run's seed, drawn from all data sets and their parts
+            tokens["eval"], batch_size=model.eval_batch_size, n_examples=config.n_eval_examples, seed=0, **ids
         ),
     }
 

@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import random
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -48,7 +49,7 @@ def read_config(path: Path, overrides: list[str]) -> tuple[DictConfig, Path]:
 
 
 def write_samples(config: DictConfig, run: Path) -> None:
-    """One completion for each of the first n_samples test prompts, in `<samples_dir>/<exp_name>.json`."""
+    """One completion for each of n_samples test prompts, drawn at random, in `<samples_dir>/<exp_name>.json`."""
     trainer = settings.named_class(config.loss.trainer, trainers, "loss.trainer")
     if trainer.is_reward:
         raise UserError(f"{run}: a reward model writes no text; ++mode=eval measures it")
@@ -56,8 +57,9 @@ def write_samples(config: DictConfig, run: Path) -> None:
     control = [tokenizer.encode(token, add_special_tokens=False)[0] for token in trainer.control_tokens]
     template = tokenise.make_template(config, tokenizer)
     records = [r for data in dataloader.load_datasets(config, "test") for r in dataloader.prompt_records(data)]
+    chosen = sorted(random.Random(0).sample(range(len(records)), min(config.n_samples, len(records))))
     prompts = tokenise.tokenise_prompts(
-        records[: config.n_samples], tokenizer, template, max_prompt_length=config.model.max_prompt_length
+        [records[i] for i in chosen], tokenizer, template, max_prompt_length=config.model.max_prompt_length
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     architecture = models.load_config(run / "LATEST")

@@ -7,8 +7,10 @@ Measured on 512 held-out pairs and, for policies, on samples for 256 held-out pr
 """
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.progress import track
@@ -33,7 +35,8 @@ def train(loss: str) -> None:
     if loss != "bradley-terry":
         options.append("toy_comparison=256")
     command = [sys.executable, "train.py", f"loss={loss}", "model=tiny", *options]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two runs at a time, a core each
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
@@ -97,8 +100,8 @@ def preference_accuracy(weights: Path, controlled: bool = False) -> float:
 
 def main() -> None:
     losses = sys.argv[1:] or LOSSES
-    for loss in track(losses, "training", transient=True):
-        train(loss)
+    with ThreadPoolExecutor(2) as pool:
+        list(track(pool.map(train, losses), "training", total=len(losses), transient=True))
     table = [
         "| `loss=` | its loss | preference accuracy | toy score of samples | win rate against the start | KL |",
         "|---|---|---|---|---|---|",
