@@ -75,16 +75,15 @@ class Run:
                 shutil.rmtree(part)
             yield
 
-    def start(self, config: DictConfig) -> Path | None:
-        """Write the configuration; give the state to resume from, if the run has one and `resume` is auto.
+    def start(self, config: DictConfig) -> None:
+        """Write the configuration, and with `resume: never` remove what the run of this name left.
 
         Raises UserError where the run there was started with another configuration.
         """
         if config.resume == "never":
             for path in [found for pattern in OWN_FILES for found in self.folder.glob(pattern)]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        state = self.newest_state()
-        if state is not None:
+        if self.newest_state() is not None:
             differing = differences(OmegaConf.load(self.folder / "config.yaml"), config)
             if differing:
                 raise UserError(
@@ -93,7 +92,6 @@ class Run:
                     + "\nUse another exp_name, or resume=never to start over and replace it."
                 )
         write_text(self.folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        return state
 
     def newest_state(self) -> Path | None:
         return max(self.states.glob("step-*"), default=None)

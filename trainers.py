@@ -89,8 +89,7 @@ class BasicTrainer:
         self.config, self.run, self.tokenizer = setup.config, setup.run, setup.tokenizer
         self.binding = setup.binding
         self.device = next(setup.policy.parameters()).device
-        self.policy, self.tap = setup.policy, setup.tap
-        self.sae = setup.sae.to(self.device) if setup.sae else None
+        self.policy, self.sae, self.tap = setup.policy, setup.sae, setup.tap
         self.loaders, self.references = setup.loaders, setup.references
         self.kl: Tensor | None = None  # what some trainers add to the evidence
         self.value_head: nn.Module | None = None
@@ -128,8 +127,12 @@ class BasicTrainer:
 
     def clip_gradients(self) -> float:
         """Bound the gradient's norm; gives what it was."""
-        limit = self.config.model.max_grad_norm
-        return float(nn.utils.clip_grad_norm_(self.module.parameters(), limit if limit else float("inf")))
+        return self.clip(self.module, self.config.model.max_grad_norm)
+
+    @staticmethod
+    def clip(module: nn.Module, limit: float | None) -> float:
+        """Bound the norm of one module's gradient (null: no bound); gives what it was."""
+        return float(nn.utils.clip_grad_norm_(module.parameters(), limit if limit else float("inf")))
 
     @classmethod
     def check(cls, config: DictConfig, binding: Binding) -> None:
@@ -508,8 +511,8 @@ class UnpairedPreferenceTrainer(BasicTrainer):
 
     sides = (None, "chosen", "rejected")
 
-    def __init__(self, setup: Setup, **options: Any) -> None:
-        super().__init__(setup, **options)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         self.mismatched_records = {split: MismatchedRecords(loader) for split, loader in self.loaders.items()}
 
     @classmethod
@@ -670,9 +673,8 @@ class PPOTrainer(UnpairedPreferenceTrainer):
 
     def clip_gradients(self) -> float:
         assert self.value_head is not None
-        nn.utils.clip_grad_norm_(self.value_head.parameters(), self.value_head_max_grad_norm)
-        limit = self.config.model.max_grad_norm
-        return float(nn.utils.clip_grad_norm_(self.policy.parameters(), limit if limit else float("inf")))
+        self.clip(self.value_head, self.value_head_max_grad_norm)
+        return self.clip(self.policy, self.config.model.max_grad_norm)
 
     def write_export(self, folder: Path, step: int) -> None:
         super().write_export(folder, step)

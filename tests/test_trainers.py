@@ -6,25 +6,13 @@ import pytest
 import torch
 from conftest import REPO, metrics
 from hydra import compose, initialize_config_dir
-from test_training import PAIRS, losses, run, settle
+from test_training import PAIRS, assembled, losses, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import assembly
 import models
 import settings
 import trainers
-from checkpoint import Run
 from utils import UserError
-
-
-def assembled(tmp_path, *overrides):
-    """A trainer that is ready to start."""
-    config, overrides = settle(tmp_path, *overrides)
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        parts = settings.check(config, overrides)
-        sources = settings.find_sources(config, parts.binding.needs)
-    return assembly.prepare(config, parts, sources, Run(tmp_path / config.exp_name))
-
 
 # ---------------------------------------------------------------------------------------------------- PPO
 

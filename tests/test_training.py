@@ -9,10 +9,13 @@ from conftest import REPO, metrics
 from hydra import compose, initialize_config_dir
 
 import assembly
+import models
+import settings
 import toy
 import train
 import trainers
 from checkpoint import Run
+from sae import pooled_features
 from utils import UserError
 
 PAIRS = {split: toy.preferences(split, seed=0, count=count) for split, count in (("train", 24), ("test", 8))}
@@ -44,6 +47,15 @@ def run(tmp_path, *overrides):
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         train.train(config, overrides)
     return metrics(tmp_path / config.exp_name)
+
+
+def assembled(tmp_path, *overrides):
+    """A trainer that is ready to start."""
+    config, overrides = settle(tmp_path, *overrides)
+    with initialize_config_dir(str(REPO / "config"), version_base=None):
+        parts = settings.check(config, overrides)
+        sources = settings.find_sources(config, parts.binding.needs)
+    return assembly.prepare(config, parts, sources, Run(tmp_path / config.exp_name))
 
 
 def losses(lines):
@@ -149,20 +161,9 @@ def test_changed_weights_give_a_new_cache(tmp_path, capsys):
 
 def test_the_cached_reference_equals_a_live_one(tmp_path):
     """Train away from the start, then compare what the loss saw with a model that is the start."""
-    config, overrides = settle(tmp_path, "loss=fpo")
-    from functools import partial
-
-    import models
-    import settings
-    from sae import pooled_features
-
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        parts = settings.check(config, overrides)
-        sources = settings.find_sources(config, parts.binding.needs)
-    trainer = assembly.prepare(config, parts, sources, Run(tmp_path / "run"))
-    load = partial(models.load_model, sources.model, "eager", torch.device("cpu"))
-    live = load()
-    tap = type(trainer.tap)(models.decoder_layers(live)[config.sae.layer])
+    trainer = assembled(tmp_path, "loss=fpo")
+    live = models.load_model(REPO / "assets/tiny", "eager", torch.device("cpu"))
+    tap = type(trainer.tap)(models.decoder_layers(live)[trainer.config.sae.layer])
     for (batch,) in trainer.loaders["eval"].steps():
         cached = trainer.references["eval"].attach(batch).reference
         with torch.no_grad():
