@@ -1,19 +1,25 @@
 """From a checked configuration to a trainer that is ready to start."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from transformers import PreTrainedModel
 
+import adapters
 import dataloader
 import models
+import parallel
 import settings
 from checkpoint import Run
 from reference import LiveReference, Records, Reference, load_or_build
 from sae import ResidualTap, drift_options, load_sae
+from sharding import DTYPES, shard
 from trainers import BasicTrainer, Setup
 from utils import UserError, file_digest, fingerprint
+from weights import weights_digest
 
 
 def prepare(
@@ -39,11 +45,23 @@ def prepare(
 
     tokenizer = models.load_tokenizer(sources.tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": list(parts.trainer.control_tokens)})
+    load_tokens = functools.partial(
+        dataloader.load_tokens,
+        config,
+        tokenizer=tokenizer,
+        loader_class=parts.loader,
+        options=binding.options["loader"],
+    )
     tokens = {
-        split: dataloader.load_tokens(config, name, tokenizer, parts.loader, binding.options["loader"])
+        split: parallel.rank_zero_first(functools.partial(load_tokens, name))
         for split, name in (("train", "train"), ("eval", "test"))
     }
-    ids = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+    common = {
+        "pad_id": tokenizer.pad_token_id,
+        "eos_id": tokenizer.eos_token_id,
+        "rank": parallel.rank(),
+        "world_size": parallel.world_size(),
+    }
     loaders = {
         "train": parts.loader(
             tokens["train"],
@@ -52,18 +70,19 @@ def prepare(
             n_epochs=config.n_epochs,
             n_examples=config.n_examples,
             seed=config.seed,
-            **ids,
+            **common,
         ),
         "eval": parts.loader(  # the same records whatever the run's seed, drawn from all data sets and their parts
-            tokens["eval"], batch_size=model.eval_batch_size, n_examples=config.n_eval_examples, seed=0, **ids
+            tokens["eval"], batch_size=model.eval_batch_size, n_examples=config.n_eval_examples, seed=0, **common
         ),
     }
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = parallel.device()
     attention = models.choose_attention(model.attn_implementation, architecture, device, model.policy_dtype)
-    weights = models.fetch(model.name_or_path, models.WEIGHT_FILES, "model.name_or_path")
-    policy = models.load_model(weights, attention, device, model.load_from, reward=parts.trainer.is_reward)
-    models.fit_vocabulary(policy, tokenizer)
+    load = functools.partial(load_model, model, attention)
+    directory = models.fetch(model.name_or_path, models.WEIGHT_FILES, "model.name_or_path")
+    new_tokens = models.tokens_to_add(architecture, tokenizer)
+    policy = load(directory, model.load_from, reward=parts.trainer.is_reward, new_tokens=new_tokens)
     tap = None
     if sae is not None:
         sae.to(device)
@@ -74,22 +93,64 @@ def prepare(
         records |= {f"{split}/mismatched": dataloader.MismatchedRecords(loaders[split]) for split in cached}
     references: dict[str, Reference] = {}
     if binding.needs & {"reference", "live_reference"}:
-        source, teacher, teacher_tap = (weights, model.load_from), policy, tap
+        source, teacher, teacher_tap = (directory, model.load_from), policy, tap
         if model.reference_path:
             source = (models.fetch(model.reference_path, models.WEIGHT_FILES, "model.reference_path"), None)
-        if model.reference_path or "live_reference" in binding.needs:
-            teacher = models.load_model(source[0], attention, device, source[1])
+        if model.reference_path or ("live_reference" in binding.needs and not model.use_peft):
+            teacher = load(*source, frozen=True)
             teacher_tap = ResidualTap(models.decoder_layers(teacher)[config.sae.layer]) if sae else None
         if "live_reference" in binding.needs:
             references = dict.fromkeys(records, LiveReference(teacher, teacher_tap, sae))
         else:
             features = (file_digest(sources.sae), config.sae.layer) if sources.sae else None
-            numbers = (models.weights_digest(*source), features, model.policy_dtype)
+            numbers = (weights_digest(*source), features, model.policy_dtype)
             for name, scored in records.items():
                 key = fingerprint(numbers, tokens[name.split("/")[0]].fingerprint, scored.used())
                 folder = Path(config.cache_dir) / ".cache" / "reference" / key
-                with models.autocast(device, model.policy_dtype):
-                    references[name] = load_or_build(folder, scored, teacher, teacher_tap, sae, model.eval_batch_size)
+                references[name] = load_or_build(folder, scored, teacher, teacher_tap, sae, model.eval_batch_size)
 
-    setup = Setup(config, binding, run, policy, tokenizer, loaders, sae, tap, references)
+    setup = Setup(config, binding, run, policy, tokenizer, loaders, load, sae, tap, references)
     return parts.trainer(setup, **binding.options["init"])
+
+
+def load_model(
+    settings: DictConfig,
+    attention: str,
+    directory: Path,
+    load_from: str | None = None,
+    *,
+    reward: bool = False,
+    frozen: bool = False,
+    new_tokens: int = 0,
+) -> PreTrainedModel:
+    """A model split over the ranks, as `settings` (config.model) says: the one to train, or a frozen one.
+
+    What is not trained is kept in the dtype that is computed in.
+    """
+    trained = DTYPES[settings.weights_dtype]
+    dtype = DTYPES[settings.policy_dtype] if frozen or settings.use_peft else trained
+
+    def shape(model: PreTrainedModel) -> None:
+        layers = models.decoder_layers(model, settings.block_name)
+        if frozen:
+            model.requires_grad_(False)
+        else:
+            if settings.use_peft:
+                adapters.add(model, settings, trained)
+            models.recompute_activations(model, settings.activation_checkpointing)
+        if settings.compile:
+            for layer in layers:
+                layer.forward = torch.compile(layer.forward)  # not the layer: its hooks stay outside
+        shard(model, layers, settings)
+
+    return models.load_model(
+        directory,
+        attention,
+        parallel.device(),
+        load_from,
+        reward=reward,
+        dtype=dtype,
+        new_tokens=new_tokens,
+        shape=shape,
+        offload=settings.cpu_offload,
+    )

@@ -614,6 +614,10 @@ class DataLoader:
         epochs, rest = divmod(self.total, len(self.rows))
         return epochs * self.steps_per_epoch + math.ceil(rest / self.batch_size)
 
+    def records_in(self, step: int) -> int:
+        """The records of one optimiser step, over all ranks."""
+        return len(self.indices(step))
+
     def indices(self, step: int) -> list[int]:
         """The rows of one optimiser step, of all ranks together."""
         epoch, batch = divmod(step, self.steps_per_epoch)

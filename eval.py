@@ -26,6 +26,7 @@ import tokenise
 import trainers
 from checkpoint import Run
 from sampling import sample
+from sharding import DTYPES
 from utils import UserError, console, write_json
 
 
@@ -66,19 +67,18 @@ def write_samples(config: DictConfig, run: Path) -> None:
     attention = models.choose_attention(
         config.model.attn_implementation, architecture, device, config.model.policy_dtype
     )
-    policy = models.load_model(run / "LATEST", attention, device)
-    with models.autocast(device, config.model.policy_dtype):
-        samples = sample(
-            policy,
-            tokenizer,
-            [[*prompt["prompt_ids"], *control[:1]] for prompt in prompts],
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.model.eval_batch_size,
-            seed=config.seed,
-            never=control,
-        )
+    policy = models.load_model(run / "LATEST", attention, device, dtype=DTYPES[config.model.policy_dtype])
+    samples = sample(
+        policy,
+        tokenizer,
+        [[*prompt["prompt_ids"], *control[:1]] for prompt in prompts],
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.model.eval_batch_size,
+        seed=config.seed,
+        never=control,
+    )
     content: dict[str, Any] = {
         "sampled_at": datetime.now().astimezone().isoformat(timespec="seconds"),
         "config": OmegaConf.to_container(config, resolve=True),

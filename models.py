@@ -3,8 +3,9 @@
 Shape letters: R rows, T positions, N completion tokens, M of them text, S sequences, D hidden width, V vocabulary.
 """
 
+import functools
 import importlib.util
-import pickle
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,15 +13,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -29,13 +32,21 @@ from transformers.utils import logging as transformers_logging
 
 from batch import PAD, Batch
 from sae import ResidualTap
-from utils import UserError, console, file_digest, fingerprint, local_path
+from sharding import materialise
+from utils import UserError, console, local_path
+from weights import fill, open_weights
 
 transformers_logging.disable_progress_bar()
 HEAD_ELEMENTS = 1 << 26  # logits held at once: 256 MiB in fp32
+COSTLY = (  # operations whose results selective checkpointing keeps
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+)
 CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]  # everything a model needs but its weights
 WEIGHT_FILES = ["*.safetensors"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
@@ -85,7 +96,7 @@ def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None) 
 
 def final_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """What the vocabulary projection reads, [R, T, D]."""
-    return model.base_model(
+    return getattr(model, "backbone", model.base_model)(
         input_ids=batch.input_ids,
         attention_mask=(batch.document != PAD).long(),
         position_ids=batch.position_ids,
@@ -149,19 +160,20 @@ def score_rewards(model: PreTrainedModel, batch: Batch) -> RewardScores:
     return RewardScores(cast(Any, model).score(hidden[batch.position[last]]).float().squeeze(1))
 
 
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """The context that a forward pass runs in: fp32 weights, computation in `dtype` ("float32" or "bfloat16")."""
-    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
-
-
 # ---------------------------------------------------------------------------------------------------- structure
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The stack of decoder layers, found by structure: the one ModuleList with `num_hidden_layers` entries.
+def decoder_layers(model: PreTrainedModel, block_name: str | None = None) -> Sequence[nn.Module]:
+    """The decoder layers, found by structure: the one ModuleList with `num_hidden_layers` entries. Or, where the class
+    of a layer is named, all modules of that class.
 
-    Raises UserError where there is none, or more than one.
+    Raises UserError where there are none, or more than one such list.
     """
+    if block_name is not None:
+        found = [module for module in model.modules() if type(module).__name__ == block_name]
+        if not found:
+            raise UserError(f"model.block_name={block_name}: {type(model).__name__} has no such module")
+        return found
     count = model.config.get_text_config().num_hidden_layers
     stacks = {
         name: module
@@ -170,7 +182,18 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     }
     if len(stacks) != 1:
         raise UserError(f"{type(model).__name__}: cannot tell the decoder layers apart (candidates: {list(stacks)})")
-    return next(iter(stacks.values()))
+    return list(next(iter(stacks.values())))
+
+
+def recompute_activations(model: PreTrainedModel, which: bool | str) -> None:
+    """Keep only the inputs of each layer in the forward pass (`true`, `full`), or also what its matrix products and its
+    attention give (`selective`), and compute the rest again in the backward pass."""
+    if not which:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if which == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(COSTLY))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -227,17 +250,6 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def fit_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """Add embeddings for tokens that the tokenizer has and the model has no room for: the mean of the others, so that
-    a new token first changes little."""
-    known = cast(Any, model).get_input_embeddings().num_embeddings
-    if len(tokenizer) > known:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-            weight = cast(Any, embeddings).weight.data
-            weight[known:] = weight[:known].mean(0)
-
-
 def choose_attention(wanted: str, config: PretrainedConfig, device: torch.device, dtype: str) -> str:
     """`wanted`, or for `auto` the fastest implementation that computes this model exactly; says which and why."""
     if wanted != "auto":
@@ -253,82 +265,47 @@ def choose_attention(wanted: str, config: PretrainedConfig, device: torch.device
     return chosen
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a Hub-format directory. Raises UserError where there are none."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory}: no *.safetensors (pickled weights are not loaded; convert them to safetensors)")
-    return files
-
-
 def load_model(
-    directory: Path, attention: str, device: torch.device, load_from: str | None = None, *, reward: bool = False
+    directory: Path,
+    attention: str,
+    device: torch.device,
+    load_from: str | None = None,
+    *,
+    reward: bool = False,
+    dtype: torch.dtype = torch.float32,
+    new_tokens: int = 0,
+    shape: Callable[[PreTrainedModel], None] | None = None,
+    offload: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model, or a reward model, in fp32, on `device`, in eval mode.
+    """A causal language model, or a reward model, on `device`, in eval mode, its weights kept in `dtype`.
 
     `directory` is in Hub format. `load_from` replaces the weights: a `policy.pt`, a Hub-format directory, or a run
-    directory (its LATEST). Raises UserError listing weights that are missing, left over or of another shape.
+    directory (its LATEST). `shape` may change the model while it has no memory yet: split it over ranks, add adapters;
+    each rank then reads its own part of the weights alone. `offload` keeps them in host memory.
+    Raises UserError listing weights that are missing, left over or of another shape.
     """
-    policy_file = None
-    if load_from is not None:
-        found = find_weights(load_from)
-        directory, policy_file = (directory, found) if found.is_file() else (found, None)
-    weight_files(directory)
+    weights = open_weights(directory, load_from)
+    config = load_config(directory)
     kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    loaded = kind.from_pretrained(
-        directory,
-        **({"num_labels": 1} if reward else {}),
-        dtype=torch.float32,
-        attn_implementation=attention,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    model, loading = loaded
-    problems = {
-        kind: sorted(map(str, loading[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-    }
-    refuse_misfits(directory, problems, reward)
-    if policy_file is not None:
-        load_policy_file(model, policy_file, reward=reward)
-    cast(nn.Module, model).to(device)
+    if reward:
+        config.num_labels = 1
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
+        if new_tokens:
+            tokens = model.get_input_embeddings().num_embeddings + new_tokens
+            model.resize_token_embeddings(tokens, mean_resizing=False)
+    model.tie_weights()
+    model.config.architectures = [type(model).__name__]
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    if shape is not None:
+        shape(model)
+    materialise(model, device, offload=offload)
+    model.tie_weights()  # memory given one by one has untied what was tied
+    fill(model, weights, new_tokens)
     return model.eval()
 
 
-def load_policy_file(model: PreTrainedModel, path: Path, *, reward: bool = False) -> None:
-    """Load a `policy.pt` of this repo or of HALOs. Raises UserError where it does not fit the model exactly."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
-        result = model.load_state_dict(state, strict=False)
-    except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{path}: not a policy.pt of this model ({error})") from error
-    refuse_misfits(path, {"missing_keys": result.missing_keys, "unexpected_keys": result.unexpected_keys}, reward)
-
-
-def refuse_misfits(source: Path, problems: dict[str, list[str]], reward: bool) -> None:
-    """Raise UserError for weights that are missing or left over. A reward model may start from a language model: it
-    has a head of its own, `score`, for the projection onto the vocabulary."""
-    heads = ("score.", "lm_head.", "embed_out.") if reward else ()
-    problems = {kind: [name for name in names if not name.startswith(heads)] for kind, names in problems.items()}
-    if any(problems.values()):
-        lists = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"{source}: the weights do not fit the model. {lists}")
-
-
-def find_weights(load_from: str) -> Path:
-    """What `model.load_from` names: a `policy.pt`, or a Hub-format directory (for a run directory, its LATEST)."""
-    path = local_path(load_from)
-    if (path / "LATEST").is_dir():
-        path = path / "LATEST"
-    if path.is_file() or list(path.glob("*.safetensors")):
-        return path
-    if (path / "policy.pt").is_file():
-        return path / "policy.pt"
-    raise UserError(f"model.load_from={load_from}: no policy.pt, safetensors or run directory there")
-
-
-def weights_digest(directory: Path, load_from: str | None) -> str:
-    """Changes whenever the weights that `load_model` would read do, on any number of ranks."""
-    source = directory if load_from is None else find_weights(load_from)
-    files = [source] if source.is_file() else [source / "config.json", *weight_files(source)]
-    return fingerprint([file_digest(file) for file in files])
+def tokens_to_add(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
+    """How many tokens the tokenizer knows beyond those the model has embeddings for."""
+    return max(0, len(tokenizer) - config.get_text_config().vocab_size)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import adapters
+import parallel
 from batch import Batch
 from models import score
 from sae import SAE, ResidualTap, pooled_features
@@ -74,13 +76,14 @@ class LiveReference:
     """A frozen reference model in memory, for a loss that needs its whole distribution."""
 
     def __init__(self, model: PreTrainedModel, tap: ResidualTap | None, sae: SAE | None) -> None:
-        self.model, self.tap, self.sae = model.requires_grad_(False).eval(), tap, sae
+        self.model, self.tap, self.sae = model, tap, sae
 
     @torch.no_grad()
     def attach(self, batch: Batch) -> Batch:
         """As `ReferenceCache.attach`, and the whole distribution as `hidden` [N, D] with its `head`."""
-        batch = batch.to(next(self.model.parameters()).device)
-        scores = score(self.model, batch, self.tap)
+        batch = batch.to(parallel.device())
+        with adapters.off(self.model):  # with adapters, the policy without them is the reference
+            scores = score(self.model, batch, self.tap)
         batch.reference = {
             "logps": scores.logps,
             "token_logps": scores.token_logps,
@@ -113,7 +116,7 @@ def load_or_build(
     """
     keys = records.used()
     names = shard_names(len(keys))
-    missing = [n for n, name in enumerate(names) if not (folder / name).is_file()]
+    missing = parallel.from_rank_zero(lambda: [n for n, name in enumerate(names) if not (folder / name).is_file()])
     if not missing:
         console.print(f"reference cache: found {len(keys):,} records in {folder}")
     elif len(missing) < len(names):
@@ -122,29 +125,41 @@ def load_or_build(
         console.print(f"reference cache: computing {len(keys):,} records into {folder}")
     model.eval()
     with progress_bar("reference cache", len(names), len(names) - len(missing)) as advance:
-        for done, shard in enumerate(missing, start=len(names) - len(missing) + 1):
-            rows = shard_rows(keys[shard * SHARD : (shard + 1) * SHARD], records, model, tap, sae, batch_size)
-            with appears_whole(folder / names[shard]) as part:
-                write_arrow(rows, part)
-            advance(done, None)
+        world = parallel.world_size()
+        for first in range(0, len(missing), world):
+            at_once = missing[first : first + world]
+            parts = [keys[shard * SHARD : (shard + 1) * SHARD] for shard in at_once]
+            # A rank without a shard of its own scores one all the same: a split model runs on all ranks or on none.
+            shard, own = [*zip(at_once, parts), *[(None, parts[0])] * world][parallel.rank()]
+            most = max(map(len, parts))
+            rows = shard_rows(own, most, records, model, tap, sae, max(1, batch_size // world))
+            if shard is not None:
+                with appears_whole(folder / names[shard]) as part:
+                    write_arrow(rows, part)
+            advance(len(names) - len(missing) + first + len(at_once), None)
+    parallel.wait_for_all()
     return ReferenceCache(folder, keys, None if sae is None else sae.d_sae)
 
 
 @torch.no_grad()
 def shard_rows(
     keys: Sequence[Any],
+    most: int,
     records: Records,
     model: PreTrainedModel,
     tap: ResidualTap | None,
     sae: SAE | None,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """The cache's rows of some records, in order. Records of like length are scored together: less padding."""
-    device = next(model.parameters()).device
+    """The cache's rows of some records, in order, by as many passes of the model as `most` records would take.
+
+    Records of like length are scored together: less padding.
+    """
     rows: dict[tuple[Any, int], dict[str, Any]] = {}
     order = sorted(keys, key=records.length)
-    for start in range(0, len(order), batch_size):
-        rows |= reference_rows(records.batch(order[start : start + batch_size]).to(device), model, tap, sae)
+    for start in range(0, most, batch_size):
+        own = order[start : start + batch_size] or order[:1]
+        rows |= reference_rows(records.batch(own).to(parallel.device()), model, tap, sae)
     completions = len(rows) // len(keys)
     return [rows[key, c] for key in keys for c in range(completions)]
 

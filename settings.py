@@ -16,9 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 import dataloader
 import trainers
 from checkpoint import flat
-from models import CONFIG_FILES, DTYPES, fetch, fetch_file, find_weights, load_config
+from models import CONFIG_FILES, fetch, fetch_file, load_config
+from sharding import DTYPES
 from utils import UserError, local_path, suggest
 from vocabulary import Binding, bind
+from weights import find_weights
 
 
 class Problems(list[str]):
@@ -89,10 +91,12 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
         "template": (config.template, ["tulu", "chat"]),
         "lr_schedule": (config.lr_schedule, list(trainers.SCHEDULES)),
         "model.policy_dtype": (config.model.policy_dtype, list(DTYPES)),
+        "model.weights_dtype": (config.model.weights_dtype, list(DTYPES)),
+        "model.activation_checkpointing": (config.model.activation_checkpointing, [False, True, "full", "selective"]),
     }
     for key, (value, known) in choices.items():
-        hint = suggest(str(value), known)
-        problems.expect(value in known, f"{key}={value}: not one of {', '.join(known)}{hint}")
+        hint = suggest(str(value), map(str, known))
+        problems.expect(value in known, f"{key}={value}: not one of {', '.join(map(str, known))}{hint}")
     for key in ("model.batch_size", "model.eval_batch_size", "model.gradient_accumulation_steps", "log_every"):
         value = OmegaConf.select(config, key)
         problems.expect(isinstance(value, int) and value > 0, f"{key}={value}: has to be a whole number above 0")

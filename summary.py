@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 
 import models
+import parallel
 import toy
 from batch import collate_padded
 from compare import Item, judge_pairs, toy_judge, win_rate
@@ -42,6 +43,8 @@ def summarise(trainer: BasicTrainer, start_weights: Path, started: float) -> Non
         figures |= against_start(trainer, start_weights, config.toy_comparison)
     figures["seconds"] = time.monotonic() - started
     figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if parallel.rank() != 0:
+        return
     write_json(run.folder / "summary.json", figures)
 
     table = Table("figure", "value", title=str(config.exp_name))

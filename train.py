@@ -13,10 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import assembly
+import parallel
 import settings
 import summary
 from checkpoint import Run
-from utils import UserError, console
 
 
 def train(config: DictConfig, overrides: list[str]) -> None:
@@ -27,22 +27,17 @@ def train(config: DictConfig, overrides: list[str]) -> None:
     sources = settings.find_sources(config, parts.binding.needs)
     run = Run(Path(config.cache_dir) / config.exp_name)
     with run.writing():
-        run.start(config)
+        parallel.from_rank_zero(lambda: run.start(config))
         torch.manual_seed(config.seed)
         trainer = assembly.prepare(config, parts, sources, run)
-        if config.model.activation_checkpointing:
-            trainer.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainer.train()
         summary.summarise(trainer, sources.model, started)
 
 
 @hydra.main(version_base=None, config_path="config", config_name="config")
 def main(config: DictConfig) -> None:
-    try:
-        train(config, list(HydraConfig.get().overrides.task))
-    except UserError as error:
-        console.print(str(error), style="red", markup=False)
-        sys.exit(2)
+    overrides = list(HydraConfig.get().overrides.task)
+    parallel.run(lambda: train(config, overrides), config.nproc)
 
 
 if __name__ == "__main__":

@@ -7,28 +7,36 @@ rejected_rewards`. To add one: a class here, a YAML there, a test.
 Shape letters: B records (pairs) of a batch, S sequences, N completion tokens.
 """
 
-import time
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, get_scheduler
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+import adapters
+import parallel
 from batch import Batch
 from checkpoint import MetricsLog, Run
+from counts import Flops, Pace
 from dataloader import BAD, GOOD, DataLoader, MismatchedRecords
-from models import autocast, find_weights, load_model, load_policy_file, score, score_rewards
+from models import score, score_rewards
+from parallel import Stopped, StopRequest
 from reference import Reference
 from sae import SAE, ResidualTap
-from utils import UserError, console, progress_bar, suggest, sum_over_ranks
+from sharding import reshard, whole
+from utils import UserError, console, progress_bar, suggest
 from vocabulary import QUANTITIES, Binding, Evidence
+from weights import PolicyFile, fill, find_weights, gather, write_hub_format
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
@@ -43,6 +51,7 @@ class Setup:
     policy: PreTrainedModel
     tokenizer: Tokenizer
     loaders: dict[str, DataLoader]  # "train" and "eval"
+    load: Callable[..., PreTrainedModel]  # gives another model, split over the ranks as the policy is
     sae: SAE | None = None
     tap: ResidualTap | None = None
     references: dict[str, Reference] = field(default_factory=dict)  # of "train", "eval", "train/mismatched", ...
@@ -60,21 +69,28 @@ def make_optimizer(config: DictConfig, parameters: Sequence[Tensor]) -> torch.op
 
 
 class Means:
-    """Weighted means of what a batch reports, summed on the device and read once."""
+    """Weighted means of what a batch reports, summed on the device and read once, over all ranks."""
 
     def __init__(self) -> None:
         self.sums: dict[str, tuple[Tensor, float]] = {}
 
     def add(self, name: str, values: Tensor, weight: float | None = None) -> None:
         """Add values of any shape; `weight` is what they count for, their number if not given."""
-        total, count = self.sums.get(name, (0.0, 0.0))
+        total, count = self.sums.get(name, (torch.zeros((), device=values.device), 0.0))
         self.sums[name] = (
             total + values.detach().float().sum(),
             count + (values.numel() if weight is None else weight),
         )
 
     def read(self) -> dict[str, float]:
-        return {name: float(total) / count for name, (total, count) in self.sums.items() if count}
+        """The means. Every rank has to ask, and to have added the same names."""
+        if not self.sums:
+            return {}
+        sums = torch.stack([total for total, _ in self.sums.values()]).double().cpu()
+        counts = torch.tensor([count for _, count in self.sums.values()], dtype=torch.float64)
+        sums, counts = parallel.sum_over_ranks(torch.stack([sums, counts]))
+        values = zip(self.sums, sums.tolist(), counts.tolist())
+        return {name: total / count for name, total, count in values if count}
 
 
 class BasicTrainer:
@@ -88,12 +104,13 @@ class BasicTrainer:
     def __init__(self, setup: Setup) -> None:
         self.config, self.run, self.tokenizer = setup.config, setup.run, setup.tokenizer
         self.binding = setup.binding
-        self.device = next(setup.policy.parameters()).device
+        self.device = parallel.device()
         self.policy, self.sae, self.tap = setup.policy, setup.sae, setup.tap
         self.loaders, self.references = setup.loaders, setup.references
         self.kl: Tensor | None = None  # what some trainers add to the evidence
         self.value_head: nn.Module | None = None
         self.module = self.trained_module()
+        reshard(self.module)  # the reference pass has left some of it gathered
         self.last_evaluation: dict[str, float] = {}
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.config, trained)
@@ -118,9 +135,8 @@ class BasicTrainer:
 
     def score(self, batch: Batch, reference: Reference | None) -> tuple[Batch, Any]:
         """The batch on the device, with what the reference says of it, and what the policy says."""
-        with autocast(self.device, self.config.model.policy_dtype):
-            batch = (reference.attach(batch) if reference else batch).to(self.device)
-            return batch, score(self.policy, batch, self.tap)
+        batch = (reference.attach(batch) if reference else batch).to(self.device)
+        return batch, score(self.policy, batch, self.tap)
 
     def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:
         """Measure what belongs to a whole optimiser step, or evaluation batch, before its losses are computed."""
@@ -132,7 +148,7 @@ class BasicTrainer:
     @staticmethod
     def clip(module: nn.Module, limit: float | None) -> float:
         """Bound the norm of one module's gradient (null: no bound); gives what it was."""
-        return float(nn.utils.clip_grad_norm_(module.parameters(), limit if limit else float("inf")))
+        return float(whole(nn.utils.clip_grad_norm_(module.parameters(), limit if limit else float("inf"))))
 
     @classmethod
     def check(cls, config: DictConfig, binding: Binding) -> None:
@@ -181,20 +197,24 @@ class BasicTrainer:
             self.log(step, examples, self.evaluate())
 
         start, evaluated, saved = step, False, False
-        means, since = Means(), time.monotonic()
-        with progress_bar("training", len(loader), step) as advance:
+        flops = Flops.of(self.policy)
+        means, pace = Means(), Pace(flops)
+        with StopRequest() as stop, progress_bar("training", len(loader), step) as advance:
             for micro_batches in loader.steps(start=start):
+                if number := stop.anywhere():
+                    self.stop(number, step, examples, saved=saved or step == start)
                 self.module.train()
                 norm = self.optimise(step, micro_batches, means)
                 step, before = step + 1, examples
-                examples += sum(len(batch.index) for batch in micro_batches)
+                examples += loader.records_in(step - 1)
+                pace.add(micro_batches, self.passes)
                 evaluated = crosses(config.eval_every, before, examples)
                 saved = crosses(config.save_every, before, examples)
                 if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
                     values = {**means.read(), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
-                    self.log(step, examples, {**values, "seconds": time.monotonic() - since})
+                    self.log(step, examples, {**values, **pace.read()})
                     advance(step, values["loss/train"])
-                    means, since = Means(), time.monotonic()
+                    means, pace = Means(), Pace(flops)
                 if evaluated:
                     self.log(step, examples, self.evaluate())
                 if saved:
@@ -205,8 +225,19 @@ class BasicTrainer:
             self.log(step, examples, self.evaluate())
         if step > start and not saved:
             self.save(step, examples)
+        self.run.finish_saving()
         self.export(step, examples)
         self.metrics.close()
+
+    def stop(self, number: int, step: int, examples: int, *, saved: bool) -> NoReturn:
+        """End the run between two steps because of a signal, with its state saved."""
+        if not saved:
+            self.save(step, examples)
+        self.run.finish_saving()
+        self.metrics.close()
+        name = signal.Signals(number).name
+        console.print(f"stopped by {name} after step {step:,}; the same command goes on from {self.run.states}")
+        raise Stopped(128 + number)
 
     def optimise(self, step: int, micro_batches: list[Batch], means: Means) -> float:
         """One step of the training data, of `passes` updates; gives the last gradient's norm before clipping."""
@@ -221,24 +252,45 @@ class BasicTrainer:
 
         Raises UserError, leaving the weights alone, if a loss or the gradient is not finite.
         """
-        weight = sum(self.weight(batch) for batch in micro_batches)
+        own = sum(self.weight(batch) for batch in micro_batches)
+        total = int(parallel.sum_over_ranks(torch.tensor(own)))
         losses = []
         for batch in micro_batches:
             losses.append(self.compute_loss(batch, "train", means))
-            (losses[-1].sum() / weight).backward()
+            (losses[-1].sum() * parallel.world_size() / total).backward()  # gradients are averaged over the ranks
+        self.average_replicated()
         norm = self.clip_gradients()
-        if not all(bool(part.isfinite().all()) for part in losses) or not norm < float("inf"):
-            bad = [b.index for b, part in zip(micro_batches, losses) if not part.isfinite().all()]
-            rows = self.loaders["train"].rows
-            sources = [rows[i]["source"] for part in bad or [b.index for b in micro_batches] for i in part]
-            what = "the loss" if bad else "the gradient"
-            raise UserError(
-                f"step {step + 1}: {what} is not finite; stopped before it reached the weights. Examples: "
-                f"{', '.join(sources)}. The last checkpoint is good: {self.run.newest_state() or 'none yet'}"
-            )
+        wrong = torch.stack([(~part.isfinite()).sum() for part in losses])
+        if parallel.sum_over_ranks(wrong.sum()) or not norm < float("inf"):
+            self.refuse_step(step, [batch for batch, bad in zip(micro_batches, wrong) if bad] or micro_batches, wrong)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def average_replicated(self) -> None:
+        """Average the gradients of parameters that every rank holds whole; FSDP does it for those it splits."""
+        if parallel.world_size() > 1:
+            for parameter in self.module.parameters():
+                if parameter.grad is not None and not isinstance(parameter, DTensor):
+                    dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
+                    parameter.grad /= parallel.world_size()
+
+    def refuse_step(self, step: int, suspects: list[Batch], wrong: Tensor) -> NoReturn:
+        """Raise the UserError for a loss, or a gradient, that is not finite, naming the examples of all ranks."""
+        rows = self.loaders["train"].rows
+        found: list[Any] = [None] * parallel.world_size()
+        own = (bool(wrong.any()), [rows[i]["source"] for batch in suspects for i in batch.index])
+        if parallel.world_size() > 1:
+            dist.all_gather_object(found, own)
+        else:
+            found = [own]
+        bad_loss = any(bad for bad, _ in found)
+        sources = [source for bad, sources in found if bad == bad_loss for source in sources]
+        raise UserError(
+            f"step {step + 1}: the {'loss' if bad_loss else 'gradient'} is not finite; stopped before it reached the "
+            f"weights. Examples: {', '.join(sources)}. "
+            f"The last checkpoint is good: {self.run.newest_state() or 'none yet'}"
+        )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -265,16 +317,16 @@ class BasicTrainer:
     def save(self, step: int, examples: int) -> None:
         """The state that a resumed run starts from."""
         place = {
+            "step": step,
             "examples": examples,
             "metrics_size": self.metrics.size,
             "schedule": self.schedule.state_dict(),
             "evaluation": self.last_evaluation,
         }
-        self.run.save_state(step, self.module, self.optimizer, place)
-        self.run.prune_states(self.config.keep_states)
+        self.run.save_state(self.module, self.optimizer, place, keep=self.config.keep_states)
 
     def export(self, step: int, examples: int) -> Path:
-        """The trained weights, for others to use."""
+        """The trained weights, for others to use. For all ranks to call; rank 0 writes."""
 
         def write(folder: Path) -> None:
             self.write_export(folder, step)
@@ -282,15 +334,18 @@ class BasicTrainer:
         return self.run.export(examples, write, keep_others=self.config.intermediate_checkpoints)
 
     def write_export(self, folder: Path, step: int) -> None:
-        """Hub format, and `policy.pt` as HALOs writes it."""
-        self.policy.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        content = {"step_idx": step, "state": self.policy.state_dict(), "metrics": self.last_evaluation}
-        torch.save(content, folder / "policy.pt")
+        """Hub format, and `policy.pt` as HALOs writes it; beside them the adapter alone, if one was trained."""
+        state = gather(self.policy)
+        if parallel.rank() == 0:
+            write_hub_format(self.policy, state, folder)
+            self.tokenizer.save_pretrained(folder)
+            torch.save({"step_idx": step, "state": state, "metrics": self.last_evaluation}, folder / "policy.pt")
+        if self.config.model.use_peft:
+            adapters.write(self.policy, folder / "adapter")
 
     def read_export(self, folder: Path) -> None:
         """Put the weights that `write_export` wrote in place of those trained, to evaluate them."""
-        load_policy_file(self.policy, folder / "policy.pt", reward=self.is_reward)
+        fill(self.policy, PolicyFile(folder / "policy.pt"))
 
 
 def crosses(every: int | None, before: int, now: int) -> bool:
@@ -495,8 +550,7 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
 
     def score(self, batch: Batch, reference: Reference | None) -> tuple[Batch, Any]:  # noqa: ARG002
         batch = batch.to(self.device)
-        with autocast(self.device, self.config.model.policy_dtype):
-            return batch, score_rewards(self.policy, batch)
+        return batch, score_rewards(self.policy, batch)
 
     def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:  # noqa: ARG002
         report_pair_rewards(means, split, *rewards)
@@ -536,7 +590,7 @@ class UnpairedPreferenceTrainer(BasicTrainer):
             batch, scores = self.score(batch, self.references[f"{split}/mismatched"])
             logratios = scores.logps - batch.reference["logps"]
             total += torch.stack([logratios.double().sum(), logratios.new_tensor(len(logratios)).double()])
-        logratio, count = sum_over_ranks(total)
+        logratio, count = parallel.sum_over_ranks(total)
         self.kl = (logratio / count).clamp(min=0).float()
 
     def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
@@ -612,8 +666,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         value_head_max_grad_norm: float,
     ) -> None:
         width = setup.policy.config.get_text_config().hidden_size
-        device = next(setup.policy.parameters()).device
-        value_head = nn.Linear(width, 1).to(device)
+        value_head = nn.Linear(width, 1).to(parallel.device())  # so small that every rank holds it whole
         nn.init.zeros_(value_head.weight)
         nn.init.zeros_(value_head.bias)
         self.both = nn.ModuleDict({"policy": setup.policy, "value_head": value_head})
@@ -622,9 +675,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         self.passes, self.value_head_max_grad_norm = ppo_epochs, value_head_max_grad_norm
         self.reward_model: PreTrainedModel | None = None
         if reward not in ("label", "score"):
-            self.reward_model = load_model(
-                find_weights(reward), setup.policy.config._attn_implementation, device, reward=True
-            )
+            self.reward_model = setup.load(find_weights(reward), reward=True, frozen=True)
 
     def trained_module(self) -> nn.Module:
         return self.both
@@ -655,7 +706,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
             batch.record |= {"advantages": advantages, "returns": returns}
             wide = advantages.double()
             moments += torch.stack([wide.sum(), wide.square().sum(), wide.new_tensor(len(wide))])
-        total, squares, count = sum_over_ranks(moments)
+        total, squares, count = parallel.sum_over_ranks(moments)
         mean = total / count
         deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
         for batch in micro_batches:
@@ -679,7 +730,8 @@ class PPOTrainer(UnpairedPreferenceTrainer):
     def write_export(self, folder: Path, step: int) -> None:
         super().write_export(folder, step)
         assert self.value_head is not None
-        safetensors.torch.save_model(self.value_head, str(folder / "value_head.safetensors"))
+        if parallel.rank() == 0:
+            safetensors.torch.save_model(self.value_head, str(folder / "value_head.safetensors"))
 
     def read_export(self, folder: Path) -> None:
         super().read_export(folder)

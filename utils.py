@@ -11,10 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 REPO = Path(__file__).resolve().parent
 console = Console(highlight=False, soft_wrap=True)
@@ -111,10 +109,3 @@ class progress_bar:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes of the run, on each of them."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
