@@ -42,6 +42,8 @@ def add(model: PreTrainedModel, settings: DictConfig, dtype: torch.dtype) -> Non
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.to(dtype)
+            if not parameter.is_meta:
+                parameter.data.copy_(new_values(name, parameter.shape))
 
 
 def is_adapter(name: str) -> bool:

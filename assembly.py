@@ -19,7 +19,7 @@ from sae import ResidualTap, drift_options, load_sae
 from sharding import DTYPES, shard
 from trainers import BasicTrainer, Setup
 from utils import UserError, file_digest, fingerprint
-from weights import weights_digest
+from weights import find_weights, weights_digest
 
 
 def prepare(
@@ -103,7 +103,8 @@ def prepare(
             references = dict.fromkeys(records, LiveReference(teacher, teacher_tap, sae))
         else:
             features = (file_digest(sources.sae), config.sae.layer) if sources.sae else None
-            numbers = (weights_digest(*source), features, model.policy_dtype)
+            quantised = model.load_in_4bit and teacher is policy
+            numbers = (weights_digest(*source), features, model.policy_dtype, *([quantised] if quantised else []))
             for name, scored in records.items():
                 key = fingerprint(numbers, tokens[name.split("/")[0]].fingerprint, scored.used())
                 folder = Path(config.cache_dir) / ".cache" / "reference" / key
@@ -127,6 +128,12 @@ def load_model(
 
     What is not trained is kept in the dtype that is computed in.
     """
+    if settings.load_in_4bit and not frozen:
+        source = directory if load_from is None else find_weights(load_from)
+        model = models.load_quantised(source, attention, parallel.device(), DTYPES[settings.policy_dtype])
+        models.recompute_activations(model, settings.activation_checkpointing)
+        adapters.add(model, settings, DTYPES[settings.weights_dtype])
+        return model
     trained = DTYPES[settings.weights_dtype]
     dtype = DTYPES[settings.policy_dtype] if frozen or settings.use_peft else trained
 

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -34,7 +35,7 @@ from batch import PAD, Batch
 from sae import ResidualTap
 from sharding import materialise
 from utils import UserError, console, local_path
-from weights import fill, open_weights
+from weights import fill, open_weights, refuse_misfits, weight_files
 
 transformers_logging.disable_progress_bar()
 HEAD_ELEMENTS = 1 << 26  # logits held at once: 256 MiB in fp32
@@ -303,6 +304,28 @@ def load_model(
     materialise(model, device, offload=offload)
     model.tie_weights()  # memory given one by one has untied what was tied
     fill(model, weights, new_tokens)
+    return model.eval()
+
+
+def load_quantised(directory: Path, attention: str, device: torch.device, compute: torch.dtype) -> PreTrainedModel:
+    """A language model whose linear layers are kept in 4 bits (NF4, Dettmers et al. 2023, 2305.14314), whole on every
+    rank, computing in `compute`; for adapters to be trained on. `directory` is in Hub format."""
+    weight_files(directory)
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        quantization_config=quantisation,
+        device_map={"": device},
+        dtype=compute,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    model, loading = loaded
+    refuse_misfits(directory, {kind: sorted(map(str, names)) for kind, names in loading.items() if names})
     return model.eval()
 
 

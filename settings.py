@@ -100,6 +100,12 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
     for key in ("model.batch_size", "model.eval_batch_size", "model.gradient_accumulation_steps", "log_every"):
         value = OmegaConf.select(config, key)
         problems.expect(isinstance(value, int) and value > 0, f"{key}={value}: has to be a whole number above 0")
+    for key, package in (("use_peft", "peft"), ("load_in_4bit", "bitsandbytes")):
+        missing = config.model[key] and importlib.util.find_spec(package) is None
+        problems.expect(not missing, f"model.{key} needs the package {package}: pip install -e '.[peft]'")
+    problems.expect(
+        config.model.use_peft or not config.model.load_in_4bit, "model.load_in_4bit needs model.use_peft=true as well"
+    )
     with problems.collected():
         trainers.make_optimizer(config, [torch.zeros(1, requires_grad=True)])
     with problems.collected():

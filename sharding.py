@@ -97,6 +97,11 @@ def own_ranges(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank. All ranks have to ask for the same ones in the same order."""
+    """The whole tensor, on every rank; a quantised one dequantised. All ranks have to ask for the same ones in the same
+    order."""
+    if hasattr(tensor, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit  # an extra
+
+        return dequantize_4bit(tensor.data, tensor.quant_state)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -14,17 +14,23 @@ from omegaconf import DictConfig
 
 import assembly
 import parallel
+import plan
 import settings
 import summary
 from checkpoint import Run
+
+MODES = ("train", "plan")
 
 
 def train(config: DictConfig, overrides: list[str]) -> None:
     """Check, prepare, train, summarise."""
     started = time.monotonic()
     config.exp_name = str(config.exp_name)  # YAML reads exp_name=7 as a number
-    parts = settings.check(config, overrides)
+    parts = settings.check(config, overrides, modes=MODES)
     sources = settings.find_sources(config, parts.binding.needs)
+    if config.mode == "plan":
+        plan.show(config, parts, sources)
+        return
     run = Run(Path(config.cache_dir) / config.exp_name)
     with run.writing():
         parallel.from_rank_zero(lambda: run.start(config))
@@ -37,7 +43,8 @@ def train(config: DictConfig, overrides: list[str]) -> None:
 @hydra.main(version_base=None, config_path="config", config_name="config")
 def main(config: DictConfig) -> None:
     overrides = list(HydraConfig.get().overrides.task)
-    parallel.run(lambda: train(config, overrides), config.nproc)
+    ranks = 1 if config.mode == "plan" else config.nproc  # a plan for many ranks needs only one
+    parallel.run(lambda: train(config, overrides), ranks)
 
 
 if __name__ == "__main__":

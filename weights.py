@@ -3,6 +3,7 @@
 Read: safetensors in Hub format, or a `policy.pt`. Nothing here loads a pickle that could run code.
 """
 
+import copy
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,9 +136,7 @@ def fill(model: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
     heads = {"lm_head.weight", "embed_out.weight"} if any(name.startswith(REWARD_HEAD) for name in tensors) else set()
     left_over = sorted(weights.shapes.keys() - known - heads)
     problems["left over"] += [name for name in left_over if not name.endswith(NOT_WEIGHTS)]
-    if any(problems.values()):
-        lists = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in problems.items() if found)
-        raise UserError(f"{weights.source}: the weights do not fit the model. {lists}")
+    refuse_misfits(weights.source, problems)
     with torch.no_grad():
         for own in names.values():
             tensor = tensors[own[0]]
@@ -146,6 +145,13 @@ def fill(model: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
                 local(tensor).copy_(made[own_ranges(tensor)])
             elif local(tensor).numel():
                 local(tensor).copy_(read_rows(weights, sources[own[0]], own_ranges(tensor)))
+
+
+def refuse_misfits(source: Path, problems: Mapping[str, list[str]]) -> None:
+    """Raise UserError for weights that do not fit, if there are any, by what is wrong with them."""
+    if any(problems.values()):
+        lists = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(found)}" for kind, found in problems.items() if found)
+        raise UserError(f"{source}: the weights do not fit the model. {lists}")
 
 
 REWARD_HEAD = "score."
@@ -189,12 +195,14 @@ def gather(model: PreTrainedModel) -> dict[str, Tensor]:
     reshard(model)
     state: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}
+    own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if adapters.is_adapter(name):
+        if adapters.is_adapter(name) or name not in own:  # what quantisation keeps beside a weight
             continue
         if id(tensor) not in seen:
             full = adapters.merged(model, name, whole(tensor))
-            seen[id(tensor)] = full.cpu() if parallel.rank() == 0 else torch.empty(0)
+            # A copy of its own: what was gathered on the CPU may be a view of more.
+            seen[id(tensor)] = torch.empty_like(full, device="cpu").copy_(full) if parallel.rank() == 0 else full[:0]
         state[adapters.name_in_base(name)] = seen[id(tensor)]
     return state if parallel.rank() == 0 else {}
 
@@ -202,7 +210,10 @@ def gather(model: PreTrainedModel) -> dict[str, Tensor]:
 def write_hub_format(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
     """The directory that `from_pretrained` and vLLM read, from what `gather` gives on rank 0."""
     once = {id(tensor): name for name, tensor in reversed(state.items())}
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights written are not quantised
+    config.save_pretrained(folder)
     if isinstance(model.generation_config, GenerationConfig):
         model.generation_config.save_pretrained(folder)
     save_torch_state_dict({name: state[name] for name in once.values()}, folder)

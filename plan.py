@@ -1,0 +1,145 @@
+"""`++mode=plan`: what a run would take, counted without a weight being read."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from omegaconf import DictConfig
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+import adapters
+import models
+import parallel
+import settings
+from models import HEAD_ELEMENTS, decoder_layers
+from sae import ENCODE_ELEMENTS, load_sae
+from sharding import DTYPES
+from trainers import make_optimizer
+from utils import console
+
+
+@dataclass
+class Plan:
+    """Bytes, for each rank unless it says otherwise."""
+
+    ranks: int
+    parameters: int  # of the model
+    trained: int  # of these, or of the adapters
+    memory: dict[str, float] = field(default_factory=dict)
+    disk: dict[str, float] = field(default_factory=dict)
+
+
+def show(config: DictConfig, parts: settings.Parts, sources: settings.Sources) -> None:
+    """Print the plan of a run on `nproc` ranks (null: as many as there are GPUs here, or one)."""
+    plan = make(config, parts, sources, config.nproc or parallel.number_of_ranks(None))
+    console.print(
+        f"{config.model.name}: {plan.parameters / 1e6:,.1f} M parameters, {plan.trained / 1e6:,.1f} M trained, "
+        f"on {plan.ranks} {'rank' if plan.ranks == 1 else 'ranks'}"
+    )
+    for title, rows in (("memory of each rank, at its peak", plan.memory), ("disk", plan.disk)):
+        table = Table(title, "GB")
+        for name, size in rows.items():
+            table.add_row(name, f"{size / 1e9:,.2f}")
+        if rows is plan.memory:
+            table.add_row("[bold]together[/bold]", f"[bold]{sum(rows.values()) / 1e9:,.2f}[/bold]")
+        console.print(table)
+
+
+def make(config: DictConfig, parts: settings.Parts, sources: settings.Sources, ranks: int) -> Plan:
+    """Count what a run would take. Activations are those of a micro-batch of the longest records there can be."""
+    own = config.model
+    keeps, computes = DTYPES[own.weights_dtype], DTYPES[own.policy_dtype]
+    architecture = models.load_config(sources.model)
+    attention = models.choose_attention(own.attn_implementation, architecture, parallel.device(), own.policy_dtype)
+    kind: Any = AutoModelForSequenceClassification if parts.trainer.is_reward else AutoModelForCausalLM
+    with init_empty_weights(include_buffers=True):
+        model = kind.from_config(architecture, dtype=computes, attn_implementation=attention)
+    model.tie_weights()
+    layers = decoder_layers(model, own.block_name)
+    whole = count(model)
+    if own.use_peft:
+        adapters.add(model, own, keeps)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    plan = Plan(ranks, whole, trained)
+
+    frozen = 0 if trained == whole else whole
+    split = ranks > 1 or keeps != computes
+    largest = max(map(count, layers))
+    plan.memory["weights"] = (frozen * computes.itemsize + trained * keeps.itemsize) / ranks
+    plan.memory["gradients"] = trained * keeps.itemsize / ranks
+    plan.memory["optimiser"] = trained * keeps.itemsize * optimizer_slots(config) / ranks
+    if split:  # the embeddings and the head, and two layers: the one that runs and the next one
+        rest = whole - sum(map(count, layers))
+        plan.memory["gathered weights and their gradients"] = 2 * (rest + 2 * largest) * computes.itemsize
+    plan.memory["activations"] = activations(model, config, parts, ranks)
+    plan.memory["logits, a chunk at a time"] = 3 * 4 * HEAD_ELEMENTS
+    if "live_reference" in parts.binding.needs and not own.use_peft:
+        plan.memory["live reference"] = whole * computes.itemsize / ranks
+    if "sae" in parts.binding.needs:
+        plan.memory["SAE, and a chunk of its activations"] = sae_bytes(sources) + 3 * 4 * ENCODE_ELEMENTS
+
+    kept = config.keep_states + 1  # one more while a new one is written
+    state = trained * keeps.itemsize * (1 + optimizer_slots(config))
+    plan.disk[f"states to resume from ({config.keep_states}, and one being written)"] = kept * state
+    export = whole * (computes if frozen else keeps).itemsize
+    plan.disk["each export (safetensors and policy.pt)"] = 2 * export
+    if "reference" in parts.binding.needs:
+        completions = len([side for side in parts.trainer.sides if side]) or 1
+        tokens = completions * (own.max_length - own.max_prompt_length)
+        plan.disk["reference cache, at most, without features, of 100,000 records"] = 1e5 * 4 * tokens
+    return plan
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def optimizer_slots(config: DictConfig) -> float:
+    """How many numbers the optimiser keeps for each parameter: counted after a step of a small one."""
+    parameter = torch.zeros(64, requires_grad=True)
+    parameter.grad = torch.ones(64)
+    optimizer = make_optimizer(config, [parameter])
+    optimizer.step()
+    kept = optimizer.state_dict()["state"].get(0, {})
+    return sum(value.numel() for value in kept.values() if isinstance(value, Tensor) and value.numel() > 1) / 64
+
+
+def activations(model: PreTrainedModel, config: DictConfig, parts: settings.Parts, ranks: int) -> float:
+    """Bytes that a micro-batch's forward pass keeps for the backward pass, counted on the meta device."""
+    own = config.model
+    records = max(1, -(-own.batch_size // (ranks * own.gradient_accumulation_steps)))
+    shape = (records * (2 if parts.loader.needs == "pairs" else 1), own.max_length)
+    everything = kept_for_backward(model, shape)
+    if not own.activation_checkpointing:
+        return everything
+    models.recompute_activations(model, own.activation_checkpointing)
+    # In the backward pass one layer at a time has all of its own.
+    return kept_for_backward(model, shape) + everything / len(decoder_layers(model, own.block_name))
+
+
+def kept_for_backward(model: PreTrainedModel, shape: tuple[int, int]) -> float:
+    """Bytes that a forward pass over input ids of that shape keeps, on the meta device."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []  # else the address of a storage may be used again
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"), use_cache=False)
+    return float(sum(sizes.values()))
+
+
+def sae_bytes(sources: settings.Sources) -> float:
+    """Of an SAE kept in fp32."""
+    assert sources.sae is not None
+    return float(sum(tensor.nbytes for tensor in load_sae(sources.sae).buffers()))

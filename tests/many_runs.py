@@ -1,0 +1,27 @@
+"""`python tests/many_runs.py NPROC RUNS`: train several times on the same ranks, so that they start once.
+
+RUNS is a JSON list with the overrides of each run.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+
+def work() -> None:
+    from hydra import compose, initialize_config_dir
+
+    import train
+
+    for overrides in json.loads(sys.argv[2]):
+        with initialize_config_dir(str(REPO / "config"), version_base=None):
+            train.train(compose("config", overrides=overrides), overrides)
+
+
+if __name__ == "__main__":
+    import parallel
+
+    parallel.run(work, int(sys.argv[1]))

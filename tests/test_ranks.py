@@ -1,0 +1,193 @@
+"""Several ranks on this machine: the same numbers as one, and what happens when one of them ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, command, metrics
+from safetensors.torch import load_file
+
+import parallel
+import toy
+
+SMALL = [
+    "model=tiny",
+    "++model.batch_size=8",
+    "++model.eval_batch_size=8",
+    "++optimizer=AdamW",
+    "++lr=1e-3",
+    "++warmup_steps=2",
+]
+# One run for each kind of loss; the last two with every option of the split that a CPU can show.
+RUNS = {
+    "sft": ["loss=sft"],
+    "dpo": ["loss=dpo"],
+    "fpo": ["loss=fpo"],
+    "kto": ["loss=kto"],
+    "tdpo2": ["loss=tdpo2"],
+    "ppo": ["loss=ppo"],
+    "csft": ["loss=csft"],
+    "lora": ["loss=fpo", "++model.use_peft=true", "++model.peft.lora_r=4", "++model.peft.lora_dropout=0"],
+    "lora-tdpo2": ["loss=tdpo2", "++model.use_peft=true", "++model.peft.lora_r=4", "++model.peft.lora_dropout=0"],
+    "recomputed": ["loss=fpo", "++model.activation_checkpointing=selective", "++model.gradient_accumulation_steps=2"],
+}
+RANKS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    for split, count in (("train", 20), ("test", 10)):
+        rows = toy.preferences(split, seed=0, count=count)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def overrides(data, folder, *own):
+    files = [f"datasets=[{data / 'train.jsonl'}]", f"eval_datasets=[{data / 'test.jsonl'}]", f"cache_dir={folder}"]
+    return [*SMALL, *files, *own]
+
+
+def train_on(ranks, runs, check=True):
+    return command(REPO / "tests/many_runs.py", str(ranks), json.dumps(runs), check=check)
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    """Each run on each number of ranks."""
+    for ranks in RANKS:
+        train_on(ranks, [overrides(data, data / str(ranks), f"exp_name={n}", *own) for n, own in RUNS.items()])
+    return data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_ranks_change_nothing(trained, name, ranks):
+    one, several = trained / "1" / name, trained / str(ranks) / name
+    for expected, found in zip(metrics(one), metrics(several), strict=True):
+        assert expected.keys() == found.keys()
+        for key in expected.keys() - {"seconds", "tokens_per_second", "examples_per_second", "peak_memory_gb"}:
+            assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (key, expected["step"])
+    weights, others = (load_file(run / "LATEST/model.safetensors") for run in (one, several))
+    assert weights.keys() == others.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(others[key], value, rtol=0, atol=1e-5)
+
+
+def start(ranks, *arguments):
+    """train.py in the background, with its output to read."""
+    command = [sys.executable, REPO / "train.py", f"++nproc={ranks}", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def ranks_of(process):
+    """The processes that a launcher has started, in the order of their ranks."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return sorted(map(int, children))
+
+
+LONG = ["exp_name=long", "loss=fpo", "++n_epochs=40", "++save_every=16", "++n_eval_examples=4"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data):
+    """The metrics of a run that nothing stopped, on two ranks."""
+    train_on(2, [overrides(data, data / "undisturbed", *LONG)])
+    return metrics(data / "undisturbed/long")
+
+
+def assert_same_run(lines, expected):
+    """The same steps, once each, with the same losses."""
+    steps = [line for line in lines if "loss/train" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    whole = [line for line in expected if "loss/train" in line]
+    assert [line["loss/train"] for line in steps] == pytest.approx([line["loss/train"] for line in whole], rel=2e-4)
+    assert lines[-1]["loss/eval"] == pytest.approx(expected[-1]["loss/eval"], rel=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_stopped_by_a_signal_and_resumed_on_other_ranks(data, undisturbed, tmp_path, ranks):
+    """SIGTERM to the launcher, as from SLURM: the state is saved, and the run goes on where it was."""
+    arguments = overrides(data, tmp_path, *LONG)
+    process = start(2, *arguments)
+    log = tmp_path / "long/metrics.jsonl"
+    wait_for(lambda: log.is_file() and log.read_text().count("loss/train") > 5, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert output.count("stopped by SIGTERM after step") == 1 and "Traceback" not in output
+    stopped = metrics(tmp_path / "long")[-1]["step"]
+    resumed = command("train.py", f"++nproc={ranks}", *arguments)
+    assert f"resuming after {stopped} of" in resumed.stdout
+    assert_same_run(metrics(tmp_path / "long"), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_and_nothing_is_lost(data, undisturbed, tmp_path):
+    arguments = overrides(data, tmp_path, *LONG)
+    process = start(2, *arguments)
+    wait_for(lambda: list(tmp_path.glob("long/state/step-*")), process)
+    killed = time.monotonic()
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 128 + signal.SIGKILL and "rank 1 was ended by SIGKILL" in output
+    command("train.py", "++nproc=2", *arguments)
+    assert_same_run(metrics(tmp_path / "long"), undisturbed)
+
+
+def test_a_crash_on_one_rank_is_told_once_and_ends_all(tmp_path):
+    script = tmp_path / "crash.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
+        "import parallel, torch\n"
+        "def work():\n"
+        "    if parallel.rank() == 1:\n"
+        "        raise ValueError('broken here')\n"
+        "    parallel.wait_for_all()\n"
+        "parallel.run(work, 3)\n"
+    )
+    done = command(script, check=False)
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).count("Traceback") == 1 and "rank 1: Traceback" in done.stderr
+
+
+@pytest.mark.slow
+def test_other_launchers(data, tmp_path):
+    """torchrun and accelerate start the ranks; train.py takes its place among them."""
+    own = overrides(data, tmp_path, "loss=dpo", "++n_examples=8")
+    launchers = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node=2"],
+        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"],
+    }
+    found = {}
+    for name, launcher in launchers.items():
+        done = command("-m", *launcher, str(REPO / "train.py"), *own, f"exp_name={name}")
+        assert done.stdout.count("held-out loss after") == 1
+        found[name] = metrics(tmp_path / name)[-1]["loss/eval"]
+    assert found["torchrun"] == pytest.approx(found["accelerate"], abs=1e-7)
+
+
+def test_slurm_places_are_read(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "9")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert parallel.given_place() is None  # a batch script's own step
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    assert parallel.given_place() == {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1}
