@@ -263,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         template = template_of(args)
+        args.protocol = "recorded" if args.judge == "recorded" else args.protocol
         args.both_orders = template.both_orders if args.both_orders is None else args.both_orders
         args.prices = tuple(args.prices) if args.prices else None
         args.page = args.page or args.results_file.with_suffix(".html")

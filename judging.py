@@ -154,7 +154,7 @@ def expected_tokens(messages: list[Message], max_tokens: int) -> Tokens:
 class Budget:
     """What the requests of this run cost, and a limit that they do not pass.
 
-    A request is let through only while what was spent and the expected cost of everything on its way stay within the
+    A request is let through only while what was spent and what is set aside for all on their way stay within the
     limit. Without prices tokens are counted, and nothing else.
     """
 
@@ -170,8 +170,9 @@ class Budget:
         return self.spent.cost(self.prices) if self.prices else None
 
     def reserve(self, expected: Tokens) -> float:
-        """The dollars set aside for a request. Raises UserError where they are not there any more."""
-        amount = expected.cost(self.prices) if self.prices else 0.0
+        """The dollars set aside for a request: twice its expected input, since the guess may fall short, and its longest
+        reply. Raises UserError where they are not there any more."""
+        amount = Tokens(2 * expected.input, expected.output).cost(self.prices) if self.prices else 0.0
         with self._lock:
             if self.limit is not None and (self.cost or 0.0) + self._reserved + amount > self.limit:
                 raise UserError(

@@ -139,7 +139,7 @@ class ArenaHard(PromptTemplate):
     system = (
         "You judge the answers of two assistants, A and B, to a user's prompt, impartially. First write your own "
         "answer to the prompt. Then compare both answers with yours: point out mistakes, correct them, and weigh "
-        "whether each is helpful, relevant and concise, whether it would have been better to ask back, and what is missing. "
+        "whether each is helpful, relevant and concise, whether it should have asked back, and what is missing. "
         "Neither the order of the answers nor their length is a merit. "
         "End with exactly one of these verdicts:\n"
         "[[A>>B]] A is much better\n[[A>B]] A is slightly better\n[[A=B]] they are about equal\n"

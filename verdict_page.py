@@ -112,7 +112,8 @@ def bars(results: list[dict[str, Any]]) -> str:
     drawing = f'<g class="grid">{ticks}</g>{"".join(rows)}'
     legend = '<b class="dot w"></b> win rate <b class="dot d"></b> at equal lengths (fitted on this comparison alone)'
     return (
-        f'<svg viewBox="0 0 790 {height}" role="img" aria-label="win rates">{drawing}</svg><p class="dim">{legend}</p>'
+        f'<div class="scroll"><svg viewBox="0 0 790 {height}" role="img" aria-label="win rates">{drawing}</svg></div>'
+        f'<p class="dim">{legend}</p>'
     )
 
 
