@@ -170,8 +170,8 @@ class Budget:
         return self.spent.cost(self.prices) if self.prices else None
 
     def reserve(self, expected: Tokens) -> float:
-        """The dollars set aside for a request: twice its expected input, since the guess may fall short, and its longest
-        reply. Raises UserError where they are not there any more."""
+        """The dollars set aside for a request: twice its expected input, since the guess may fall short, and its
+        longest reply. Raises UserError where they are not there any more."""
         amount = Tokens(2 * expected.input, expected.output).cost(self.prices) if self.prices else 0.0
         with self._lock:
             if self.limit is not None and (self.cost or 0.0) + self._reserved + amount > self.limit:

@@ -86,28 +86,39 @@ def length_controlled(
     A logistic regression of the preference on tanh(d / s), where d is how much longer the candidate's answer is and s
     the standard deviation of d: the form of AlpacaEval's length term (Dubois et al. 2024), fitted on this comparison
     alone, without its terms for an instruction's difficulty. The slope has a standard normal prior, so that it exists;
-    the interval comes from the clustered sandwich. None where all preferences are 0, or all 1.
+    the interval comes from the clustered sandwich with the same four prompts added as for the win rate, of equal
+    lengths. None where all preferences are 0, or all 1.
     """
     x, w = np.asarray(preferences, float), np.ones(len(preferences)) if weights is None else np.asarray(weights, float)
     if x.min() == x.max() and x[0] in (0.0, 1.0):
         return None
-    longer = np.asarray(longer_by, float)
-    design = np.stack([np.ones_like(x), np.tanh(longer / (longer.std() or 1.0))], axis=1)  # [N, 2]
-    prior = np.diag([0.0, 1.0])
-    parameters = np.zeros(2)
+    longer, own = np.asarray(longer_by, float), numbered(prompts, len(preferences))
+    z = np.tanh(longer / (longer.std() or 1.0))
+    estimate, _ = _logistic_fit(x, z, own, w)
+    count = int(own.max()) + 1
+    centre, error = _logistic_fit(
+        np.concatenate([x, [0, 0, 1, 1]]),
+        np.concatenate([z, np.zeros(4)]),
+        np.concatenate([own, np.arange(count, count + 4)]),
+        np.concatenate([w, np.full(4, w.sum() / count)]),
+    )
+    return Interval(*(float(_sigmoid(value)) for value in (estimate, centre - Z * error, centre + Z * error)))
+
+
+def _logistic_fit(x: np.ndarray, z: np.ndarray, own: np.ndarray, w: np.ndarray) -> tuple[float, float]:
+    """The intercept of a weighted logistic regression of x on z, and its standard error clustered by `own`; all [N]."""
+    design, prior, parameters = np.stack([np.ones_like(z), z], axis=1), np.diag([0.0, 1.0]), np.zeros(2)
     for _ in range(100):
         p = _sigmoid(design @ parameters)
-        gradient = design.T @ (w * (x - p)) - prior @ parameters
         hessian = design.T @ (design * (w * p * (1 - p))[:, None]) + prior
-        step = np.linalg.solve(hessian, gradient)
+        step = np.linalg.solve(hessian, design.T @ (w * (x - p)) - prior @ parameters)
         parameters = parameters + step / max(1.0, float(np.abs(step).max()))  # at most 1 at a time
         if np.abs(step).max() < 1e-10:
             break
-    p, own = _sigmoid(design @ parameters), numbered(prompts, len(x))
-    scores = np.stack([np.bincount(own, column) for column in (design * (w * (x - p))[:, None]).T])  # [2, G]
+    residuals = w * (x - _sigmoid(design @ parameters))
+    scores = np.stack([np.bincount(own, residuals * column) for column in design.T])  # [2, prompts]
     inverse = np.linalg.inv(hessian)
-    error = math.sqrt((inverse @ scores @ scores.T @ inverse)[0, 0])
-    return Interval(*(float(_sigmoid(parameters[0] + shift * error)) for shift in (0, -Z, Z)))
+    return float(parameters[0]), math.sqrt((inverse @ scores @ scores.T @ inverse)[0, 0])
 
 
 def _sigmoid(x: np.ndarray | float) -> np.ndarray:

@@ -77,12 +77,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+Rule = Callable[[dict[str, Any]], dict[str, Any] | Fault]
+
+
 class Server(http.server.ThreadingHTTPServer):
-    """`rule` makes a reply, or a fault, of a request; `faults` come first, in turn. `answered` counts the replies of the rule."""
+    """`rule` makes a reply, or a fault, of a request; `faults` come first, in turn. `answered` counts the replies."""
 
     daemon_threads = True
 
-    def __init__(self, rule: Callable[[dict[str, Any]], dict[str, Any] | Fault] = prefers_good) -> None:
+    def __init__(self, rule: Rule = prefers_good) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.rule, self.faults, self.delay, self.answered = rule, list[Fault](), 0.0, 0
         self.requests: list[dict[str, Any]] = []

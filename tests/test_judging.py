@@ -305,7 +305,7 @@ def test_a_server_that_is_all_garbage_fails_those_and_no_more(tmp_path: Path, se
     assert server.answered == 6
 
 
-def test_no_server_at_all(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     judge = OpenAIJudge(
         "m", PromptTemplate(), VerdictLog(tmp_path / "l"), Budget(None), key=KEY, base_url="http://127.0.0.1:9/v1"
