@@ -4,7 +4,6 @@ Its regression needs the difficulty of each instruction, which the package downl
 """
 
 import re
-from importlib import util
 from typing import Any
 
 from answers import Comparison
@@ -16,11 +15,11 @@ JUDGE = "weighted_alpaca_eval_gpt4_turbo"  # the board's
 
 
 def package() -> Any:
-    """The package `alpaca_eval`. Raises UserError where it is not installed."""
-    if util.find_spec("alpaca_eval") is None:
-        raise UserError("this needs the package alpaca-eval: pip install -e '.[alpaca-eval]'")
-    import alpaca_eval.metrics.glm_winrate
-
+    """The package `alpaca_eval`. Raises UserError where it cannot be imported."""
+    try:
+        import alpaca_eval.metrics.glm_winrate
+    except ImportError as error:
+        raise UserError(f"this needs the package alpaca-eval ({error}): pip install -e '.[alpaca-eval]'") from None
     return alpaca_eval
 
 
