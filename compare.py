@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("-f", "--file", type=Path, nargs="+", required=True, help="answers: samples JSON of eval.py, and other layouts")
     add("--against", type=Path, help="the file of the other side; without it, two keys of the same file are compared")
-    add("--round_robin", "--round-robin", action="store_true", help="also compare each two of several files")
+    add("--round_robin", "--round-robin", action="store_true", help="compare each two of several files")
     add("-ck", "--candidate_key", default="policy", help="key of the answers to judge (policy)")
     add("-bk", "--baseline_key", help="key of the answers to beat (chosen; with --against, the candidate's)")
     add("-hk", "--history_key", default="prompt", help="key of the prompt in a sample without `messages` (prompt)")
@@ -264,6 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         template = template_of(args)
         args.protocol = "recorded" if args.judge == "recorded" else args.protocol
+        args.alpaca_eval = args.judge == "recorded" or isinstance(template, protocols.AlpacaEval)
+        if args.official_lc and not args.alpaca_eval:
+            raise UserError("--official_lc is for AlpacaEval's preferences: -p alpacaeval, or -j recorded")
         args.both_orders = template.both_orders if args.both_orders is None else args.both_orders
         args.prices = tuple(args.prices) if args.prices else None
         args.page = args.page or args.results_file.with_suffix(".html")

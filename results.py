@@ -67,7 +67,7 @@ def figures(args: argparse.Namespace, comparison: Comparison, verdicts: list[Ver
         ),
         **order_figures(judged),
     }
-    if args.protocol == "alpacaeval" or (args.judge == "recorded" and with_text):
+    if args.alpaca_eval and with_text:
         means = per_item(judged)
         outputs = [comparison.items[number].candidate for number in means]
         result["alpaca_eval"] = winrates.alpaca_eval_figures(list(means.values()), outputs)

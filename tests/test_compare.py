@@ -467,6 +467,7 @@ def test_the_official_length_control_insists_on_all_rows_in_order(
             alpaca_eval_official.check(found._replace(items=wrong))
     said = refusal("-f", path, "-j", "recorded", "--official_lc", "-mc", "5", "-r", tmp_path / "r.jsonl")
     assert "has 5 that are others" in said
+    assert "-p alpacaeval, or -j recorded" in refusal("-f", path, "--official_lc")
     assert not (tmp_path / "r.jsonl").exists()
 
 
