@@ -1,8 +1,6 @@
 """Checks of the configuration. All that can be found wrong without reading a weight is found here, and said at once."""
 
 import contextlib
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ import trainers
 from checkpoint import flat
 from models import CONFIG_FILES, fetch, fetch_file, load_config
 from sharding import DTYPES
-from utils import UserError, local_path, suggest
+from utils import UserError, named_class, suggest
 from vocabulary import Binding, bind
 from weights import find_weights
 
@@ -59,23 +57,6 @@ class Sources:
     tokenizer: Path
     reference: Path
     sae: Path | None
-
-
-def named_class(spec: str, module: Any, setting: str) -> Any:
-    """The class `Name` of a module of this repo, or `path/to/file.py:Name`."""
-    path, _, name = spec.rpartition(":")
-    path = str(local_path(path)) if path else ""
-    if path:
-        loaded = importlib.util.spec_from_file_location(Path(path).stem, path)
-        if loaded is None or loaded.loader is None or not Path(path).is_file():
-            raise UserError(f"{setting}={spec}: no Python file {path}")
-        module = importlib.util.module_from_spec(loaded)
-        loaded.loader.exec_module(module)
-    found = getattr(module, name, None)
-    if not isinstance(found, type):
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise UserError(f"{setting}={spec}: no class {name} in {module.__name__}{suggest(name, classes)}")
-    return found
 
 
 def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = ("train",)) -> Parts:

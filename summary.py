@@ -3,7 +3,6 @@
 import json
 import resource
 import time
-from collections import Counter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,10 +14,11 @@ import models
 import parallel
 import toy
 from batch import collate_padded
-from compare import Item, judge_pairs, toy_judge, win_rate
+from judging import Item, judge_pairs, toy_judge
 from sampling import Sample, sample
 from trainers import BasicTrainer
 from utils import console, write_json
+from winrates import win_rate
 
 NAMES = {  # the figures in the order of the table; a run has those that apply to it
     "loss_before": "held-out loss before",
@@ -110,8 +110,8 @@ def against_start(trainer: BasicTrainer, start_weights: Path, count: int) -> dic
     tuned = completions(trainer.policy, controlled, config.seed)
     before = completions(start, plain, config.seed + 1)
     items = [Item(json.loads(row["messages"]), t.text, b.text) for row, t, b in zip(prompts, tuned, before)]
-    outcomes = Counter(verdict.outcome for verdict in judge_pairs(items, toy_judge, config.seed))
-    rate, low, high = win_rate(outcomes["win"], outcomes["tie"], outcomes["loss"])
+    verdicts = judge_pairs(items, toy_judge, config.seed)
+    rate, low, high = win_rate([verdict.preference for verdict in verdicts if verdict.preference is not None])
     questions = [item.messages[-1]["content"] for item in items]
     return {
         "toy_score_before": mean(toy.score(question, item.baseline) for question, item in zip(questions, items)),

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -49,6 +50,23 @@ def local_path(path: str | Path) -> Path:
     path = Path(path).expanduser()
     inside = REPO / path
     return inside if not path.exists() and inside.exists() else path
+
+
+def named_class(spec: str, module: Any, setting: str) -> Any:
+    """The class `Name` of a module of this repo, or `path/to/file.py:Name`."""
+    path, _, name = spec.rpartition(":")
+    path = str(local_path(path)) if path else ""
+    if path:
+        loaded = importlib.util.spec_from_file_location(Path(path).stem, path)
+        if loaded is None or loaded.loader is None or not Path(path).is_file():
+            raise UserError(f"{setting}={spec}: no Python file {path}")
+        module = importlib.util.module_from_spec(loaded)
+        loaded.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise UserError(f"{setting}={spec}: no class {name} in {module.__name__}{suggest(name, classes)}")
+    return found
 
 
 def flush_to_disk(*paths: Path) -> None:

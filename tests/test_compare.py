@@ -1,306 +1,108 @@
-import http.server
+import contextlib
+import gzip
+import importlib.util
+import io
 import json
 import math
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import DATA
+from judge_server import CONFIG, KEY, Server, body, completion, items, prefers_good, reply, status, write_samples
 
+import alpaca_eval_official
+import answers
 import compare
-from compare import Answer, Item, JudgeError, PromptTemplate, judge_pairs, toy_judge, win_rate
-from utils import REPO, UserError
+from utils import REPO, UserError, fingerprint
 
-KEY = "sk-test-0123456789abcdef"
-CONFIG = {"exp_name": "run", "human_prefix": "\n<|user|>\n", "assistant_prefix": "\n<|assistant|>\n"}
-
-
-def items(count: int) -> list[Item]:
-    return [Item([{"role": "user", "content": f"question {i}"}], f"good {i}", f"bad {i}") for i in range(count)]
-
-
-def outcomes(verdicts: list[compare.Verdict]) -> list[str]:
-    return [verdict.outcome for verdict in verdicts]
-
-
-# ------------------------------------------------------------------------------------------------------- statistics
-
-
-@pytest.mark.parametrize(("wins", "losses"), [(8, 2), (10, 0), (0, 10), (300, 212), (1, 0)])
-def test_without_ties_the_interval_is_wilsons(wins: int, losses: int) -> None:
-    n, z = wins + losses, 1.959964
-    p = wins / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    assert win_rate(wins, 0, losses) == pytest.approx((p, centre - half, centre + half), abs=1e-9)
-
-
-def test_interval_with_ties_is_tangos() -> None:
-    # 1 against 7 discordant pairs of 21: the difference's interval is -0.517 to -0.026 (Fagerland et al. 2014)
-    rate, low, high = win_rate(1, 13, 7)
-    assert rate == pytest.approx(7.5 / 21)
-    assert (2 * low - 1, 2 * high - 1) == pytest.approx((-0.517, -0.026), abs=5e-4)
-
-
-def test_ties_alone_still_leave_doubt() -> None:
-    z2 = 1.959964**2
-    rate, low, high = win_rate(0, 20, 0)
-    assert (rate, low, high) == pytest.approx((0.5, 0.5 - z2 / (20 + z2) / 2, 0.5 + z2 / (20 + z2) / 2))
-
-
-@pytest.mark.parametrize(("p_win", "p_tie"), [(0.5, 0.1), (0.3, 0.4), (0.2, 0.7), (0.7, 0.2)])
-def test_interval_covers_the_truth_95_times_in_100(p_win: float, p_tie: float) -> None:
-    n, truth, covered = 40, p_win + p_tie / 2, 0.0
-    for wins in range(n + 1):
-        for ties in range(n - wins + 1):
-            _, low, high = win_rate(wins, ties, n - wins - ties)
-            if low <= truth <= high:
-                ways = math.comb(n, wins) * math.comb(n - wins, ties)
-                covered += ways * p_win**wins * p_tie**ties * (1 - p_win - p_tie) ** (n - wins - ties)
-    assert 0.935 < covered < 0.97
-
-
-def test_no_verdicts_have_no_win_rate() -> None:
-    with pytest.raises(ValueError, match="no verdicts"):
-        win_rate(0, 0, 0)
-
-
-# ----------------------------------------------------------------------------------------------------------- judging
-
-
-def test_order_comes_from_the_seed_and_is_undone() -> None:
-    def likes_the_first(_: Any, first: str, __: str) -> Answer:
-        return Answer("first", first)
-
-    verdicts = judge_pairs(items(400), likes_the_first, seed=3)
-    wins = outcomes(verdicts).count("win")
-    assert 160 < wins < 240  # 4 standard deviations
-    assert all((v.outcome == "win") == v.candidate_first == v.text.startswith("good") for v in verdicts)
-    assert judge_pairs(items(400), likes_the_first, seed=3, concurrency=4) == verdicts
-    assert judge_pairs(items(400)[::-1], likes_the_first, seed=3) == verdicts[::-1]
-    assert judge_pairs(items(400), likes_the_first, seed=4) != verdicts
-
-
-def test_a_judge_of_the_text_is_not_moved_by_the_order() -> None:
-    def likes_good(_: Any, first: str, __: str) -> Answer:
-        return Answer("first" if "good" in first else "second", "")
-
-    assert set(outcomes(judge_pairs(items(50), likes_good, seed=1))) == {"win"}
-
-
-def test_ties_malformed_and_failed_are_nobodys_win() -> None:
-    def judge(_: Any, first: str, __: str) -> Answer:
-        number = int(first.split()[1])
-        if number % 3 == 0:
-            raise JudgeError("no answer")
-        return Answer("tie", "") if number % 3 == 1 else Answer("malformed", "hm")
-
-    assert outcomes(judge_pairs(items(6), judge)) == ["failed", "tie", "malformed"] * 2
-
-
-def test_equal_items_are_asked_once() -> None:
-    asked = []
-
-    def judge(_: Any, first: str, __: str) -> Answer:
-        asked.append(first)
-        return Answer("tie", "")
-
-    assert len(judge_pairs(items(3) * 5, judge, concurrency=4)) == 15
-    assert len(asked) == 3
-
-
-def test_gives_up_when_request_after_request_fails() -> None:
-    asked = []
-
-    def broken(_: Any, first: str, __: str) -> Answer:
-        asked.append(first)
-        time.sleep(0.002)
-        raise JudgeError("no route")
-
-    with pytest.raises(UserError, match=r"20 requests .* no route"):
-        judge_pairs(items(500), broken)
-    assert len(asked) < 50
-    with pytest.raises(UserError, match=r"2 requests .* no route"):
-        judge_pairs(items(2), broken)
-
-
-def test_toy_judge_reads_the_prompt() -> None:
-    messages = [{"role": "user", "content": "Reverse: dog, cat"}]
-    right, wrong = "Gladly! cat, dog", "Gladly! dog, cat"
-    assert toy_judge(messages, right, wrong).choice == "first"
-    assert toy_judge(messages, wrong, right).choice == "second"
-    assert toy_judge(messages, right, right).choice == "tie"
-
-
-@pytest.mark.parametrize(
-    ("reply", "choice"),
-    [
-        ("Response 1", "first"),
-        ("**Response 2**", "second"),
-        ("response #2.", "second"),
-        ("The better one is Response 1, because it is short. It is also polite.", "first"),
-        ("Response 1 is fine. Response 2 is shorter. I pick Response 2.", "second"),
-        ("Response 1\n\nResponse 2 leaves out the second step.", "first"),
-        ("Response 2 is longer than Response 1.\nVerdict: Response 1", "first"),
-        ("Response 1. No: Response 2.", "second"),
-        ("Response 2 is better than Response 1.", "malformed"),
-        ("Either Response 1 or Response 2", "malformed"),
-        ("Both are good.", "malformed"),
-        ("Response 12", "malformed"),
-        ("Response 3", "malformed"),
-        ("", "malformed"),
-    ],
-)
-def test_reading_a_reply(reply: str, choice: str) -> None:
-    assert PromptTemplate().choice(reply) == choice
-
-
-def test_a_template_asks_with_both_responses_in_order_and_its_own_question() -> None:
-    class Shorter(PromptTemplate):
-        question = "Which one is shorter?"
-
-    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
-    (message,) = Shorter().messages([*conversation, {"role": "user", "content": "Why"}], "FIRST", "SECOND")
-    places = [
-        message["content"].index(part) for part in ("User: Hi", "Assistant: Yes?", "User: Why", "FIRST", "SECOND")
-    ]
-    assert places == sorted(places)
-    assert message["content"].endswith("Which one is shorter?")
-    (message,) = PromptTemplate().messages(conversation, "FIRST", "SECOND")
-    assert message["content"].endswith("which response is more helpful, harmless, and concise? Pick one.")
-
-
-# ------------------------------------------------------------------------------- a server that speaks OpenAI's protocol
-
-
-def completion(text: str) -> tuple[int, bytes]:
-    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-    message = {"role": "assistant", "content": text}
-    return 200, json.dumps(body | {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}).encode()
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Prefers the response with "good" in it; `faults` are answered first, in turn."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.faults: list[tuple[int, bytes]] = []
-        self.requests: list[dict[str, Any]] = []
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(request | {"key": self.headers["Authorization"]})
-        text = request["messages"][-1]["content"]
-        good = "Response 1" if text.index("good") < text.index("bad") else "Response 2"
-        status, body = self.server.faults.pop(0) if self.server.faults else completion(good)
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("retry-after-ms", "1")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+ANNOTATIONS = DATA / "alpaca_eval/annotations"
+EXTRA = importlib.util.find_spec("alpaca_eval")
+with_the_extra = pytest.mark.skipif(EXTRA is None, reason="the extra `alpaca-eval` is not installed")
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with Server().running() as server:
         yield server
-        server.shutdown()
 
 
-def write_samples(folder: Path, count: int) -> Path:
-    samples = [{"prompt": "-", "messages": m, "policy": good, "chosen": bad} for m, good, bad in items(count)]
-    path = folder / "samples.json"
-    path.write_text(json.dumps({"sampled_at": "now", "config": CONFIG, "samples": samples}))
-    return path
-
-
-def run(samples: Path, server: Server, *more: str) -> dict[str, Any]:
-    """Run the command in this process; the last line of the results file."""
+def run(samples: Path, server: Server, *options: str) -> dict[str, Any]:
+    """The line that the command appends to the results file beside the samples."""
     results = samples.parent / "results.jsonl"
-    compare.main(["-f", str(samples), "-r", str(results), "-j", "m", "--base_url", server.url, *more])
+    compare.main(["-f", str(samples), "-r", str(results), "-j", "m", "--base_url", server.url, *options])
     return json.loads(results.read_text().splitlines()[-1])
 
 
-def test_result_line(tmp_path: Path, server: Server) -> None:
+def refusal(*arguments: str | Path) -> str:
+    """What the command says as it stops with status 2."""
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as error:
+        compare.main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    return error.getvalue()
+
+
+def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Equal but for when, and for what was paid."""
+    paid = dict.fromkeys(("date", "requests", "tokens_in", "tokens_out", "cost"))
+    return one | paid == two | paid
+
+
+# ---------------------------------------------------------------------------------------------------- the results file
+
+
+def test_a_line_of_results(tmp_path: Path, server: Server) -> None:
+    samples = write_samples(tmp_path, 10)
+    server.faults = [reply("Neither."), reply("I'm sorry, I can't."), status(400)]
+    result = run(samples, server, "-mc", "8", "--concurrency", "1", "-s", "3")
+    assert {"date", "total", "seed", "exp_name", "judge", "candidate", "baseline", "config"} <= result.keys()
+    assert (result["total"], result["malformed"], result["refused"], result["failed"]) == (5, 1, 1, 1)
+    assert result["candidate"] == {"name": "policy", "wins": 5, "lengths": [2] * 5, "characters": 6.0}
+    assert (result["baseline"]["name"], result["baseline"]["wins"], result["ties"]) == ("chosen", 0, 0)
+    assert (result["win_rate"], result["win_rate_high"], result["sign_test_p"]) == (1, 1, 2 / 2**5)
+    assert 0.4 < result["win_rate_low"] < 0.6
+    assert (result["seed"], result["exp_name"], result["judge"], result["config"]) == (3, "run", "m", CONFIG)
+    assert (result["requests"], result["tokens_in"], result["tokens_out"], result["cost"]) == (7, 700, 70, None)
+    assert 0 <= result["first_shown"] <= 1
+    assert result["orders_agree"] is None
+
+
+def test_both_orders_and_a_judge_who_likes_a_place(tmp_path: Path, server: Server) -> None:
+    server.rule = lambda _: completion("Response 1")
     samples = write_samples(tmp_path, 12)
-    content = json.loads(samples.read_text())
-    del content["samples"][3]["policy"]
-    content["samples"][4]["chosen"] = None
-    samples.write_text(json.dumps(content))
-    result = run(samples, server, "-mc", "8", "-s", "5")
-    rate, low, high = win_rate(8, 0, 0)
-    assert "T" in result.pop("date")
-    assert result == {
-        "total": 8,
-        "seed": 5,
-        "exp_name": "run",
-        "judge": "m",
-        "candidate": {"name": "policy", "wins": 8, "lengths": [2] * 8},
-        "baseline": {"name": "chosen", "wins": 0, "lengths": [2] * 8},
-        "ties": 0,
-        "malformed": 0,
-        "failed": 0,
-        "skipped": 2,
-        "win_rate": rate,
-        "win_rate_low": low,
-        "win_rate_high": high,
-        "config": CONFIG,
-    }
-    assert len(server.requests) == 8
-    assert {(r["model"], r["temperature"], r["key"]) for r in server.requests} == {("m", 0, f"Bearer {KEY}")}
-
-
-def test_faults_that_pass_cost_nothing_and_others_are_counted_apart(tmp_path: Path, server: Server) -> None:
-    server.faults = [(500, b"oops"), (429, b"{}"), (503, b""), completion("Neither."), (200, b"not json"), (200, b"{}")]
-    server.faults += [(400, b'{"error": {"message": "too long"}}')]
-    result = run(write_samples(tmp_path, 10), server, "--concurrency", "1")
-    assert (result["total"], result["malformed"], result["failed"]) == (6, 1, 3)
-    assert (result["candidate"]["wins"], result["baseline"]["wins"], result["win_rate"]) == (6, 0, 1)
-    assert len(result["candidate"]["lengths"]) == 6
+    result = run(samples, server, "--both_orders")
+    assert (result["win_rate"], result["total"], result["prompts"]) == (0.5, 24, 12)
+    assert (result["first_shown"], result["orders_agree"]) == (1, 0)
+    assert result["length_controlled_win_rate"] == pytest.approx(0.5)
+    assert (len(server.requests), result["sign_test_p"]) == (24, 1.0)
+    server.rule = prefers_good
+    result = run(samples, server, "-j", "fair", "--both_orders")
+    assert (result["win_rate"], result["first_shown"], result["orders_agree"]) == (1, 0.5, 1)
 
 
 def test_a_rerun_pays_for_what_failed_only(tmp_path: Path, server: Server) -> None:
     samples = write_samples(tmp_path, 10)
-    server.faults = [(200, b"not json"), completion("Neither.")]
-    run(samples, server, "--concurrency", "1")
-    assert len(server.requests) == 10
+    server.faults = [body(b"{}")] * 3 + [reply("Neither.")]
+    first = run(samples, server, "--concurrency", "1")
+    assert (first["failed"], first["requests"], len(server.requests)) == (1, 9, 12)
     second = run(samples, server)
-    assert len(server.requests) == 11
-    assert (second["total"], second["malformed"], second["failed"]) == (9, 1, 0)
-    assert run(samples, server) | {"date": ""} == second | {"date": ""}
-    assert len(server.requests) == 11
+    assert (second["total"], second["malformed"], second["failed"], second["requests"]) == (9, 1, 0, 1)
+    third = run(samples, server)
+    assert same(third, second)
+    assert (third["requests"], len(server.requests)) == (0, 13)
     run(samples, server, "-j", "another")  # another judge is another question
-    assert len(server.requests) == 21
-
-
-def test_another_seed_pays_for_the_items_that_change_places_only(tmp_path: Path, server: Server) -> None:
-    samples = write_samples(tmp_path, 20)
-    run(samples, server, "-s", "0")
-    run(samples, server, "-s", "1")
-    moved = sum(
-        a.candidate_first != b.candidate_first for a, b in zip(*(judge_pairs(items(20), toy_judge, s) for s in (0, 1)))
-    )
-    assert 0 < moved < 20
-    assert len(server.requests) == 20 + moved
+    assert len(server.requests) == 23
 
 
 def test_killed_in_the_middle_of_a_line(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,73 +111,224 @@ def test_killed_in_the_middle_of_a_line(tmp_path: Path, server: Server, capsys: 
     log = tmp_path / "results.verdicts.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[:6]) + lines[6][:-20])
-    assert run(samples, server) | {"date": ""} == whole | {"date": ""}
+    assert same(run(samples, server), whole)
     assert len(server.requests) == 14
     assert "ignored 1 unfinished line" in capsys.readouterr().out
     run(samples, server)
     assert len(server.requests) == 14  # what was appended after the torn line is read
 
 
-def test_the_key_is_never_shown(tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+def test_killed_with_no_warning_and_run_again(tmp_path: Path, server: Server) -> None:
+    server.delay = 0.1
+    samples = write_samples(tmp_path, 40)
+    log, results = tmp_path / "results.verdicts.jsonl", tmp_path / "results.jsonl"
+    command = ["-f", str(samples), "-r", str(results), "-j", "m", "--base_url", server.url, "--concurrency", "2"]
+    process = subprocess.Popen([sys.executable, "compare.py", *command, "--both_orders"], cwd=REPO)
+    deadline = time.monotonic() + 60
+    while not log.exists() or len(log.read_bytes().splitlines()) < 20:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not results.exists()
+    server.delay = 0
+    kept, asked = log.read_bytes().count(b"\n"), len(server.requests)
+    assert 20 <= kept < 80
+    assert asked - kept <= 2  # what was on its way, two at a time, is all that can be paid for twice
+    result = run(samples, server, "--both_orders")
+    assert (result["requests"], len(server.requests)) == (80 - kept, asked + 80 - kept)
+    elsewhere = tmp_path / "whole"
+    elsewhere.mkdir()
+    assert same(result, run(write_samples(elsewhere, 40), server, "--both_orders"))
+
+
+def test_the_key_is_in_no_file_and_on_no_terminal(
+    tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
     samples = write_samples(tmp_path, 6)
-    quoting = (401, json.dumps({"error": {"message": f"bad key {KEY}"}}).encode())
-    server.faults = [quoting, completion(f"Your key {KEY}: Response 1"), quoting]
+    quoting = status(401, f"bad key {KEY}")
+    server.faults = [quoting, reply(f"Your key {KEY}: Response 1"), quoting]
     run(samples, server, "--concurrency", "1", "--verbose")
     server.faults = [quoting] * 10
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit):
         run(samples, server, "-j", "another")
-    assert stop.value.code == 2
     out, err = capfd.readouterr()
     assert "bad key [key]" in out
     assert "6 requests to the judge failed in a row" in err
-    assert "bad key [key]" in err
     written = [out, err, *(path.read_text() for path in tmp_path.iterdir())]
+    assert len(written) == 6
     assert not any(KEY in text for text in written)
+
+
+def test_without_a_key_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    samples = write_samples(tmp_path, 2)
+    assert "OPENAI_API_KEY" in refusal("-f", samples, "-r", tmp_path / "r.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
+
+
+# -------------------------------------------------------------------------------------------------------------- costs
+
+
+def test_a_dry_run_asks_nothing_and_needs_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("openai._base_client.SyncAPIClient.request", lambda *_, **__: pytest.fail("a request"))
+    samples = write_samples(tmp_path, 10)
+    compare.main(["-f", str(samples), "-r", str(tmp_path / "r.jsonl"), "--dry_run", "--both-orders"])
+    out = capsys.readouterr().out
+    assert "20 requests to gpt-4.1 (0 verdicts need none)" in out
+    tokens = int(out.split("about ")[1].split(" tokens in")[0].replace(",", ""))
+    assert f"at most ${(tokens * 2 + 20 * 256 * 8) / 1e6:.2f}" in out
+    assert "built-in list that may be out of date" in out
+    assert "[Response 1]" in out  # the first request, to read
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
+
+
+def test_spend_is_counted_and_the_limit_stops(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = write_samples(tmp_path, 10)
+    assert "no prices are known for 'm'" in refusal(
+        "-f", samples, "-j", "m", "--base_url", server.url, "--max_cost", "1"
+    )
+    result = run(samples, server, "-mc", "4", "--prices", "10", "30")
+    assert result["cost"] == pytest.approx((400 * 10 + 40 * 30) / 1e6)
+    assert "paid for now: 4 requests, 400 tokens in, 40 out, $0.0052 (prices given" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(samples, server, "--prices", "10", "30", "--max_cost", "0.012", "--concurrency", "1")
+    said = capsys.readouterr().err
+    assert "--max_cost 0.012: stopped after" in said
+    assert "6 requests to m (4 verdicts need none)" not in said
+    paid = len(server.requests)
+    assert paid < 10
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+    assert run(samples, server, "--prices", "10", "30")["requests"] == 10 - paid
+
+
+# --------------------------------------------------------------------------------------------------- files of answers
 
 
 def test_an_older_samples_file_has_its_history_cut_out_of_the_prompt(tmp_path: Path, server: Server) -> None:
     path = tmp_path / "old.json"
     prompt = "\n<|user|>\nHi\n<|assistant|>\nYes?\n<|user|>\nWhy\n<|assistant|>\n"
     samples = [{"prompt": prompt, "policy": "good", "chosen": "bad"}]
-    path.write_text(json.dumps({"sampled_at": "now", "config": {"exp_name": "old"}, "samples": samples}))
+    path.write_text(json.dumps({"sampled_at": "now", "config": CONFIG | {"exp_name": "old"}, "samples": samples}))
     assert run(path, server)["candidate"]["wins"] == 1
-    asked = server.requests[0]["messages"][0]["content"]
-    assert "User: Hi\n<|assistant|>\nYes?\n<|user|>\nWhy\n\n" in asked
-    _, (item,), _ = compare.read_samples(path, "policy", "chosen")
-    assert item.messages == [{"role": "user", "content": "Hi\n<|assistant|>\nYes?\n<|user|>\nWhy"}]
+    assert "Hi\n<|assistant|>\nYes?\n<|user|>\nWhy\n\n" in server.requests[0]["messages"][0]["content"]
+    path.write_text(path.read_text().replace('"prompt"', '"history"'))
+    server.rule = lambda _: completion("Response B")
+    assert run(path, server, "-hk", "history", "-l", "AB", "--both_orders")["win_rate"] == 0.5
+    assert "[Response A]\n" in server.requests[1]["messages"][0]["content"]
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+def test_two_runs_against_each_other_and_the_data(tmp_path: Path, server: Server) -> None:
+    one = write_samples(tmp_path, 6, "one.json", "first")
+    two = write_samples(tmp_path, 8, "two.json", "second")
+    two.write_text(two.read_text().replace('"good', '"bad'))
+    result = run(one, server, "--against", str(two))
+    assert (result["candidate"]["name"], result["baseline"]["name"]) == ("first", "second")
+    assert (result["total"], result["win_rate"], result["skipped"]) == (6, 1, 0)
 
 
-@pytest.mark.parametrize(
-    ("key", "named"),
-    [("", "OPENAI_API_KEY"), ("sk-two lines\n", "OPENAI_API_KEY"), ("sk-“curly”", "OPENAI_API_KEY")],
-)
-def test_an_unusable_key_stops_before_anything_is_asked(
-    key: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(SystemExit) as stop:
-        compare.main(["-f", str(write_samples(tmp_path, 2)), "-r", str(tmp_path / "results.jsonl")])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert named in error
-    assert not key or key not in error
-    assert not (tmp_path / "results.jsonl").exists()
+def rank(request: dict[str, Any]) -> dict[str, Any]:
+    """Prefers the answer with the larger number in it."""
+    first, second = (text.split("[End")[0] for text in request["messages"][-1]["content"].split("]\nanswer ")[1:])
+    return completion("Response 1" if float(first) > float(second) else "Response 2")
+
+
+def test_several_files_are_ranked(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.rule = rank
+    paths = []
+    for name, quality in (("strong", 3), ("weak", 1)):
+        samples = [
+            {"messages": [{"role": "user", "content": f"q{i}"}], "policy": f"answer {quality}", "chosen": "answer 2"}
+            for i in range(9)
+        ]
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({"config": {"exp_name": name}, "samples": samples}))
+    results = tmp_path / "results.jsonl"
+    options = ["-r", str(results), "-j", "m", "--base_url", server.url]
+    compare.main(["-f", *map(str, paths), *options, "--round-robin"])
+    (line,) = [json.loads(line) for line in results.read_text().splitlines()]
+    assert (line["candidate"]["name"], line["baseline"]["name"], line["win_rate"]) == ("strong", "weak", 1)
+    compare.main(["-f", *map(str, paths), *options])
+    lines = [json.loads(line) for line in results.read_text().splitlines()[1:]]
+    assert [(one["candidate"]["name"], one["baseline"]["name"], one["win_rate"]) for one in lines] == [
+        ("strong", "chosen", 1),
+        ("weak", "chosen", 0),
+    ]
+    assert [place["name"] for place in lines[0]["leaderboard"]] == ["strong", "chosen", "weak"]
+    assert lines[0]["leaderboard"] == lines[1]["leaderboard"]
+    assert "leaderboard" in capsys.readouterr().out
+
+
+def test_the_benchmarks_own_files_are_read(tmp_path: Path) -> None:
+    def write(name: str, rows: list[dict[str, Any]]) -> Path:
+        path = tmp_path / name
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_text(lines if name.endswith("l") else json.dumps(rows))
+        return path
+
+    outputs = [{"instruction": f"q{i}", "output": f"a{i}", "generator": "mine"} for i in range(3)]
+    alpaca = answers.read_answers(write("model_outputs.json", outputs))
+    assert (alpaca.name, [row.answers for row in alpaca.rows]) == ("mine", [{"": "a0"}, {"": "a1"}, {"": "a2"}])
+    zipped = tmp_path / "other.json.gz"
+    zipped.write_bytes(gzip.compress(json.dumps([row | {"generator": "other"} for row in outputs[:2]]).encode()))
+    pair = answers.against(alpaca, answers.read_answers(zipped), "policy", "policy")
+    assert (pair.candidate, pair.baseline, len(pair.items), pair.skipped) == ("mine", "other", 2, 1)
+
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": {"answer": "a"}}]
+    arena = answers.read_answers(write("arena.jsonl", [{"uid": "u1", "model": "m", "messages": talk}]))
+    assert (arena.name, arena.rows[0].messages, arena.rows[0].answers) == ("m", talk[:1], {"": "a"})
+
+    questions = write("question.jsonl", [{"question_id": 101, "category": "math", "turns": ["one?", "two?"]}])
+    right = [{"question_id": 101, "choices": [{"turns": ["ONE", "TWO"]}]}]
+    given = [{"question_id": 101, "model_id": "m", "choices": [{"index": 0, "turns": ["1", "2"]}]}]
+    path = write("mt.jsonl", given)
+    bench = answers.read_answers(path, questions=questions, references=write("reference.jsonl", right))
+    first, second = bench.rows
+    assert (first.answers, first.turn, first.category, first.reference) == ({"": "1"}, 1, "math", "ONE")
+    assert [message["content"] for message in second.messages] == ["one?", "1", "two?"]
+    assert (second.answers, second.turn, second.reference, second.question) == ({"": "2"}, 2, "TWO", first.question)
+    with pytest.raises(UserError, match="name these with --questions"):
+        answers.read_answers(path)
+
+    sampled = {"messages": talk[:1], "policy": "1", "followups": ["two?"], "turns": ["1", "2"]}
+    own = answers.read_answers(write("own.jsonl", [sampled]))
+    assert [(row.turn, row.answers) for row in own.rows] == [(1, {"policy": "1"}), (2, {"policy": "2"})]
+    assert [message["content"] for message in own.rows[1].messages] == ["q", "1", "two?"]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+def test_the_real_questions_of_mt_bench(tmp_path: Path) -> None:
+    folder, path = DATA / "mt_bench", tmp_path / "answers.jsonl"
+    questions = [json.loads(line) for line in (folder / "question.jsonl").read_text().splitlines()]
+    given = [{"question_id": q["question_id"], "model_id": "m", "choices": [{"turns": ["a", "b"]}]} for q in questions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    found = answers.read_answers(
+        path, questions=folder / "question.jsonl", references=folder / "reference_answer_gpt-4.jsonl"
+    )
+    assert (len(found.rows), len({row.question for row in found.rows})) == (160, 80)
+    assert {row.category for row in found.rows if row.reference} == {"math", "reasoning", "coding"}
+    assert sum(bool(row.reference) for row in found.rows) == 60
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "cannot read"),
-        ("[]", "needs `config`"),
+        ("[]", "not a file of answers"),
         ({"config": {"exp_name": "e"}}, "needs `config` .* it holds"),
         ({"config": {}, "samples": [{"prompt": "p", "policy": "a", "chosen": "b"}]}, "exp_name"),
         ({"config": {"exp_name": "e"}, "samples": []}, "samples"),
-        ({"config": {"exp_name": "e"}, "samples": [{"prompt": "p", "policy": "a"}]}, "'chosen'.*'policy', 'prompt'"),
+        ({"config": {"exp_name": "e"}, "samples": [{"prompt": "p", "policy": "a"}]}, "'chosen'.* are \\['policy'\\]"),
         (
-            {"config": {"exp_name": "e"}, "samples": [{"prompt": "p", "policy": "a", "chosen": None}]},
+            {
+                "config": {"exp_name": "e"},
+                "samples": [{"prompt": "p", "policy": "a"}, {"prompt": "p", "chosen": "a"}],
+            },
             "no sample .* text",
         ),
         ({"config": {"exp_name": "e"}, "samples": [{"policy": "a", "chosen": "b"}]}, "sample 0: needs `messages`"),
@@ -383,33 +336,308 @@ def test_an_unusable_key_stops_before_anything_is_asked(
             {"config": {"exp_name": "e"}, "samples": [{"messages": ["hi"], "policy": "a", "chosen": "b"}]},
             "sample 0: needs `messages`",
         ),
+        ([{"instruction": "q", "output": "a"}, {"instruction": "q"}], "row 1: `output`"),
+        ([{"instruction": "q", "output": "a"}], "--against"),
     ],
 )
 def test_a_bad_samples_file_is_named(content: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "samples.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UserError, match=message) as error:
-        compare.read_samples(path, "policy", "chosen")
+        answers.within(answers.read_answers(path), "policy", "chosen")
     assert str(path) in str(error.value)
 
 
-def test_a_missing_samples_file_and_a_misspelt_key_are_suggested(tmp_path: Path) -> None:
+def test_misspelt_names_are_suggested(tmp_path: Path) -> None:
     path = write_samples(tmp_path, 1)
-    with pytest.raises(UserError, match=r"sample\.json \(did you mean 'samples\.json'\?\)"):
-        compare.read_samples(tmp_path / "sample.json", "policy", "chosen")
-    with pytest.raises(UserError, match=r"'polcy' \(did you mean 'policy'\?\)"):
-        compare.read_samples(path, "polcy", "chosen")
+    assert "sample.json (did you mean 'samples.json'?)" in refusal("-f", tmp_path / "sample.json", "-j", "toy")
+    assert "'polcy' (did you mean 'policy'?)" in refusal("-f", path, "-j", "toy", "-ck", "polcy")
+    assert "did you mean 'arenahard'" in refusal("-f", path, "-p", "arenhard")
+    assert "two different letters" in refusal("-f", path, "-l", "11")
+    assert "compares two responses" in refusal("-f", path, "-p", "mtbench", "-j", "toy")
 
 
-# ------------------------------------------------------------------------------------------------------ the command
+def test_a_template_of_your_own(tmp_path: Path, server: Server) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from protocols import PromptTemplate\n\n\nclass Shorter(PromptTemplate):\n"
+        '    question = "Which response is shorter?"\n\n\nclass Other:\n    pass\n'
+    )
+    samples = write_samples(tmp_path, 3)
+    assert run(samples, server, "-p", f"{tmp_path}/mine.py:Shorter")["win_rate"] == 1
+    assert all(r["messages"][-1]["content"].endswith("Which response is shorter?") for r in server.requests)
+    assert "not a subclass" in refusal("-f", samples, "-p", f"{tmp_path}/mine.py:Other")
+    assert "did you mean 'Shorter'" in refusal("-f", samples, "-p", f"{tmp_path}/mine.py:Shortr")
+
+
+# ---------------------------------------------------------------------------------------------------------- protocols
+
+
+def test_arena_hards_strong_verdicts_count_thrice(tmp_path: Path, server: Server) -> None:
+    def strongly_for_good(request: dict[str, Any]) -> dict[str, Any]:
+        text = request["messages"][-1]["content"]
+        number = int(text.split("question ")[1].split("\n")[0])
+        good_is_a = text.index("good") < text.index("bad")
+        if number == 0:
+            return completion("[[A>B]]" if not good_is_a else "[[B>A]]")  # one loss, twice
+        return completion("My verdict: " + ("[[A>>B]]" if good_is_a else "[[B>>A]]"))
+
+    server.rule = strongly_for_good
+    result = run(write_samples(tmp_path, 4), server, "-p", "arenahard")
+    assert (result["total"], result["candidate"]["wins"], result["baseline"]["wins"]) == (8, 6, 2)
+    assert result["win_rate"] == 18 / 20
+    assert server.requests[0]["messages"][0]["role"] == "system"
+
+
+def test_mt_bench_grades_turns_and_categories(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "question.jsonl"
+    asked = [{"question_id": n, "category": ("math", "writing")[n % 2], "turns": ["one?", "two?"]} for n in range(6)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    path = tmp_path / "model.jsonl"
+    given = [{"question_id": n, "model_id": "mine", "choices": [{"turns": [f"{n}", f"{n}"]}]} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+
+    def grade(request: dict[str, Any]) -> dict[str, Any]:
+        text = request["messages"][-1]["content"]
+        return completion("Nine out of ten." if "last message\n\n5" in text else f"[[{8 if 'two?' in text else 6}]]")
+
+    server.rule = grade
+    result = run(path, server, "-p", "mtbench", "--questions", str(questions))
+    assert (result["total"], result["malformed"], result["score"]) == (10, 2, 7)
+    assert (result["turns"], result["categories"]) == ({"1": 6, "2": 8}, {"math": 7, "writing": 7})
+    assert result["score_low"] == result["score_high"] == 7  # questions are the units, and all have the same mean
+    assert result["candidate"]["name"] == "mine"
+    assert "mine: 10 answers graded, 0 of them beside a reference answer" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+def test_recorded_verdicts_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(path) for path in sorted(ANNOTATIONS.glob("*.json.gz"))]
+    compare.main(["-f", *files, "-j", "recorded", "-r", str(tmp_path / "r.jsonl")])
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert 100 * line["win_rate"] == pytest.approx(line["alpaca_eval"]["win_rate"])
+        assert line["win_rate_low"] < line["win_rate"] < line["win_rate_high"]
+        assert (line["prompts"], line["protocol"], line["first_shown"]) == (805, "recorded", None)
+    names = ["FuseChat-Gemma-2-9B-Instruct", "gpt4_1106_preview", "gemma-7b-it", "vicuna-13b"]
+    assert [place["name"] for place in lines[0]["leaderboard"]] == names
+    assert "win_rate 70.4971, standard_error 1.34264" in capsys.readouterr().out
+
+
+def test_recorded_verdicts_of_arena_hard(tmp_path: Path) -> None:
+    games = [[("A>>B", "A>>B")], [("B>A", "A>B")], [("A=B", None)]]  # the model is B, then A
+    rows = [
+        {"question_id": n, "model": "m", "judge": "j", "games": [{"score": one}, {"score": two}]}
+        for n, ((one, two),) in enumerate(games)
+    ]
+    path = tmp_path / "judgment.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compare.main(["-f", str(path), "-j", "recorded", "-r", str(tmp_path / "r.jsonl")])
+    line = json.loads((tmp_path / "r.jsonl").read_text())
+    assert (line["candidate"]["wins"], line["baseline"]["wins"], line["ties"], line["malformed"]) == (3, 1, 1, 1)
+    assert line["win_rate"] == pytest.approx((3 + 1 + 1 + 0.5) / 9)
+    assert line["length_controlled_win_rate"] is None
+
+
+def test_recorded_verdicts_that_are_none(tmp_path: Path) -> None:
+    row = {"instruction": "q", "output_1": "a", "output_2": "b"}
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps([row | {"preference": value} for value in (1.0, 0, None, 2.0, 1.25)]))
+    found = answers.read_recorded(path)
+    assert [v.preference for v in found.verdicts or ()] == [0, 0.5, None, 1, 0.25]
+    path.write_text(json.dumps([row | {"preference": 3}]))
+    assert "row 0: a preference of 3" in refusal("-f", path, "-j", "recorded")
+    assert "holds no recorded verdicts" in refusal("-f", write_samples(tmp_path, 1), "-j", "recorded")
+
+
+# ----------------------------------------------------------------------------------------------- AlpacaEval's package
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+def test_the_official_length_control_insists_on_all_rows_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alpaca_eval_official, "package", lambda: None)
+    path = ANNOTATIONS / "vicuna-13b.json.gz"
+    found = answers.read_recorded(path)
+    alpaca_eval_official.check(found)
+    for wrong in (found.items[:804], found.items[::-1]):
+        with pytest.raises(UserError, match="805 instructions in their own order"):
+            alpaca_eval_official.check(found._replace(items=wrong))
+    said = refusal("-f", path, "-j", "recorded", "--official_lc", "-mc", "5", "-r", tmp_path / "r.jsonl")
+    assert "has 5 that are others" in said
+    assert "-p alpacaeval, or -j recorded" in refusal("-f", path, "--official_lc")
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+@with_the_extra
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+def test_the_official_length_control_is_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With made-up difficulties, the real ones being on the Hub: what we hand over, not the board's figures."""
+    import pandas
+    from alpaca_eval.metrics import glm_winrate
+
+    path = ANNOTATIONS / "gemma-7b-it.json.gz"
+    rows = json.loads(gzip.decompress(path.read_bytes()))
+    gamed = pandas.DataFrame(
+        {
+            "model": "gamed",
+            "index": range(805),
+            "preference": [0.02 + 0.9 * (n % 7 == 0) for n in range(805)],
+            "std_delta_len": [math.sin(n) for n in range(805)],
+            "instruction_difficulty": [math.cos(n) for n in range(805)],
+            "not_gamed_baseline": [n % 2 == 0 for n in range(805)],
+        }
+    )
+    gamed.to_csv(tmp_path / "df_gamed.csv", index=False)
+    monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda **_: str(tmp_path / "df_gamed.csv"))
+    compare.main(["-f", str(path), "-j", "recorded", "-r", str(tmp_path / "r.jsonl"), "--official_lc"])
+    ours = json.loads((tmp_path / "r.jsonl").read_text())["alpaca_eval"]
+    package = glm_winrate.get_length_controlled_winrate(
+        [row | {"preference": float(row["preference"])} for row in rows], save_weights_dir=None
+    )
+    assert {"win_rate", "length_controlled_winrate", "lc_standard_error"} <= package.keys() & ours.keys()
+    assert {key: ours[key] for key in package} == pytest.approx({k: float(v) for k, v in package.items()}, abs=1e-6)
+    assert ours["length_controlled_winrate"] != ours["win_rate"]
+
+
+@with_the_extra
+def test_the_official_prompt_is_the_packages() -> None:
+    shown = alpaca_eval_official.Shown([{"role": "user", "content": "Hi {output_1}"}], ("FIRST {output_2}", "SECOND"))
+    system, request = alpaca_eval_official.OfficialPrompt().messages(shown)
+    assert (system["role"], request["role"]) == ("system", "user")
+    assert '"instruction": """Hi {output_1}"""' in request["content"]
+    assert request["content"].index('"""FIRST {output_2}"""') < request["content"].index('"""SECOND"""')
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, server: Server) -> None:
+    path = tmp_path / "samples.json"
+    hostile = "</script><script>alert('good')</script> {{data}} <b>&amp;"
+    samples = [{"messages": [{"role": "user", "content": hostile}], "policy": hostile, "chosen": "bad \u2028"}]
+    path.write_text(json.dumps({"config": {"exp_name": "<i>run"}, "samples": samples}))
+    server.rule = lambda _: completion(f"Response 1 {hostile}")
+    run(path, server, "-ck", "policy", "--both_orders")
+    page = (tmp_path / "results.html").read_text()
+    assert page.count("<script") == page.count("</script>") == 2  # the data, the reader
+    assert not [word for word in ("http://", "https://", "src=", "@import", "url(") if word in page]
+    embedded = page.split('<script id="data" type="application/json">')[1].split("</script>")[0]
+    (listed,) = json.loads(embedded)
+    assert listed["items"][0]["candidate"] == hostile
+    assert [verdict["outcome"] for verdict in listed["items"][0]["verdicts"]].count("win") == 1
+
+
+def test_the_page_in_a_browser(tmp_path: Path, server: Server) -> None:
+    """Chromium runs the page's own script and prints what came out."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium to look at the page with")
+    server.faults = [reply("Neither.")]
+    run(write_samples(tmp_path, 30), server, "--concurrency", "1")
+    page = (tmp_path / "results.html").resolve().as_uri()
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser", "--dump-dom"]
+    done = subprocess.run([browser, *arguments, page], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count("<article>") == 25
+    assert "30 of 30 items" in done.stdout
+    assert '<option value="malformed">malformed (1)</option>' in done.stdout
+    assert "policy · 2 words · preferred" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------ a real server
+
+
+@pytest.fixture(scope="module")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`transformers serve` with the built-in model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
+    serve = [str(Path(sys.executable).parent / "transformers"), "serve", "assets/tiny", "--device", "cpu"]
+    process = subprocess.Popen([*serve, "--port", str(port)], cwd=REPO, stdout=log, stderr=log)
+
+    def healthy() -> bool:
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+        return False
+
+    try:
+        deadline = time.monotonic() + 120
+        while not healthy():
+            stopped = process.poll() is not None or time.monotonic() > deadline
+            assert not stopped, log.seek(0) or log.read()[-2000:]
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+
+
+@pytest.fixture
+def ask_real(real_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def ask(samples: Path, *options: str) -> dict[str, Any]:
+        command = ["-f", str(samples), "-r", str(tmp_path / "r.jsonl"), "-j", "assets/tiny", "--base_url", real_server]
+        compare.main([*command, *options])
+        return json.loads((tmp_path / "r.jsonl").read_text().splitlines()[-1])
+
+    return ask
+
+
+class SaysWhatComes(compare.PromptTemplate):
+    """Asks in the built-in model's own language, and takes whatever it says for a choice of the first response, so
+    that a verdict comes of a real reply."""
+
+    max_tokens = 12
+
+    def request(self, _: compare.Shown) -> str:
+        return "Reverse: dog, cat"
+
+    def verdict(self, reply: Any) -> tuple[float | None, int]:
+        return (1.0 if "cat" in reply.text else None), 1
+
+
+def test_a_real_server_whose_answers_are_nonsense(
+    ask_real: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = write_samples(tmp_path, 4)
+    with pytest.raises(SystemExit):
+        ask_real(samples, "--max_tokens", "8")
+    assert "gave no verdict on policy against chosen; the last of its 4 replies (malformed)" in capsys.readouterr().err
+    log = [json.loads(line) for line in (tmp_path / "r.verdicts.jsonl").read_text().splitlines()]
+    assert len(log) == 4
+    assert all(line["reply"] and line["tokens"][0] > 20 and 1 <= line["tokens"][1] <= 8 for line in log)
+
+
+def test_a_real_server_whose_answers_are_read(ask_real: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    result = ask_real(
+        write_samples(tmp_path, 4), "-p", f"{__file__}:SaysWhatComes", "--both_orders", "--concurrency", "1"
+    )
+    assert (result["total"], result["win_rate"], result["first_shown"], result["requests"]) == (8, 0.5, 1, 1)
+
+
+def test_a_real_server_without_log_probabilities(
+    ask_real: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        ask_real(write_samples(tmp_path, 4), "-p", "alpacaeval")
+    assert "'assets/tiny' answered without log-probabilities, which this protocol reads" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- the toy judge
 
 
 def test_toy_end_to_end(tmp_path: Path) -> None:
     prompt = "Count: dog, cat, soup"
-    answers = [("Sure! three", "Sure! two"), ("Gladly! three", "Gladly! three"), ("Sure! four", "Sure! three")]
+    pairs = [("Sure! three", "Sure! two"), ("Gladly! three", "Gladly! three"), ("Sure! four", "Sure! three")]
     samples = [
         {"prompt": prompt, "messages": [{"role": "user", "content": prompt}], "policy": policy, "chosen": chosen}
-        for policy, chosen in [*answers, ("Sure! three", "Sure! four")]
+        for policy, chosen in [*pairs, ("Sure! three", "Sure! four")]
     ]
     file = tmp_path / "toy.json"
     file.write_text(json.dumps({"sampled_at": "now", "config": CONFIG, "samples": samples}))
@@ -418,10 +646,13 @@ def test_toy_end_to_end(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=True)
     result = json.loads((tmp_path / "r.jsonl").read_text())
     assert (result["candidate"]["wins"], result["ties"], result["baseline"]["wins"]) == (2, 1, 1)
-    assert (result["total"], result["win_rate"]) == (4, 0.625)
-    places = [
-        done.stdout.index(f"{number}: {outcome} (") for number, outcome in enumerate(["win", "tie", "loss", "win"])
-    ]
+    assert (result["total"], result["prompts"], result["win_rate"]) == (4, 1, 0.625)
+    places = [done.stdout.index(f"{n}: {outcome} (") for n, outcome in enumerate(["win", "tie", "loss", "win"])]
     assert all(a < b for a, b in pairwise(places))
     assert "policy wins 62.5%" in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.jsonl", "toy.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.jsonl", "toy.json"]
+
+
+def test_items_are_named_by_their_prompts(tmp_path: Path) -> None:
+    found = answers.within(answers.read_answers(write_samples(tmp_path, 2)), "policy", "chosen")
+    assert found.questions == [fingerprint(item.messages) for item in items(2)]

@@ -1,0 +1,491 @@
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from judge_server import KEY, Server, body, completion, half_a_body, items, late, prefers_good, reply, status
+
+from judging import (
+    Budget,
+    JudgeError,
+    OpenAIJudge,
+    Tokens,
+    Verdict,
+    VerdictLog,
+    api_key,
+    judge_pairs,
+    show,
+    toy_judge,
+)
+from protocols import AlpacaEval, Answer, ArenaHard, MTBench, PromptTemplate, Reply, Shown, arena_score
+from utils import UserError
+
+
+def outcomes(verdicts: list[Verdict]) -> list[str]:
+    return [verdict.outcome for verdict in verdicts]
+
+
+def likes_the_first(shown: Shown) -> Answer:
+    return Answer(1.0, shown.responses[0])
+
+
+# --------------------------------------------------------------------------------------------------------------- orders
+
+
+def test_order_comes_from_the_seed_and_is_undone() -> None:
+    verdicts = judge_pairs(items(400), likes_the_first, seed=3)
+    wins = outcomes(verdicts).count("win")
+    assert 160 < wins < 240  # 4 standard deviations
+    assert all((v.outcome == "win") == v.candidate_first == v.text.startswith("good") for v in verdicts)
+    assert judge_pairs(items(400), likes_the_first, seed=3, concurrency=4) == verdicts
+    backwards = judge_pairs(items(400)[::-1], likes_the_first, seed=3)[::-1]
+    assert [v._replace(item=0) for v in backwards] == [v._replace(item=0) for v in verdicts]
+    assert judge_pairs(items(400), likes_the_first, seed=4) != verdicts
+
+
+def test_a_judge_of_the_text_is_not_moved_by_the_order() -> None:
+    def likes_good(shown: Shown) -> Answer:
+        return Answer(1.0 if "good" in shown.responses[0] else 0.0, "")
+
+    for both in (False, True):
+        assert set(outcomes(judge_pairs(items(50), likes_good, seed=1, both_orders=both))) == {"win"}
+
+
+def test_a_judge_that_always_says_response_1_gets_half_with_both_orders() -> None:
+    verdicts = judge_pairs(items(31), likes_the_first, both_orders=True)
+    assert [v.item for v in verdicts] == [n // 2 for n in range(62)]
+    for one, two in zip(verdicts[::2], verdicts[1::2]):
+        assert {one.candidate_first, two.candidate_first} == {True, False}
+        assert {one.preference, two.preference} == {0.0, 1.0}
+
+
+def test_a_weighted_preference_is_undone_too() -> None:
+    def shorter(shown: Shown) -> Answer:
+        return Answer(0.8 if len(shown.responses[0]) < len(shown.responses[1]) else 0.2, "", weight=3)
+
+    verdicts = judge_pairs(items(20), shorter, both_orders=True)  # the baseline is shorter
+    assert all(v.preference == pytest.approx(0.2) and v.weight == 3 for v in verdicts)
+
+
+def test_what_is_no_verdict_is_nobodys_win() -> None:
+    def judge(shown: Shown) -> Answer:
+        number = int(shown.responses[0].split()[1])
+        if number % 4 == 0:
+            raise JudgeError("no answer")
+        return [Answer(0.5, ""), Answer(None, "hm", "malformed"), Answer(None, "no", "refused")][number % 4 - 1]
+
+    verdicts = judge_pairs(items(8), judge)
+    assert outcomes(verdicts) == ["failed", "tie", "malformed", "refused"] * 2
+    assert [v.preference for v in verdicts] == [None, 0.5, None, None] * 2
+
+
+def test_equal_items_are_asked_once() -> None:
+    asked = []
+
+    def judge(shown: Shown) -> Answer:
+        asked.append(shown)
+        return Answer(0.5, "")
+
+    assert len(judge_pairs(items(3) * 5, judge, concurrency=4)) == 15
+    assert len(asked) == 3
+
+
+def test_gives_up_when_request_after_request_fails() -> None:
+    asked = []
+
+    def broken(shown: Shown) -> Answer:
+        asked.append(shown)
+        time.sleep(0.002)
+        raise JudgeError("no route")
+
+    with pytest.raises(UserError, match=r"20 requests .* no route"):
+        judge_pairs(items(500), broken)
+    assert len(asked) < 50
+    with pytest.raises(UserError, match=r"2 requests .* no route"):
+        judge_pairs(items(2), broken)
+
+
+def test_toy_judge_reads_the_prompt() -> None:
+    def judged(first: str, second: str) -> float | None:
+        return toy_judge(Shown([{"role": "user", "content": "Reverse: dog, cat"}], (first, second))).value
+
+    right, wrong = "Gladly! cat, dog", "Gladly! dog, cat"
+    assert (judged(right, wrong), judged(wrong, right), judged(right, right)) == (1, 0, 0.5)
+
+
+# ------------------------------------------------------------------------------------------------------ reading replies
+
+
+def reading(template: PromptTemplate, text: str) -> Any:
+    answer = template.read(Reply(text))
+    return answer.status if answer.value is None else answer.value
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Response 1", 1),
+        ("**Response 2**", 0),
+        ("response #2.", 0),
+        ("The better one is Response 1, because it is short. It is also polite.", 1),
+        ("Response 1 is fine. Response 2 is shorter. I pick Response 2.", 0),
+        ("Response 1\n\nResponse 2 leaves out the second step.", 1),
+        ("Response 2 is longer than Response 1.\nVerdict: Response 1", 1),
+        ("Response 1. No: Response 2.", 0),
+        ("I'm sorry for the length. Response 1", 1),
+        ("Response 2 is better than Response 1.", "malformed"),
+        ("Either Response 1 or Response 2", "malformed"),
+        ("Both are good.", "malformed"),
+        ("Response 12", "malformed"),
+        ("Response 3", "malformed"),
+        ("", "malformed"),
+        ("I'm sorry, but I can't help with that.", "refused"),
+        ("I cannot assist with this request.", "refused"),
+        ("As an AI, I do not judge.", "refused"),
+        ("Sorry, no.", "refused"),
+    ],
+)
+def test_reading_a_plain_choice(text: str, expected: Any) -> None:
+    assert reading(PromptTemplate(), text) == expected
+
+
+def test_labels_are_the_lines() -> None:
+    class Letters(PromptTemplate):
+        labels = "AB"
+
+    (message,) = Letters().messages(Shown([{"role": "user", "content": "Hi"}], ("FIRST", "SECOND")))
+    assert "[Response A]\nFIRST\n" in message["content"]
+    assert reading(Letters(), "Response B") == 0
+    assert reading(Letters(), "Response A") == 1
+    assert reading(Letters(), "A response a user would like") == "malformed"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("My final verdict is: [[A>>B]]", (1, 3)),
+        ("[[A>B]]", (1, 1)),
+        ("[[a=b]]", (0.5, 1)),
+        ("[[B>A]]", (0, 1)),
+        ("[[B>>A]].", (0, 3)),
+        ("[[A<<B]]", (0, 3)),
+        ("First [[A>B]], on reflection [[B>>A]]", (0, 3)),
+        ("[A>B]", (1, 1)),
+        ("[B>>A] but [[A=B]]", (0.5, 1)),  # single brackets count only where there are no double ones
+        ("[[A>>>B]]", None),
+        ("[[A>A]]", None),
+        ("A>B", None),
+        ("[[C]]", None),
+    ],
+)
+def test_reading_arena_hards_five(text: str, expected: tuple[float, int] | None) -> None:
+    answer = ArenaHard().read(Reply(text))
+    assert (answer.status, answer.value) == ("malformed", None) if expected is None else ("judged", expected[0])
+    assert expected is None or answer.weight == expected[1]
+    assert arena_score("A>B") == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Rating: [[7]]", 7),
+        ("[[8.5]] then [[3]]", 8.5),
+        ("[6] out of ten", 6),
+        ("[2] is wrong. [[10]]", 10),
+        ("[[11]]", "malformed"),
+        ("[[0]]", "malformed"),
+        ("8/10", "malformed"),
+        ("[[eight]]", "malformed"),
+        ("I cannot grade this.", "refused"),
+    ],
+)
+def test_reading_a_score(text: str, expected: Any) -> None:
+    assert reading(MTBench(), text) == expected
+
+
+@pytest.mark.parametrize(
+    ("alternatives", "expected"),
+    [
+        ({"m": math.log(0.6), "M": math.log(0.3), "The": math.log(0.1)}, 2 / 3),
+        ({"m": -0.5}, 1),
+        ({"M": -0.5, "B": -1.0}, 0),
+        ({"The": -0.1}, None),
+        ({}, None),
+        ({"m": -2000.0, "M": -2000.0}, None),
+    ],
+)
+def test_reading_log_probabilities(alternatives: dict[str, float], expected: float | None) -> None:
+    answer = AlpacaEval().read(Reply("m", alternatives=alternatives))
+    assert answer.value == (expected if expected is None else pytest.approx(expected))
+    assert answer.status == ("malformed" if expected is None else "judged")
+
+
+def test_the_services_own_refusal_counts_as_one() -> None:
+    assert PromptTemplate().read(Reply("Response 1", refused=True)).status == "refused"
+
+
+def test_a_template_asks_with_both_responses_in_order_and_its_own_question() -> None:
+    class Shorter(PromptTemplate):
+        question = "Which one is shorter?"
+
+    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    shown = Shown([*conversation, {"role": "user", "content": "Why"}], ("FIRST", "SECOND"))
+    for template in (Shorter(), PromptTemplate(), AlpacaEval(), ArenaHard()):
+        text = template.messages(shown)[-1]["content"]
+        places = [text.index(part) for part in ("User: Hi", "Assistant: Yes?", "User: Why", "FIRST", "SECOND")]
+        assert places == sorted(places)
+    assert Shorter().messages(shown)[-1]["content"].endswith("Which one is shorter?")
+    last = PromptTemplate().messages(shown)[-1]["content"]
+    assert last.endswith("which response is more helpful, harmless, and concise? Pick one.")
+    graded = MTBench().messages(Shown(conversation, ("ANSWER",), "RIGHT"))[-1]["content"]
+    assert graded.index("RIGHT") < graded.index("ANSWER")
+    assert "eference" not in MTBench().messages(Shown(conversation, ("ANSWER",)))[-1]["content"]
+
+
+# ----------------------------------------------------------------------------------------------------------- the client
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server().running() as server:
+        yield server
+
+
+def client(server: Server, folder: Path, template: PromptTemplate | None = None, **options: Any) -> OpenAIJudge:
+    budget = options.pop("budget", None) or Budget(None)
+    log = VerdictLog(folder / "log.jsonl")
+    template = template or PromptTemplate()
+    return OpenAIJudge("m", template, log, budget, key=KEY, base_url=server.url, **options)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        status(429, "slow down"),
+        status(500),
+        status(503),
+        half_a_body,
+        body(b"not json"),
+        body(b""),
+        body(b"[]"),
+        body(b'{"choices": []}'),
+        body(b'{"choices": [{"message": {"content": 7}}]}'),
+        body(b'{"choices": null, "usage": "none"}'),
+    ],
+)
+def test_one_fault_loses_nothing_and_counts_nothing_twice(fault: Any, tmp_path: Path, server: Server) -> None:
+    server.faults = [fault]
+    judge = client(server, tmp_path)
+    verdicts = judge_pairs(items(6), judge, concurrency=3)
+    assert outcomes(verdicts) == ["win"] * 6
+    assert len(server.requests) == 7
+    assert (judge.budget.requests, judge.budget.spent) == (6, Tokens(600, 60))
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_late_answer_is_asked_for_again(tmp_path: Path, server: Server) -> None:
+    server.faults = [late]
+    judge = client(server, tmp_path, timeout=0.5)
+    assert outcomes(judge_pairs(items(3), judge, concurrency=3)) == ["win"] * 3
+    assert (len(server.requests), judge.budget.requests) == (4, 3)
+
+
+def test_a_server_that_is_all_garbage_fails_those_and_no_more(tmp_path: Path, server: Server) -> None:
+    server.faults = [body(b"{}")] * 3 + [status(400, "too long")]
+    judge = client(server, tmp_path)
+    verdicts = judge_pairs(items(6), judge)
+    assert outcomes(verdicts) == ["failed", "failed", "win", "win", "win", "win"]
+    assert verdicts[0].text == "what the server sent is not a chat completion"
+    assert "too long" in verdicts[1].text
+    assert outcomes(judge_pairs(items(6), client(server, tmp_path))) == ["win"] * 6  # a rerun asks for those two
+    assert server.answered == 6
+
+
+def test_no_server_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+    judge = OpenAIJudge(
+        "m", PromptTemplate(), VerdictLog(tmp_path / "l"), Budget(None), key=KEY, base_url="http://127.0.0.1:9/v1"
+    )
+    with pytest.raises(UserError, match="2 requests to the judge failed in a row"):
+        judge_pairs(items(2), judge)
+
+
+def test_refusals_of_the_service_are_refused(tmp_path: Path, server: Server) -> None:
+    server.faults = [
+        reply("", message={"content": None, "refusal": "I will not."}),
+        reply("", finish_reason="content_filter"),
+    ]
+    judge = client(server, tmp_path)
+    verdicts = judge_pairs(items(3), judge)
+    assert outcomes(verdicts) == ["refused", "refused", "win"]
+    assert verdicts[0].text == "I will not."
+    assert judge_pairs(items(3), client(server, tmp_path)) == verdicts  # from the log
+    assert len(server.requests) == 3
+
+
+def test_the_key_is_never_shown_nor_kept(tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    server.faults = [status(401, f"bad key {KEY}"), reply(f"Your key {KEY}: Response 1")]
+    verdicts = judge_pairs(items(3), client(server, tmp_path))
+    assert "bad key [key]" in verdicts[0].text
+    assert verdicts[1].text == "Your key [key]: Response 1"
+    out, err = capfd.readouterr()
+    assert not any(KEY in text for text in (out, err, (tmp_path / "log.jsonl").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("key", "base_url"), [("", None), ("sk-two lines\n", None), ("sk-“curly”", "http://localhost/v1")]
+)
+def test_an_unusable_key_is_refused(key: str, base_url: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
+        api_key("gpt-4.1", base_url)
+    assert not key or key not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    assert api_key("m", "http://localhost/v1") == ""
+
+
+def test_requests_start_apart(tmp_path: Path, server: Server) -> None:
+    judge_pairs(items(6), client(server, tmp_path, pause=0.1), concurrency=6)
+    starts = sorted(server.starts)
+    assert starts[-1] - starts[0] > 0.45
+    assert max(server.starts) - min(server.starts) < 3
+
+
+def test_requests_go_out_together(tmp_path: Path, server: Server) -> None:
+    server.delay = 0.3
+    started = time.monotonic()
+    judge_pairs(items(8), client(server, tmp_path), concurrency=8)
+    assert time.monotonic() - started < 1.5
+
+
+# --------------------------------------------------------------------------------------------- models of another manner
+
+
+def newer(request: dict[str, Any]) -> Any:
+    """As OpenAI's reasoning models answer."""
+    unsupported = (
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    )
+    if "max_tokens" in request:
+        return status(400, unsupported, param="max_tokens", code="unsupported_parameter")
+    unsupported = (
+        "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
+    )
+    if request.get("temperature", 1) != 1:
+        return status(400, unsupported, param="temperature", code="unsupported_value")
+    return prefers_good(request)
+
+
+def test_a_model_that_takes_no_temperature_is_asked_without_and_that_is_said(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.rule = newer
+    judge = client(server, tmp_path)
+    assert outcomes(judge_pairs(items(5), judge)) == ["win"] * 5
+    assert len(server.requests) == 7  # two were refused, once each
+    assert server.requests[-1] == {
+        "model": "m",
+        "messages": server.requests[-1]["messages"],
+        "max_completion_tokens": 256,
+    }
+    assert judge.refuses == ["max_tokens", "temperature"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("m does not take max_tokens: max_completion_tokens is sent in its place") == 1
+    assert said.count("m does not take temperature: it judges at its own temperature") == 1
+    again = client(server, tmp_path)  # knows nothing of this yet, and still finds what was paid for
+    assert outcomes(judge_pairs(items(5), again)) == ["win"] * 5
+    assert len(server.requests) == 7
+
+
+def log_probabilities(request: dict[str, Any]) -> dict[str, Any]:
+    assert (request["max_tokens"], request["logprobs"], request["top_logprobs"]) == (1, True, 5)
+    text = request["messages"][-1]["content"]
+    p = 0.9 if text.index("good") < text.index("bad") else 0.2
+    top = [{"token": token, "logprob": math.log(q)} for token, q in (("m", p / 2), ("M", (1 - p) / 2), ("x", 0.5))]
+    return completion("m", logprobs={"content": [{"token": "m", "logprob": -1.0, "top_logprobs": top}]})
+
+
+def test_the_weighted_protocol(tmp_path: Path) -> None:
+    with Server(log_probabilities).running() as server:
+        verdicts = judge_pairs(items(20), client(server, tmp_path, AlpacaEval()), both_orders=True)
+        assert len(server.requests) == 40
+        for verdict in verdicts:
+            assert verdict.preference == pytest.approx(0.9 if verdict.candidate_first else 0.8)
+        assert judge_pairs(items(20), client(server, tmp_path, AlpacaEval()), both_orders=True) == verdicts
+        assert len(server.requests) == 40  # the probabilities are in the log
+
+
+@pytest.mark.parametrize("logprobs", [None, {"content": []}, {"content": None}])
+def test_a_server_without_log_probabilities_is_refused(logprobs: Any, tmp_path: Path) -> None:
+    with Server(lambda _: completion("m", logprobs=logprobs)).running() as server:
+        with pytest.raises(UserError, match="without log-probabilities"):
+            judge_pairs(items(50), client(server, tmp_path, AlpacaEval()))
+        assert len(server.requests) < 5
+        server.faults = [status(400, "logprobs are not supported")]
+        with pytest.raises(UserError, match="gives no log-probabilities"):
+            judge_pairs(items(1), client(server, tmp_path, AlpacaEval()))
+
+
+# ----------------------------------------------------------------------------------------------------- what is paid for
+
+
+def test_the_budget_is_never_passed(tmp_path: Path, server: Server) -> None:
+    template = PromptTemplate()
+    template.max_tokens = 10  # what the server answers with
+    one = Tokens(100, 10).cost((1000, 1000))
+    budget = Budget((1000, 1000), limit=5.5 * one)
+    with pytest.raises(UserError, match=r"--max_cost 0.605: stopped after \d requests and \$0\.\d+"):
+        judge_pairs(items(30), client(server, tmp_path, template, budget=budget), concurrency=4)
+    assert 1 <= budget.requests <= 5
+    assert budget.cost is not None
+    assert budget.cost <= 5.5 * one
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == budget.requests == len(server.requests)
+    rest = client(server, tmp_path, template, budget=Budget((1000, 1000), limit=100))
+    assert outcomes(judge_pairs(items(30), rest)) == ["win"] * 30
+    assert rest.budget.requests == 30 - budget.requests
+
+
+def test_usage_that_no_server_reports_is_guessed(tmp_path: Path) -> None:
+    def silent(_: dict[str, Any]) -> dict[str, Any]:
+        return {**completion("Response 1"), "usage": None}
+
+    with Server(silent).running() as server:
+        judge = client(server, tmp_path)
+        judge_pairs(items(1), judge)
+        assert judge.budget.spent == judge.expected(show(items(1)[0], True))
+
+
+def test_two_judges_write_one_log(tmp_path: Path, server: Server) -> None:
+    halves = [items(40)[:20], items(40)[20:]]
+    judges = [client(server, tmp_path), client(server, tmp_path)]
+    threads = [threading.Thread(target=judge_pairs, args=(half, judge)) for half, judge in zip(halves, judges)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len({line["key"] for line in lines}) == len(lines) == 40
+    judge_pairs(items(40), client(server, tmp_path))
+    assert len(server.requests) == 40
+
+
+def test_another_seed_pays_for_the_items_that_change_places_only(tmp_path: Path, server: Server) -> None:
+    verdicts = [judge_pairs(items(20), client(server, tmp_path), seed) for seed in (0, 1)]
+    moved = sum(a.candidate_first != b.candidate_first for a, b in zip(*verdicts))
+    assert 0 < moved < 20
+    assert len(server.requests) == 20 + moved
+    judge_pairs(items(20), client(server, tmp_path), 2, both_orders=True)
+    assert len(server.requests) == 40
+
+
+def test_a_question_that_changes_is_another_question(tmp_path: Path, server: Server) -> None:
+    class Shorter(PromptTemplate):
+        question = "Which is shorter?"
+
+    judge_pairs(items(3), client(server, tmp_path))
+    judge_pairs(items(3), client(server, tmp_path, Shorter()))
+    assert len(server.requests) == 6
