@@ -1,6 +1,7 @@
 """Checks of the configuration. All that can be found wrong without reading a weight is found here, and said at once."""
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

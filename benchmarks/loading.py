@@ -1,8 +1,8 @@
 """Host memory and time of loading a checkpoint on 1, 2 and 4 ranks: `python benchmarks/loading.py`.
 
 Makes a checkpoint of a Llama-shaped model with random weights (`--gigabytes`), loads it on so many ranks of this
-machine, and prints what all ranks together held at their peak, beyond what they held before (interpreter, libraries), as
-a multiple of the checkpoint's size. Beside it: what `from_pretrained` on every rank would hold.
+machine, and prints what all ranks together held at their peak beyond what they held before (interpreter, libraries),
+as a multiple of the checkpoint. Beside it: what `from_pretrained` on every rank would hold.
 """
 
 import argparse
