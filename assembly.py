@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+import attention
 import dataloader
 import models
 import settings
@@ -43,12 +44,16 @@ def prepare(
         split: dataloader.load_tokens(config, name, tokenizer, parts.loader, binding.options["loader"])
         for split, name in (("train", "train"), ("eval", "test"))
     }
-    ids = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choice = (model.attn_implementation, model.layout, architecture, device, model.policy_dtype)
+    implementation, layout = attention.choose(*choice, pairs=parts.loader.needs == "pairs")
+    ids = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id, "layout": layout}
     loaders = {
         "train": parts.loader(
             tokens["train"],
             batch_size=model.batch_size,
             accumulation=model.gradient_accumulation_steps,
+            max_tokens=model.max_tokens,
             n_epochs=config.n_epochs,
             n_examples=config.n_examples,
             seed=config.seed,
@@ -59,10 +64,8 @@ def prepare(
         ),
     }
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attention = models.choose_attention(model.attn_implementation, architecture, device, model.policy_dtype)
     weights = models.fetch(model.name_or_path, models.WEIGHT_FILES, "model.name_or_path")
-    policy = models.load_model(weights, attention, device, model.load_from, reward=parts.trainer.is_reward)
+    policy = models.load_model(weights, implementation, device, model.load_from, reward=parts.trainer.is_reward)
     models.fit_vocabulary(policy, tokenizer)
     tap = None
     if sae is not None:
@@ -78,7 +81,7 @@ def prepare(
         if model.reference_path:
             source = (models.fetch(model.reference_path, models.WEIGHT_FILES, "model.reference_path"), None)
         if model.reference_path or "live_reference" in binding.needs:
-            teacher = models.load_model(source[0], attention, device, source[1])
+            teacher = models.load_model(source[0], implementation, device, source[1])
             teacher_tap = ResidualTap(models.decoder_layers(teacher)[config.sae.layer]) if sae else None
         if "live_reference" in binding.needs:
             references = dict.fromkeys(records, LiveReference(teacher, teacher_tap, sae))

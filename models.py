@@ -27,7 +27,8 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from batch import PAD, Batch
+from attention import mask_inputs
+from batch import Batch
 from sae import ResidualTap
 from utils import UserError, console, file_digest, fingerprint, local_path
 
@@ -86,10 +87,7 @@ def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None) 
 def final_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """What the vocabulary projection reads, [R, T, D]."""
     return model.base_model(
-        input_ids=batch.input_ids,
-        attention_mask=(batch.document != PAD).long(),
-        position_ids=batch.position_ids,
-        use_cache=False,
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **mask_inputs(model, batch)
     ).last_hidden_state
 
 

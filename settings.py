@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import dataloader
 import trainers
+from batch import LAYOUTS
 from checkpoint import flat
 from models import CONFIG_FILES, DTYPES, fetch, fetch_file, find_weights, load_config
 from utils import UserError, local_path, suggest
@@ -89,6 +90,7 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
         "template": (config.template, ["tulu", "chat"]),
         "lr_schedule": (config.lr_schedule, list(trainers.SCHEDULES)),
         "model.policy_dtype": (config.model.policy_dtype, list(DTYPES)),
+        "model.layout": (config.model.layout, ["auto", *LAYOUTS]),
     }
     for key, (value, known) in choices.items():
         hint = suggest(str(value), known)

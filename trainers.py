@@ -327,7 +327,7 @@ class PairedPreferenceTrainer(BasicTrainer):
     sides = ("chosen", "rejected")
 
     def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
-        chosen, rejected = values.split(len(batch.index))
+        chosen, rejected = values.unflatten(0, (2, len(batch.index)))  # of a batch of no records too
         return chosen if side == "chosen" else rejected
 
     def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
