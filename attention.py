@@ -71,7 +71,9 @@ def choose(
     for chosen in found:
         if attention in ("auto", chosen[0]) and layout in ("auto", chosen[1]):
             reasons = "; ".join(f"{name}: {WHY[name]}" for name in reversed(chosen))
-            console.print(f"layout and attention: {reasons}" + ("" if kind in TESTED else f" ({kind} is untested in others)"))
+            console.print(
+                f"layout and attention: {reasons}" + ("" if kind in TESTED else f" ({kind} is untested in others)")
+            )
             return chosen
     raise UserError(
         f"model.layout={layout}, model.attn_implementation={attention}: not for {kind} in {dtype} on {device.type}, "

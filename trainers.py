@@ -650,7 +650,8 @@ class PPOTrainer(UnpairedPreferenceTrainer):
             values = QUANTITIES["values"](Evidence(moved, scores, value_head=self.value_head))
             rewards = self.rewards(moved)
             pairs = zip(values.split(batch.lengths), rewards)
-            parts = [generalised_advantages(own, reward, self.gamma, self.lam) for own, reward in pairs]
+            parts = [(values[:0], values[:0])]  # a batch may hold no records
+            parts += [generalised_advantages(own, reward, self.gamma, self.lam) for own, reward in pairs]
             advantages, returns = (torch.cat(column) for column in zip(*parts))
             batch.record |= {"advantages": advantages, "returns": returns}
             wide = advantages.double()

@@ -1,10 +1,8 @@
 """Layouts give the same numbers: against each model's own forward pass over one sequence at a time, and each other."""
 
-import json
-
 import pytest
 import torch
-from conftest import EOS_ID, REPO, collate, metrics, pairs, random_sae, tiny_gemma
+from conftest import EOS_ID, collate, pairs, random_sae, tiny_gemma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training import LOSSES, assembled, run
@@ -286,10 +284,10 @@ def test_micro_batches_of_like_work():
 
 def test_a_budget_of_tokens_changes_no_numbers(tmp_path):
     whole = run(tmp_path, "loss=fpo", "exp_name=whole")
-    trainer = assembled(tmp_path, "loss=fpo", "exp_name=parts", "model.max_tokens=150")
-    sizes = [[batch.input_ids.numel() for batch in step] for step in trainer.loaders["train"].steps()]
-    assert max(map(max, sizes)) <= 150 and max(map(len, sizes)) > 2
-    parts = run(tmp_path, "loss=fpo", "exp_name=parts", "model.max_tokens=150")
+    trainer = assembled(tmp_path, "loss=fpo", "exp_name=parts", "model.max_tokens=100")
+    batches = [[batch.input_ids.numel() for batch in step] for step in trainer.loaders["train"].steps()]
+    assert max(map(max, batches)) <= 100 and min(map(len, batches)) > 1
+    parts = run(tmp_path, "loss=fpo", "exp_name=parts", "model.max_tokens=100")
     assert [line["loss/train"] for line in parts[1:-1]] == pytest.approx(
         [line["loss/train"] for line in whole[1:-1]], rel=1e-4
     )
@@ -298,7 +296,9 @@ def test_a_budget_of_tokens_changes_no_numbers(tmp_path):
 @pytest.mark.parametrize("loss", sorted({*LOSSES} - {"sae"}))
 def test_a_rank_without_records_takes_part_and_counts_for_nothing(tmp_path, loss):
     """Two ranks, of which the second has none of the step's one record."""
-    trainer = assembled(tmp_path, f"loss={loss}", "model.batch_size=8", "n_examples=1" if "kto" not in loss else "seed=1")
+    trainer = assembled(
+        tmp_path, f"loss={loss}", "model.batch_size=8", "n_examples=1" if "kto" not in loss else "seed=1"
+    )
     loader = trainer.loaders["train"]
     loader.rank, loader.world_size = 8, 9
     step = next(loader.steps())
@@ -334,8 +334,10 @@ def test_a_run_is_the_same_in_every_layout(tmp_path, loss):
     runs = {layout: run(tmp_path, f"loss={loss}", f"model.layout={layout}", f"exp_name={layout}") for layout in LAYOUTS}
     for layout in PACKED:
         for found, expected in zip(runs[layout], runs["padded"], strict=True):
-            expected.pop("seconds", None)
-            assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
+            tied = abs(expected.get("rewards_train/margins", expected.get("rewards_eval/margins", 1))) < 1e-6
+            left_out = ["seconds", *(f"rewards_{split}/accuracies" for split in ("train", "eval") if tied)]
+            compared = {key: value for key, value in expected.items() if key not in left_out}
+            assert {key: found[key] for key in compared} == pytest.approx(compared, rel=1e-3, abs=1e-4)
 
 
 def test_a_reference_cache_serves_every_layout(tmp_path, capsys):
