@@ -46,7 +46,7 @@ def prepare(
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice = (model.attn_implementation, model.layout, architecture, device, model.policy_dtype)
-    implementation, layout = attention.choose(*choice, pairs=parts.loader.needs == "pairs")
+    implementation, layout = attention.choose(*choice, pairs=None not in parts.trainer.sides)
     ids = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id, "layout": layout}
     loaders = {
         "train": parts.loader(

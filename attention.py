@@ -16,7 +16,6 @@ Shape letters: T positions of the row, H heads, G key-value heads, Q queries, K 
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -93,7 +92,8 @@ def mask_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
     no_mask = {"attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1)}  # of four dimensions: transformers makes none
     if implementation == "flex":
-        return {**no_mask, "block_mask": cache(partial(block_mask, batch))}
+        windows = {None, getattr(model.config.get_text_config(), "sliding_window", None)}
+        return {**no_mask, "block_masks": {window: block_mask(batch, window) for window in windows}}
     assert implementation == "segments", f"{implementation} attention cannot read packed rows"
     return {**no_mask, "segments": batch.segments}
 
@@ -125,10 +125,10 @@ def flex(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: output [R, T, H, E] from queries, keys, values [R, H or G, T, E]."""
-    masks = options.pop("block_mask", None)
+    masks = options.pop("block_masks", None)
     if masks is None:
         return segments(module, query, key, value, attention_mask, **options)
-    mask = masks(options.get("sliding_window"))
+    mask = masks[options.get("sliding_window")]
     return flex_attention_forward(module, query, key, value, mask, **options)[0], None
 
 

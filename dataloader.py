@@ -638,8 +638,9 @@ class DataLoader:
 
     def shares(self, shapes: list[tuple[int, list[int]]]) -> list[list[int]]:
         """Which records of an optimiser step, given their shapes, each of this rank's micro-batches holds."""
-        limits = {"least": self.accumulation, "max_tokens": self.max_tokens}
-        return micro_batches(shapes, self.layout, ranks=self.world_size, **limits)[self.rank]
+        return micro_batches(
+            shapes, self.layout, ranks=self.world_size, least=self.accumulation, max_tokens=self.max_tokens
+        )[self.rank]
 
     def shapes(self, indices: list[int]) -> list[tuple[int, list[int]]]:
         """Tokens of the prompt and of each completion, of some rows."""

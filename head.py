@@ -68,8 +68,7 @@ class _TokenStatistics(torch.autograd.Function):
                     share = (theirs - others_lse.unsqueeze(1)).exp_()
                     kl[part] = share.mul_(theirs.sub_(logits)).sum(1) - others_lse + lse
                 ctx.last = logits
-        ctx.own, ctx.others, ctx.target, ctx.weight_dtype = own, others, target, weight.dtype
-        ctx.hidden_dtype = hidden.dtype
+        ctx.own, ctx.others, ctx.target = own, others, target
         return logps, kl
 
     @staticmethod
@@ -77,9 +76,9 @@ class _TokenStatistics(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         own, others = ctx.own, ctx.others
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(own.hidden, dtype=ctx.hidden_dtype) if needs_hidden else None
-        grad_weight = torch.zeros_like(own.weight, dtype=ctx.weight_dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(own.bias) if needs_bias else None
+        grad_hidden = torch.empty_like(own.hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(own.weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(own.bias, dtype=torch.float32) if needs_bias else None
         for part in reversed(own.chunks()):
             logits, ctx.last = own.logits(part) if ctx.last is None else ctx.last, None
             grad = (logits - ctx.lse[part].unsqueeze(1)).exp_()  # of the logits: first the probabilities
@@ -98,7 +97,7 @@ class _TokenStatistics(torch.autograd.Function):
                 grad_hidden[part] = grad @ own.weight
             if grad_weight is not None:
                 grad_weight += grad.T @ own.hidden[part]
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None  # autograd casts them to their inputs' dtypes
 
 
 class _Projection:
