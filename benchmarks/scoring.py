@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import head
 from batch import LAYOUTS, Batch, collate
@@ -73,71 +74,76 @@ def seen_pairs(batch: Batch) -> int:
 def layouts() -> None:
     """Score and backward pass of 8 pairs, by layout, at several lengths of prompt and completion."""
     torch.manual_seed(0)
-    for family, attention in (("Gemma 2", "eager"), ("Llama", "sdpa")):
-        model_of = {"Gemma 2": (Gemma2Config, Gemma2ForCausalLM), "Llama": (LlamaConfig, LlamaForCausalLM)}[family]
-        models = {}
-        for implementation in (attention, "segments"):
-            models[implementation] = model_of[1](model_of[0](**SHAPE, attn_implementation=implementation))
-        for prompt, completion in ((100, 100), (300, 100), (100, 300)):
-            records = ragged_pairs(8, prompt, completion)
-            batches = {layout: collate(records, layout, pad_id=0, eos_id=2) for layout in LAYOUTS}
+    gemma = {name: Gemma2ForCausalLM(Gemma2Config(**SHAPE, attn_implementation=name)) for name in ("eager", "segments")}
+    llama = {name: LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=name)) for name in ("sdpa", "segments")}
+    for prompt, completion in ((100, 100), (300, 100), (100, 300)):
+        records = ragged_pairs(8, prompt, completion)
+        compare_layouts("Gemma 2", gemma["eager"], gemma["segments"], records)
+        compare_layouts("Llama", llama["sdpa"], llama["segments"], records)
 
-            def step(layout: str, batches: dict[str, Batch] = batches, models: dict = models) -> None:
-                model = models[attention if layout == "padded" else "segments"]
-                model.zero_grad()
-                score(model, batches[layout]).logps.sum().backward()
 
-            times = median_times({layout: lambda layout=layout: step(layout) for layout in LAYOUTS}, 5)
-            print(f"{family}, 8 pairs of about {prompt} + {completion} + {completion} tokens")
-            for layout in LAYOUTS:
-                cells = batches[layout].input_ids.numel(), seen_pairs(batches[layout]), times[layout]
-                print("  {:14} {:7,} positions {:11,} query-key pairs {:8,.0f} ms".format(layout, *cells))
+def compare_layouts(name: str, padded: PreTrainedModel, packed: PreTrainedModel, records: list[dict]) -> None:
+    batches = {layout: collate(records, layout, pad_id=0, eos_id=2) for layout in LAYOUTS}
+
+    def step(layout: str) -> None:
+        model = padded if layout == "padded" else packed
+        model.zero_grad()
+        score(model, batches[layout]).logps.sum().backward()
+
+    times = median_times({layout: partial(step, layout) for layout in LAYOUTS}, 3)
+    prompts, tokens = (sum(len(record["prompt_ids"]) for record in records), len(batches["padded"].target))
+    print(f"{name}, {len(records)} pairs, {prompts:,} tokens of prompts and {tokens:,} of completions")
+    for layout in LAYOUTS:
+        cells = batches[layout].input_ids.numel(), seen_pairs(batches[layout]), times[layout]
+        print("  {:14} {:7,} positions {:11,} query-key pairs {:8,.0f} ms".format(layout, *cells), flush=True)
 
 
 def projection() -> None:
     """Log-probabilities of 512 tokens and their gradients, by the ways there are."""
-    torch.manual_seed(0)
     for softcap in (30.0, None):
-        hidden = torch.randn(512, WIDTH, requires_grad=True)
-        own_head = nn.Linear(WIDTH, WORDS, bias=False)
-        target, weights = torch.randint(WORDS, (512,)), torch.randn(512)
+        compare_projections(softcap)
 
-        def plain(x: Tensor, y: Tensor, own_head: nn.Module = own_head, softcap: float | None = softcap) -> Tensor:
-            logits = own_head(x)
-            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-            return logits.gather(1, y.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
 
-        def ours(rows: int, hidden=hidden, target=target, own_head=own_head, softcap=softcap) -> Tensor:  # noqa: ANN001
-            head.CHUNK_ELEMENTS = rows * WORDS
-            return head.token_statistics(hidden, target, own_head, softcap)[0]
+def compare_projections(softcap: float | None) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(512, WIDTH, requires_grad=True)
+    own_head = nn.Linear(WIDTH, WORDS, bias=False)
+    target, weights = torch.randint(WORDS, (512,)), torch.randn(512)
 
-        def checkpointed(rows: int, hidden=hidden, target=target) -> Tensor:  # noqa: ANN001
-            parts = zip(hidden.split(rows), target.split(rows))
-            return torch.cat([checkpoint(plain, x, y, use_reentrant=False) for x, y in parts])
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        logits = own_head(x)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return logits.gather(1, y.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
 
-        ways: dict[str, Callable[[], Tensor]] = {
-            "autograd, whole": lambda hidden=hidden, target=target: plain(hidden, target),
-            "autograd, checkpointed, whole": lambda: checkpointed(512),
-            "autograd, checkpointed, 128 at a time": lambda: checkpointed(128),
-            "head.py, whole": lambda: ours(512),
-            "head.py, 128 at a time": lambda: ours(128),
-            "head.py, 32 at a time": lambda: ours(32),
-        }
-        if softcap is None:
+    def checkpointed(rows: int) -> Tensor:
+        parts = zip(hidden.split(rows), target.split(rows))
+        return torch.cat([checkpoint(plain, x, y, use_reentrant=False) for x, y in parts])
 
-            def linear_cross_entropy(options: object = None) -> Tensor:
-                return -F.linear_cross_entropy(hidden, own_head.weight, target, reduction="none", options=options)
+    def ours(rows: int) -> Tensor:
+        head.CHUNK_ELEMENTS = rows * WORDS
+        return head.token_statistics(hidden, target, own_head, softcap)[0]
 
-            ways["F.linear_cross_entropy"] = linear_cross_entropy
-            ways["F.linear_cross_entropy, chunked"] = lambda: linear_cross_entropy(nn.LinearCrossEntropyOptions())
+    def torchs(options: nn.LinearCrossEntropyOptions | None) -> Tensor:
+        return -F.linear_cross_entropy(hidden, own_head.weight, target, reduction="none", options=options)
 
-        def backward(way: Callable[[], Tensor]) -> None:
-            hidden.grad = own_head.weight.grad = None
-            (way() * weights).sum().backward()
+    def backward(way: Callable[[], Tensor]) -> None:
+        hidden.grad = own_head.weight.grad = None
+        (way() * weights).sum().backward()
 
-        print(f"512 tokens, {WORDS:,} words, width {WIDTH}, soft-capping {softcap}")
-        for name, milliseconds in median_times({n: lambda w=w: backward(w) for n, w in ways.items()}, 5).items():
-            print(f"  {name:40} {milliseconds:8,.0f} ms")
+    ways: dict[str, Callable[[], Tensor]] = {
+        "autograd, whole": partial(plain, hidden, target),
+        "autograd, checkpointed, whole": partial(checkpointed, 512),
+        "autograd, checkpointed, 128 at a time": partial(checkpointed, 128),
+        "head.py, whole": partial(ours, 512),
+        "head.py, 128 at a time": partial(ours, 128),
+        "head.py, 32 at a time": partial(ours, 32),
+    }
+    if softcap is None:
+        ways["F.linear_cross_entropy"] = partial(torchs, None)
+        ways["F.linear_cross_entropy, chunked"] = partial(torchs, nn.LinearCrossEntropyOptions())
+    print(f"512 tokens, {WORDS:,} words, width {WIDTH}, soft-capping {softcap}")
+    for name, milliseconds in median_times({name: partial(backward, way) for name, way in ways.items()}, 3).items():
+        print(f"  {name:40} {milliseconds:8,.0f} ms", flush=True)
 
 
 if __name__ == "__main__":
