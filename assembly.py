@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 import adapters
+import attention
 import dataloader
 import models
 import parallel
@@ -56,9 +57,13 @@ def prepare(
         split: parallel.rank_zero_first(functools.partial(load_tokens, name))
         for split, name in (("train", "train"), ("eval", "test"))
     }
+    device = parallel.device()
+    choice = (model.attn_implementation, model.layout, architecture, device, model.policy_dtype)
+    implementation, layout = attention.choose(*choice, pairs=None not in parts.trainer.sides)
     common = {
         "pad_id": tokenizer.pad_token_id,
         "eos_id": tokenizer.eos_token_id,
+        "layout": layout,
         "rank": parallel.rank(),
         "world_size": parallel.world_size(),
     }
@@ -67,6 +72,7 @@ def prepare(
             tokens["train"],
             batch_size=model.batch_size,
             accumulation=model.gradient_accumulation_steps,
+            max_tokens=model.max_tokens,
             n_epochs=config.n_epochs,
             n_examples=config.n_examples,
             seed=config.seed,
@@ -77,9 +83,7 @@ def prepare(
         ),
     }
 
-    device = parallel.device()
-    attention = models.choose_attention(model.attn_implementation, architecture, device, model.policy_dtype)
-    load = functools.partial(load_model, model, attention)
+    load = functools.partial(load_model, model, implementation)
     directory = models.fetch(model.name_or_path, models.WEIGHT_FILES, "model.name_or_path")
     new_tokens = models.tokens_to_add(architecture, tokenizer)
     policy = load(directory, model.load_from, reward=parts.trainer.is_reward, new_tokens=new_tokens)

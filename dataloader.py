@@ -18,19 +18,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets as hf_datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 import tokenise
 import toy
-from batch import Batch, collate_padded
+from batch import Batch, collate, micro_batches
 from rows import (
     SUFFIXES,
     BadRow,
@@ -47,7 +48,7 @@ from rows import (
     text_of,
     value_of,
 )
-from utils import UserError, appears_whole, console, fingerprint, suggest
+from utils import UserError, ahead, appears_whole, console, fingerprint, suggest
 
 LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
 hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
@@ -559,7 +560,8 @@ class DataLoader:
     """Batches of tokenised records, in an order that is a function of the seed and the epoch alone.
 
     An optimiser step holds `batch_size` records over all ranks and micro-batches; the last step of an epoch, and of
-    the run, may hold fewer. `n_examples` ends the run after that many records, `n_epochs` after so many passes.
+    the run, may hold fewer. It is split into `accumulation` micro-batches on each rank, or as many more as keep them
+    within `max_tokens` positions. `n_examples` ends the run after that many records, `n_epochs` after so many passes.
     """
 
     needs: ClassVar[str]  # what a data set must have
@@ -571,7 +573,9 @@ class DataLoader:
         batch_size: int,
         pad_id: int,
         eos_id: int,
+        layout: str = "padded",
         accumulation: int = 1,
+        max_tokens: int | None = None,
         n_epochs: int | None = 1,
         n_examples: int | None = None,
         seed: int = 0,
@@ -585,6 +589,7 @@ class DataLoader:
         counts = {
             "batch_size": batch_size,
             "accumulation": accumulation,
+            "max_tokens": max_tokens,
             "n_epochs": n_epochs,
             "n_examples": n_examples,
         }
@@ -594,7 +599,7 @@ class DataLoader:
         self.rows = tokens.rows
         self.batch_size = batch_size
         self.pad_id, self.eos_id = pad_id, eos_id
-        self.accumulation = accumulation
+        self.layout, self.accumulation, self.max_tokens = layout, accumulation, max_tokens
         self.seed = seed
         self.shuffle = shuffle
         self.rank, self.world_size = rank, world_size
@@ -626,19 +631,28 @@ class DataLoader:
         return self._order(epoch)[start:end].tolist()
 
     def steps(self, start: int = 0) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of each optimiser step, from step `start` on.
+        """This rank's micro-batches of each optimiser step, from step `start` on; each step's are made while the one
+        before it is in use. All ranks get the same number of them, some of no records (see `batch.micro_batches`)."""
 
-        All ranks get the same number of them, at most `accumulation`, with sizes that differ by one at most. Only in
-        a step of fewer records than ranks do the last ranks get none.
-        """
-        for step in range(start, len(self)):
-            yield [self.batch(own) for own in self.shares(self.indices(step))]
+        def made(step: int) -> list[Batch]:
+            indices = self.indices(step)
+            return [self.batch([indices[i] for i in own]) for own in self.shares(self.shapes(indices))]
 
-    def shares(self, records: list[Any]) -> list[list[Any]]:
-        """The records of an optimiser step that each of this rank's micro-batches holds."""
-        own = records[self.rank :: self.world_size]
-        count = max(1, min(self.accumulation, len(records) // self.world_size))
-        return [own[i::count] for i in range(count) if own[i::count]]
+        return ahead(map(made, range(start, len(self))))
+
+    def shares(self, shapes: list[tuple[int, list[int]]]) -> list[list[int]]:
+        """Which records of an optimiser step, given their shapes, each of this rank's micro-batches holds."""
+        return micro_batches(
+            shapes, self.layout, ranks=self.world_size, least=self.accumulation, max_tokens=self.max_tokens
+        )[self.rank]
+
+    def shapes(self, indices: list[int]) -> list[tuple[int, list[int]]]:
+        """Tokens of the prompt and of each completion, of some rows."""
+        table = self.rows.with_format("arrow")[indices]  # the lengths alone: no list of tokens is made
+        prompts = pc.list_value_length(table["prompt_ids"]).to_pylist()
+        completions = iter(pc.list_value_length(pc.list_flatten(table["completion_ids"])).to_pylist())
+        counts = pc.list_value_length(table["completion_ids"]).to_pylist()
+        return [(prompt, list(islice(completions, count))) for prompt, count in zip(prompts, counts)]
 
     def used(self) -> list[int]:
         """The rows that the run will see, in order."""
@@ -654,7 +668,8 @@ class DataLoader:
         """The batch of some rows."""
         columns = self.values[indices]
         batch = self.collate(columns["prompt_ids"], columns["completion_ids"], indices)
-        batch.record = {name: torch.tensor(columns[name]) for name in ("desirable", "score") if name in columns}
+        kinds = {"desirable": torch.bool, "score": torch.float32}
+        batch.record = {name: torch.tensor(columns[name], dtype=kinds[name]) for name in kinds if name in columns}
         return batch
 
     def collate(self, prompts: list[list[int]], completions: list[list[list[int]]], index: Sequence[Any]) -> Batch:
@@ -663,7 +678,7 @@ class DataLoader:
             {"prompt_ids": prompt, "completion_ids": own, "index": key}
             for prompt, own, key in zip(prompts, completions, index, strict=True)
         ]
-        return collate_padded(records, pad_id=self.pad_id, eos_id=self.eos_id)
+        return collate(records, self.layout, pad_id=self.pad_id, eos_id=self.eos_id)
 
     @lru_cache(maxsize=1)  # noqa: B019 (one loader lives as long as its run)
     def _order(self, epoch: int) -> np.ndarray:
@@ -692,7 +707,10 @@ class MismatchedRecords:
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one optimiser step."""
-        return [self.batch(own) for own in self.loader.shares(self.pairs(step))]
+        pairs = self.pairs(step)
+        prompts, completions = (self.loader.shapes(list(rows)) for rows in zip(*pairs))
+        shapes = [(prompt, lengths) for (prompt, _), (_, lengths) in zip(prompts, completions)]
+        return [self.batch([pairs[i] for i in own]) for own in self.loader.shares(shapes)]
 
     def used(self) -> list[tuple[int, int]]:
         """The records that the run will see, in order."""

@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,14 +31,15 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from batch import PAD, Batch
+from attention import mask_inputs
+from batch import Batch
+from head import token_statistics
 from sae import ResidualTap
 from sharding import materialise
 from utils import UserError, console, local_path
 from weights import fill, open_weights, refuse_misfits, weight_files
 
 transformers_logging.disable_progress_bar()
-HEAD_ELEMENTS = 1 << 26  # logits held at once: 256 MiB in fp32
 COSTLY = (  # operations whose results selective checkpointing keeps
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -59,9 +60,10 @@ class Scores:
 
     token_logps: Tensor  # [N] fp32
     hidden: Tensor  # [N, D] final hidden states at the positions that predict the tokens
-    head: nn.Module  # the model's vocabulary projection
-    softcap: float | None  # on its logits
     batch: Batch
+    token_kl: Tensor | None = (
+        None  # [N] KL(reference || own) over the vocabulary, where the batch holds a live reference
+    )
     residual: Tensor | None = None  # [M, D] at the text tokens of the completions, where a tap was given
 
     @cached_property
@@ -73,7 +75,7 @@ class Scores:
     @cached_property
     def lengths(self) -> Tensor:
         """Tokens [S] of each completion, end of sequence included."""
-        return torch.tensor(self.batch.lengths, device=self.token_logps.device)
+        return torch.tensor(self.batch.lengths, dtype=torch.long).to(self.token_logps.device, non_blocking=True)
 
     @cached_property
     def mean_logps(self) -> Tensor:
@@ -84,66 +86,23 @@ class Scores:
 def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None) -> Scores:
     """Log-probabilities of the completion tokens and, with a tap, the residual stream at them.
 
-    Only the N completion positions are projected onto the vocabulary, a chunk at a time.
+    Only the N completion positions are projected onto the vocabulary, a chunk at a time (head.py).
     """
     with tap.reading() if tap else nullcontext():
         hidden = final_hidden_states(model, batch).flatten(0, 1)[batch.predictor]
     head = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    token_logps = completion_logps(hidden, batch.target, head, softcap)
+    other = (batch.reference["hidden"], batch.reference["head"]) if "head" in batch.reference else None
+    token_logps, token_kl = token_statistics(hidden, batch.target, head, softcap, other)
     residual = tap.take().flatten(0, 1)[batch.position[batch.content]] if tap else None
-    return Scores(token_logps, hidden, head, softcap, batch, residual)
+    return Scores(token_logps, hidden, batch, token_kl, residual)
 
 
 def final_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """What the vocabulary projection reads, [R, T, D]."""
     return getattr(model, "backbone", model.base_model)(
-        input_ids=batch.input_ids,
-        attention_mask=(batch.document != PAD).long(),
-        position_ids=batch.position_ids,
-        use_cache=False,
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **mask_inputs(model, batch)
     ).last_hidden_state
-
-
-def completion_logps(hidden: Tensor, target: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
-    """log p(target) [N] in fp32 from the final hidden states [N, D].
-
-    The logits exist for one chunk of positions at a time, in the backward pass too, which computes them again.
-    """
-    parts = zip(in_chunks(hidden, head), in_chunks(target, head))
-    return torch.cat([checkpoint(_chunk_logps, h, t, head, softcap, use_reentrant=False) for h, t in parts])
-
-
-def completion_kl(
-    hidden: Tensor, head: nn.Module, other: Tensor, other_head: nn.Module, softcap: float | None
-) -> Tensor:
-    """KL(other || own) [N] over the whole vocabulary, in fp32, from the final hidden states [N, D] of two models.
-
-    In chunks, as `completion_logps`: neither model's logits exist whole.
-    """
-    parts = zip(in_chunks(hidden, head), in_chunks(other, head))
-    return torch.cat([checkpoint(_chunk_kl, h, head, o, other_head, softcap, use_reentrant=False) for h, o in parts])
-
-
-def in_chunks(rows: Tensor, head: nn.Module) -> tuple[Tensor, ...]:
-    """The rows in parts small enough for their logits to fit into HEAD_ELEMENTS."""
-    return rows.split(max(1, HEAD_ELEMENTS // cast(Tensor, head.weight).shape[0]))
-
-
-def _logits(hidden: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
-    logits = head(hidden).float()
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def _chunk_logps(hidden: Tensor, target: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
-    logits = _logits(hidden, head, softcap)
-    return logits.gather(1, target.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
-
-
-def _chunk_kl(hidden: Tensor, head: nn.Module, other: Tensor, other_head: nn.Module, softcap: float | None) -> Tensor:
-    own = _logits(hidden, head, softcap).log_softmax(1)
-    others = _logits(other, other_head, softcap).log_softmax(1)
-    return (others.exp() * (others - own)).sum(1)
 
 
 @dataclass
@@ -157,7 +116,7 @@ def score_rewards(model: PreTrainedModel, batch: Batch) -> RewardScores:
     """The reward model's one number for each completion, read at its last token, as
     `AutoModelForSequenceClassification` does."""
     hidden = final_hidden_states(model, batch).flatten(0, 1)
-    last = torch.tensor(batch.lengths, device=hidden.device).cumsum(0) - 1
+    last = torch.tensor(batch.lengths, dtype=torch.long, device=hidden.device).cumsum(0) - 1
     return RewardScores(cast(Any, model).score(hidden[batch.position[last]]).float().squeeze(1))
 
 

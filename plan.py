@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import adapters
+import attention
 import models
 import parallel
 import settings
-from models import HEAD_ELEMENTS, decoder_layers
+from batch import Batch, collate, micro_batches
+from head import CHUNK_ELEMENTS
+from models import decoder_layers, final_hidden_states
 from sae import ENCODE_ELEMENTS, load_sae
 from sharding import DTYPES
 from trainers import make_optimizer
@@ -53,10 +56,13 @@ def make(config: DictConfig, parts: settings.Parts, sources: settings.Sources, r
     own = config.model
     keeps, computes = DTYPES[own.weights_dtype], DTYPES[own.policy_dtype]
     architecture = models.load_config(sources.model)
-    attention = models.choose_attention(own.attn_implementation, architecture, parallel.device(), own.policy_dtype)
+    pairs = None not in parts.trainer.sides
+    implementation, layout = attention.choose(
+        own.attn_implementation, own.layout, architecture, parallel.device(), own.policy_dtype, pairs=pairs
+    )
     kind: Any = AutoModelForSequenceClassification if parts.trainer.is_reward else AutoModelForCausalLM
     with init_empty_weights(include_buffers=True):
-        model = kind.from_config(architecture, dtype=computes, attn_implementation=attention)
+        model = kind.from_config(architecture, dtype=computes, attn_implementation=implementation)
     model.tie_weights()
     layers = decoder_layers(model, own.block_name)
     whole = count(model)
@@ -74,8 +80,11 @@ def make(config: DictConfig, parts: settings.Parts, sources: settings.Sources, r
     if split:  # the embeddings and the head, and two layers: the one that runs and the next one
         rest = whole - sum(map(count, layers))
         plan.memory["gathered weights and their gradients"] = 2 * (rest + 2 * largest) * computes.itemsize
-    plan.memory["activations"] = activations(model, config, parts, ranks)
-    plan.memory["logits, a chunk at a time"] = 3 * 4 * HEAD_ELEMENTS
+    batch = longest_micro_batch(own, layout, ranks, pairs=pairs)
+    plan.memory["activations"] = activations(model, own, batch)
+    plan.memory["logits, a chunk at a time"] = (
+        3 * 4 * min(CHUNK_ELEMENTS, len(batch.target) * architecture.get_text_config().vocab_size)
+    )
     if "live_reference" in parts.binding.needs and not own.use_peft:
         plan.memory["live reference"] = whole * computes.itemsize / ranks
     if "sae" in parts.binding.needs:
@@ -107,21 +116,33 @@ def optimizer_slots(config: DictConfig) -> float:
     return sum(value.numel() for value in kept.values() if isinstance(value, Tensor) and value.numel() > 1) / 64
 
 
-def activations(model: PreTrainedModel, config: DictConfig, parts: settings.Parts, ranks: int) -> float:
-    """Bytes that a micro-batch's forward pass keeps for the backward pass, counted on the meta device."""
-    own = config.model
-    records = max(1, -(-own.batch_size // (ranks * own.gradient_accumulation_steps)))
-    shape = (records * (2 if parts.loader.needs == "pairs" else 1), own.max_length)
-    everything = kept_for_backward(model, shape)
+def longest_micro_batch(own: DictConfig, layout: str, ranks: int, *, pairs: bool) -> Batch:
+    """A micro-batch of the longest records that there can be, on the meta device."""
+    prompt, completion = own.max_prompt_length, own.max_length - own.max_prompt_length
+    completions = 2 if pairs else 1
+    shapes = [(prompt, [completion] * completions)] * own.batch_size
+    limits = {"least": own.gradient_accumulation_steps, "max_tokens": own.max_tokens}
+    parts = micro_batches(shapes, layout, ranks=ranks, **limits)
+    longest = max((part for rank in parts for part in rank), key=len)
+    records = [
+        {"prompt_ids": [number + 1] * prompt, "completion_ids": [[0] * completion] * completions, "index": number}
+        for number in longest
+    ]
+    return collate(records, layout, pad_id=0, eos_id=-1).to("meta")
+
+
+def activations(model: PreTrainedModel, own: DictConfig, batch: Batch) -> float:
+    """Bytes that the layers keep for the backward pass, at its peak."""
+    everything = kept_for_backward(model, batch)
     if not own.activation_checkpointing:
         return everything
     models.recompute_activations(model, own.activation_checkpointing)
     # In the backward pass one layer at a time has all of its own.
-    return kept_for_backward(model, shape) + everything / len(decoder_layers(model, own.block_name))
+    return kept_for_backward(model, batch) + everything / len(decoder_layers(model, own.block_name))
 
 
-def kept_for_backward(model: PreTrainedModel, shape: tuple[int, int]) -> float:
-    """Bytes that a forward pass over input ids of that shape keeps, on the meta device."""
+def kept_for_backward(model: PreTrainedModel, batch: Batch) -> float:
+    """Bytes that a forward pass keeps, beside the parameters."""
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     sizes: dict[int, int] = {}
     alive: list[Tensor] = []  # else the address of a storage may be used again
@@ -135,7 +156,7 @@ def kept_for_backward(model: PreTrainedModel, shape: tuple[int, int]) -> float:
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.base_model(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"), use_cache=False)
+        final_hidden_states(model, batch)
     return float(sum(sizes.values()))
 
 

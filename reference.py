@@ -60,9 +60,10 @@ class ReferenceCache:
         """Put `logps` [S], `token_logps` [N] and, with an SAE, `features` [S, F] into `batch.reference`."""
         places = [self.place[key] * self.completions + c for c in range(self.completions) for key in batch.index]
         rows = self.rows[places]
+        none = np.empty(0, np.float32)  # a batch may hold no records
         batch.reference = {
             "logps": torch.tensor(rows["logps"]),
-            "token_logps": torch.tensor(np.concatenate(list(rows["token_logps"]))),
+            "token_logps": torch.tensor(np.concatenate([none, *rows["token_logps"]])),
         }
         if self.d_sae is not None:
             features = torch.zeros(len(places), self.d_sae)

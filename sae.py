@@ -143,7 +143,7 @@ def pooled_features(sae: SAE, residual: Tensor, lengths: Sequence[int]) -> Tenso
     `residual` [M, D] holds the sequences one after the other, `lengths` [S] how many tokens each has. Encoded in
     chunks: the dense [M, F] never exists. A sequence without tokens has all zeros.
     """
-    counts = torch.tensor(lengths, device=residual.device)
+    counts = torch.tensor(lengths, dtype=torch.long, device=residual.device)
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=residual.device), counts)
     sums = residual.new_zeros(len(lengths), sae.d_sae, dtype=torch.float32)
     chunk = max(1, ENCODE_ELEMENTS // sae.d_sae)
@@ -217,6 +217,8 @@ def feature_drift(
     are compared is decided without gradient from all of them; only those at most 2k are then encoded with
     gradient. `feature_weights` [F] scales the latents' terms one by one.
     """
+    if not lengths:  # a batch of no records
+        return residual.new_zeros(0)
     latents, member = compared_latents(pooled_features(sae, residual, lengths), reference, k)
     policy = selected_features(sae, residual, lengths, latents)
     weight = member.float() if feature_weights is None else member * feature_weights[latents]

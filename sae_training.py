@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from batch import PAD, Batch
@@ -20,6 +21,7 @@ from models import decoder_layers, final_hidden_states, score
 from sae import SAE, ResidualTap, load_sae, save_sae
 from trainers import BasicTrainer, Means, Setup
 from utils import UserError
+from vocabulary import Binding
 
 START_TOKENS = 20_000  # how many the input scale and the decoder's bias are set from
 THRESHOLD_DECAY = 0.999
@@ -110,6 +112,13 @@ class SAETrainer(BasicTrainer):
         super().__init__(setup)
         self.optimizer.register_step_pre_hook(lambda *_: self.autoencoder.drop_parallel_gradient())
         self.optimizer.register_step_post_hook(lambda *_: self.autoencoder.keep_unit_rows())
+
+    @classmethod
+    def check(cls, config: DictConfig, binding: Binding) -> None:  # noqa: ARG003
+        if config.model.layout == "shared_prefix":
+            raise UserError(
+                "model.layout=shared_prefix: would count a prompt's tokens once for several completions; packed"
+            )
 
     def first_residuals(self, setup: Setup) -> Iterator[Tensor]:
         tokens = 0

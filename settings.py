@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import dataloader
 import trainers
+from batch import LAYOUTS
 from checkpoint import flat
 from models import CONFIG_FILES, fetch, fetch_file, load_config
 from sharding import DTYPES
@@ -75,6 +76,7 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
         "model.policy_dtype": (config.model.policy_dtype, list(DTYPES)),
         "model.weights_dtype": (config.model.weights_dtype, list(DTYPES)),
         "model.activation_checkpointing": (config.model.activation_checkpointing, [False, True, "full", "selective"]),
+        "model.layout": (config.model.layout, ["auto", *LAYOUTS]),
     }
     for key, (value, known) in choices.items():
         hint = suggest(str(value), map(str, known))

@@ -13,7 +13,7 @@ from rich.table import Table
 import models
 import parallel
 import toy
-from batch import collate_padded
+from batch import collate
 from judging import Item, judge_pairs, toy_judge
 from sampling import Sample, sample
 from trainers import BasicTrainer
@@ -135,8 +135,7 @@ def log_likelihood(trainer: BasicTrainer, policy: Any, prompts: list[list[int]],
     ]
     total = 0.0
     for first in range(0, len(records), size):
-        batch = collate_padded(
-            records[first : first + size], pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id
-        )
+        part, ids = records[first : first + size], {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+        batch = collate(part, "padded", **ids)
         total += float(models.score(policy, batch.to(trainer.device)).logps.sum())
     return total / len(records)

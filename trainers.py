@@ -298,9 +298,10 @@ class BasicTrainer:
         self.module.eval()
         loader, means = self.loaders["eval"], Means()
         with progress_bar("evaluating", len(loader), 0) as advance:
-            for step, (batch,) in enumerate(loader.steps()):
-                self.before_step("eval", step, [batch])
-                self.compute_loss(batch, "eval", means)
+            for step, micro_batches in enumerate(loader.steps()):
+                self.before_step("eval", step, micro_batches)
+                for batch in micro_batches:
+                    self.compute_loss(batch, "eval", means)
                 advance(step + 1, None)
         return means.read()
 
@@ -382,7 +383,7 @@ class PairedPreferenceTrainer(BasicTrainer):
     sides = ("chosen", "rejected")
 
     def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
-        chosen, rejected = values.split(len(batch.index))
+        chosen, rejected = values.unflatten(0, (2, len(batch.index)))  # of a batch of no records too
         return chosen if side == "chosen" else rejected
 
     def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
@@ -701,7 +702,8 @@ class PPOTrainer(UnpairedPreferenceTrainer):
             values = QUANTITIES["values"](Evidence(moved, scores, value_head=self.value_head))
             rewards = self.rewards(moved)
             pairs = zip(values.split(batch.lengths), rewards)
-            parts = [generalised_advantages(own, reward, self.gamma, self.lam) for own, reward in pairs]
+            parts = [(values[:0], values[:0])]  # a batch may hold no records
+            parts += [generalised_advantages(own, reward, self.gamma, self.lam) for own, reward in pairs]
             advantages, returns = (torch.cat(column) for column in zip(*parts))
             batch.record |= {"advantages": advantages, "returns": returns}
             wide = advantages.double()

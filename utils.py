@@ -8,14 +8,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 REPO = Path(__file__).resolve().parent
+T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -127,3 +129,13 @@ class progress_bar:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before it is in use."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(next, source, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = thread.submit(next, source, end)
+            yield cast(T, item)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import sae as saes
 from batch import Batch
-from models import completion_kl
 from utils import UserError, suggest
 
 SIDES = ("chosen", "rejected")
@@ -79,8 +78,7 @@ def feature_drift(e: Evidence, *, divergence: str, k: int, feature_weights: Tens
 
 def position_kl(e: Evidence) -> Tensor:
     """Sum over the completion's tokens of KL(reference || policy) of the next token (TDPO, 2404.11999)."""
-    other, other_head = e.batch.reference["hidden"], e.batch.reference["head"]
-    per_token = completion_kl(e.policy.hidden, e.policy.head, other, other_head, e.policy.softcap)
+    per_token = e.policy.token_kl
     return per_token.new_zeros(e.batch.num_sequences).index_add(0, e.batch.sequence, per_token)
 
 

@@ -69,7 +69,7 @@ def preference_accuracy(weights: Path, controlled: bool = False) -> float:
     import models
     import tokenise
     import toy
-    from batch import collate_padded
+    from batch import collate
     from dataloader import GOOD
 
     tokenizer = models.load_tokenizer(weights)
@@ -87,8 +87,9 @@ def preference_accuracy(weights: Path, controlled: bool = False) -> float:
     ]
     rows, _ = tokenise.tokenise(records, tokenizer, template, max_length=512, max_prompt_length=256)
     prefix = [tokenizer.convert_tokens_to_ids(GOOD)] if controlled else []
-    batch = collate_padded(
+    batch = collate(
         [{**row, "prompt_ids": row["prompt_ids"] + prefix, "index": i} for i, row in enumerate(rows)],
+        "padded",
         pad_id=tokenizer.pad_token_id,
         eos_id=tokenizer.eos_token_id,
     )

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from batch import Batch, collate_padded
+import batch as batches
+from batch import Batch
 from sae import SAE
 
 REPO = Path(__file__).resolve().parent.parent
@@ -71,8 +72,8 @@ def pairs(count: int = 3, seed: int = 0) -> list[dict]:
     ]
 
 
-def collate(records: list[dict]) -> Batch:
-    return collate_padded(records, pad_id=PAD_ID, eos_id=EOS_ID)
+def collate(records: list[dict], layout: str = "padded") -> Batch:
+    return batches.collate(records, layout, pad_id=PAD_ID, eos_id=EOS_ID)
 
 
 @pytest.fixture

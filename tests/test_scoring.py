@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import EOS_ID, collate, pairs, random_sae, tiny_gemma
 
-import models
-from models import completion_logps, decoder_layers, score
+import head as heads
+from head import token_statistics
+from models import decoder_layers, score
 from sae import ResidualTap, pooled_features
 
 
@@ -46,7 +47,7 @@ def test_independent_of_padding_and_of_the_other_rows(gemma):
 
 def test_values_and_gradients_do_not_depend_on_the_chunk(monkeypatch):
     def run(elements):
-        monkeypatch.setattr(models, "HEAD_ELEMENTS", elements)
+        monkeypatch.setattr(heads, "CHUNK_ELEMENTS", elements)
         model = tiny_gemma()
         scores = score(model, collate(pairs()))
         scores.logps.sum().backward()
@@ -59,20 +60,65 @@ def test_values_and_gradients_do_not_depend_on_the_chunk(monkeypatch):
 
 def test_no_tensor_of_all_positions_by_vocabulary_exists(monkeypatch, gemma):
     """The largest logits ever computed are one chunk of completion positions, forward and backward."""
-    monkeypatch.setattr(models, "HEAD_ELEMENTS", 64 * 4)
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 64 * 4)
     sizes = []
-    gemma.lm_head.register_forward_hook(lambda _m, _i, output: sizes.append(output.shape[0]))
+    logits = heads._Projection.logits
+    monkeypatch.setattr(heads._Projection, "logits", lambda *a: (made := logits(*a), sizes.append(len(made)))[0])
     batch = collate(pairs(6))
     score(gemma.train(), batch).logps.sum().backward()
     assert max(sizes) == 4
-    assert sum(sizes) == 2 * len(batch.target)  # once forward, once recomputed
+    last = (len(batch.target) - 1) % 4 + 1
+    assert sum(sizes) == 2 * len(batch.target) - last  # once forward; once more, but for the last chunk
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [50 * 3, 1 << 20])
+def test_the_head_equals_autograd(monkeypatch, chunk, softcap, bias):
+    """Values and gradients of log-probabilities and KL against the plain formula."""
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    hidden, other, target = torch.randn(8, 6, requires_grad=True), torch.randn(8, 6), torch.randint(50, (8,))
+    own_head, other_head = (torch.nn.Linear(6, 50, bias=bias) for _ in range(2))
+    weights = torch.randn(2, 8)
+
+    def logits(x, head):
+        y = head(x)
+        return (y if softcap is None else softcap * torch.tanh(y / softcap)).log_softmax(1)
+
+    def gradients(logps, kl):
+        inputs = [hidden, *own_head.parameters()]
+        return torch.autograd.grad((logps * weights[0] + kl * weights[1]).sum(), inputs)
+
+    own, others = logits(hidden, own_head), logits(other, other_head).detach()
+    plain = own.gather(1, target[:, None]).squeeze(1), (others.exp() * (others - own)).sum(1)
+    found = token_statistics(hidden, target, own_head, softcap, (other, other_head))
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(gradients(*found), gradients(*plain))
+
+
+def test_the_head_sums_its_gradients_in_fp32(monkeypatch):
+    """In bf16, over many chunks: as near to the exact gradient as bf16 can tell."""
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 50 * 4)
+    torch.manual_seed(0)
+    hidden, target, head = torch.randn(400, 6), torch.randint(50, (400,)), torch.nn.Linear(6, 50)
+    hidden, head = hidden.bfloat16().requires_grad_(), head.bfloat16()
+    exact = torch.nn.Linear(6, 50)
+    exact.load_state_dict(head.state_dict())
+    wide = hidden.detach().float().requires_grad_()
+    for states, module in ((hidden, head), (wide, exact)):
+        logps, _ = token_statistics(states, target, module, None)
+        (-logps.sum()).backward()
+    assert head.weight.grad.dtype == torch.bfloat16
+    error = (head.weight.grad.float() - exact.weight.grad).norm() / exact.weight.grad.norm()
+    assert error < 4e-3
 
 
 def test_extreme_logits_stay_finite():
     head = torch.nn.Linear(4, 8, bias=False)
     torch.nn.init.constant_(head.weight, 0.0)
     head.weight.data[0] = 1e4
-    logps = completion_logps(torch.ones(2, 4, dtype=torch.float32), torch.tensor([0, 1]), head, softcap=None)
+    logps, _ = token_statistics(torch.ones(2, 4, dtype=torch.float32), torch.tensor([0, 1]), head, softcap=None)
     assert logps.tolist() == pytest.approx([0.0, -4e4])
 
 

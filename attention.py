@@ -1,0 +1,196 @@
+"""Which tokens see each other, in the form that each implementation of attention takes.
+
+The rule is `Batch`'s: token i sees token j iff they share a document, j <= i, and j's branch is 0 (the prompt) or i's
+own. A layer's sliding window counts positions of the document, not places in the row. Padded rows leave all that to
+transformers. The one row of a packed batch is computed by one of
+
+- `flash_attention_2`, told where each document ends; it cannot share prompts;
+- `flex`: torch's flex attention, with a block mask made of the rule;
+- `segments`: segment by segment (`Batch.segments`), so that hardly a pair of tokens is computed of which neither sees
+  the other. On any device, with soft-capping or without.
+
+The last two are functions of ours that transformers calls in each layer, by its registry of attention functions.
+
+Shape letters: T positions of the row, H heads, G key-value heads, Q queries, K keys, E width of a head.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import eager_mask
+
+from batch import PAD, Batch
+from utils import UserError, console
+
+# Architectures that tests/test_layouts.py compares, in every layout, with one forward pass for each sequence.
+TESTED = ("gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+WHY = {
+    "flash_attention_2": "flash-attn is installed",
+    "flex": "a block mask on this GPU",
+    "segments": "computes what is seen, and no more",
+    "sdpa": "torch's own, for padded rows",
+    "eager": "the model soft-caps its attention scores, which SDPA cannot",
+    "shared_prefix": "each prompt once",
+    "packed": "no padding",
+    "padded": "one sequence a row",
+}
+
+
+def choose(
+    attention: str, layout: str, config: PretrainedConfig, device: torch.device, dtype: str, *, pairs: bool
+) -> tuple[str, str]:
+    """The implementation of attention and the layout to train with: the fastest that is right for the model and this
+    machine, of those that `attention` and `layout` leave open (`auto`: any); says which and why.
+
+    `pairs`: records hold several completions of one prompt. Raises UserError where nothing fits.
+    """
+    kind = config.get_text_config().model_type
+    on_gpu = device.type == "cuda" and dtype == "bfloat16"
+    flash = on_gpu and importlib.util.find_spec("flash_attn") is not None
+    found: list[tuple[str, str]] = []
+    if kind in TESTED:
+        for packed in ("shared_prefix", "packed") if pairs else ("packed", "shared_prefix"):
+            if flash and packed == "packed":
+                found.append(("flash_attention_2", packed))
+            if on_gpu:
+                found.append(("flex", packed))
+            found.append(("segments", packed))
+    if flash:
+        found.append(("flash_attention_2", "padded"))
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is None:
+        found.append(("sdpa", "padded"))
+    found.append(("eager", "padded"))
+    for chosen in found:
+        if attention in ("auto", chosen[0]) and layout in ("auto", chosen[1]):
+            reasons = "; ".join(f"{name}: {WHY[name]}" for name in reversed(chosen))
+            console.print(
+                f"layout and attention: {reasons}" + ("" if kind in TESTED else f" ({kind} is untested in others)")
+            )
+            return chosen
+    raise UserError(
+        f"model.layout={layout}, model.attn_implementation={attention}: not for {kind} in {dtype} on {device.type}, "
+        f"where these go together: {', '.join(f'{layout} with {name}' for name, layout in found)}"
+    )
+
+
+def mask_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """What a model's forward pass takes, beside the tokens and their positions, to follow the rule."""
+    if batch.segments is None:
+        return {"attention_mask": (batch.document != PAD).long()}
+    implementation = model.config._attn_implementation
+    if implementation == "flash_attention_2":
+        lengths = [length for length, _ in batch.segments]
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        ends, longest = ends.to(batch.input_ids.device, non_blocking=True), max(lengths)
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    no_mask = {"attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1)}  # of four dimensions: transformers makes none
+    if implementation == "flex":
+        windows = {None, getattr(model.config.get_text_config(), "sliding_window", None)}
+        return {**no_mask, "block_masks": {window: block_mask(batch, window) for window in windows}}
+    assert implementation == "segments", f"{implementation} attention cannot read packed rows"
+    return {**no_mask, "segments": batch.segments}
+
+
+# ---------------------------------------------------------------------------------------------------- flex attention
+
+
+def rule(batch: Batch, window: int | None) -> Callable[..., Tensor]:
+    """The rule, in the form of a `mask_mod`: whether query i of row r sees key j, for indices or tensors of them."""
+    document, branch, position = batch.document, batch.branch, batch.position_ids
+
+    def sees(r: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        own_branch = (branch[r, j] == 0) | (branch[r, j] == branch[r, i])
+        seen = (document[r, i] == document[r, j]) & (j <= i) & own_branch
+        return seen if window is None else seen & (position[r, i] - position[r, j] < window)
+
+    return sees
+
+
+def block_mask(batch: Batch, window: int | None) -> BlockMask:
+    """The rule as flex attention takes it, for layers with this sliding window."""
+    rows, width = batch.input_ids.shape
+    device = batch.input_ids.device
+    compiled = device.type == "cuda"  # without, the mask would first exist whole
+    return create_block_mask(rule(batch, window), rows, None, width, width, device=device, _compile=compiled)
+
+
+def flex(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: output [R, T, H, E] from queries, keys, values [R, H or G, T, E]."""
+    masks = options.pop("block_masks", None)
+    if masks is None:
+        return segments(module, query, key, value, attention_mask, **options)
+    mask = masks[options.get("sliding_window")]
+    return flex_attention_forward(module, query, key, value, mask, **options)[0], None
+
+
+# ---------------------------------------------------------------------------------------------------- by segments
+
+
+def segments(
+    module: nn.Module,  # noqa: ARG001
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    segments: list[tuple[int, int | None]] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: output [R, T, H, E] from queries, keys, values [R, H or G, T, E].
+
+    Without segments (padded rows, sampling) it takes the additive mask that transformers made.
+    """
+    how: tuple[Any, ...] = (scaling, softcap, dropout)
+    if segments is None:
+        return attend(query, key, value, attention_mask, *how).transpose(1, 2).contiguous(), None
+    lengths = [length for length, _ in segments]
+    queries, keys, values = (tensor.split(lengths, 2) for tensor in (query, key, value))
+    outputs = []
+    for own, (length, prompt) in enumerate(segments):
+        seen_keys, seen_values = keys[own], values[own]
+        if prompt is not None:
+            seen_keys = torch.cat([keys[prompt], seen_keys], 2)
+            seen_values = torch.cat([values[prompt], seen_values], 2)
+        bias = causal_bias(length, seen_keys.shape[2], sliding_window, query)
+        outputs.append(attend(queries[own], seen_keys, seen_values, bias, *how))
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def causal_bias(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+    """[Q, K]: 0 where a query sees a key, elsewhere the lowest number. The queries are the last of the keys."""
+    hidden = torch.full((queries, keys), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device)
+    bias = hidden.triu(keys - queries + 1)
+    return bias if window is None or window >= keys else bias + hidden.tril(keys - queries - window)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, softcap: float | None, dropout: float
+) -> Tensor:
+    """Attention [R, H, Q, E] of queries [R, H, Q, E] to keys and values [R, G, K, E], with a bias [..., Q, K]."""
+    if softcap is None:
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling, enable_gqa=grouped)
+    rows, heads, queries, width = query.shape
+    together = query.reshape(rows, key.shape[1], -1, width)  # the heads that share keys under one another
+    scores = torch.tanh(together @ key.transpose(2, 3) * (scaling / softcap)) * softcap
+    scores = scores.view(rows, heads, queries, -1) + bias
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
+    return (weights.view(*together.shape[:3], -1) @ value).view(query.shape)
+
+
+for name, function in (("flex", flex), ("segments", segments)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, eager_mask)  # for what is not a packed batch

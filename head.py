@@ -1,0 +1,114 @@
+"""From final hidden states to log-probabilities over the vocabulary, without the logits ever existing whole.
+
+Shape letters: N completion tokens, n those of one chunk, D hidden width, V vocabulary.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = 1 << 26  # logits held at once: 256 MiB in fp32
+
+
+def token_statistics(
+    hidden: Tensor,
+    target: Tensor,
+    head: nn.Module,
+    softcap: float | None,
+    other: tuple[Tensor, nn.Module] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """log p(target) [N] in fp32 from the final hidden states [N, D] and, given the final hidden states [N, D] and the
+    head of another model, KL(other || own) [N] over the whole vocabulary, which has no gradient into the other."""
+    weight, bias = parameters(head)
+    others = None if other is None else (other[0].detach(), *parameters(other[1]))
+    logps, kl = _TokenStatistics.apply(hidden, weight, bias, target, softcap, others)
+    return logps, kl if other else None
+
+
+def parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight [V, D] and the bias [V] of a vocabulary projection."""
+    return cast(Tensor, head.weight), cast(Tensor | None, getattr(head, "bias", None))
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """Chunk by chunk; the backward pass computes each chunk's logits again, but for the last, which it starts with.
+
+    Written out, since autograd keeps or makes a tensor [n, V] for nearly each operation that here works in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        softcap: float | None,
+        other: tuple[Tensor, Tensor, Tensor | None] | None,
+    ) -> tuple[Tensor, Tensor]:
+        own = _Projection(hidden, weight, bias, softcap)
+        others = None if other is None else _Projection(*other, softcap)
+        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        kl = torch.zeros_like(logps)
+        ctx.lse, ctx.others_lse, ctx.last = torch.empty_like(logps), torch.empty_like(logps), None
+        for part in own.chunks():
+            ctx.last = None  # room for the next
+            logits = own.logits(part)
+            ctx.lse[part] = lse = logits.logsumexp(1)
+            logps[part] = logits.gather(1, target[part].unsqueeze(1)).squeeze(1) - lse
+            if others is not None:
+                theirs = others.logits(part)
+                ctx.others_lse[part] = others_lse = theirs.logsumexp(1)
+                share = (theirs - others_lse.unsqueeze(1)).exp_()
+                kl[part] = share.mul_(theirs.sub_(logits)).sum(1) - others_lse + lse
+            ctx.last = logits
+        ctx.own, ctx.others, ctx.target = own, others, target
+        return logps, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+        own, others = ctx.own, ctx.others
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(own.hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(own.weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(own.bias, dtype=torch.float32) if needs_bias else None
+        for part in reversed(own.chunks()):
+            logits, ctx.last = own.logits(part) if ctx.last is None else ctx.last, None
+            grad = (logits - ctx.lse[part].unsqueeze(1)).exp_()  # of the logits: first the probabilities
+            grad.mul_((grad_kl[part] - grad_logps[part]).unsqueeze(1))
+            grad.scatter_add_(1, ctx.target[part].unsqueeze(1), grad_logps[part].unsqueeze(1))
+            if others is not None:
+                theirs = others.logits(part)
+                share = theirs.sub_(ctx.others_lse[part].unsqueeze(1)).exp_()
+                grad.sub_(share.mul_(grad_kl[part].unsqueeze(1)))
+            if own.softcap is not None:  # the derivative of the soft-capping: 1 - (capped / softcap)^2
+                grad.addcmul_(grad, logits.square_(), value=-1 / own.softcap**2)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(own.weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ own.weight
+            if grad_weight is not None:
+                grad_weight += grad.T @ own.hidden[part]
+        return grad_hidden, grad_weight, grad_bias, None, None, None  # autograd casts them to their inputs' dtypes
+
+
+class _Projection:
+    """Soft-capped logits of one model, by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+        self.hidden, self.weight, self.bias, self.softcap = hidden, weight, bias, softcap
+
+    def chunks(self) -> list[slice]:
+        """Parts of the N tokens, small enough for their logits to fit into CHUNK_ELEMENTS."""
+        size = max(1, CHUNK_ELEMENTS // len(self.weight))
+        return [slice(start, start + size) for start in range(0, len(self.hidden), size)]
+
+    def logits(self, part: slice) -> Tensor:
+        """[n, V] in fp32."""
+        logits = F.linear(self.hidden[part], self.weight, self.bias).float()
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
