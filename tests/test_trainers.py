@@ -119,7 +119,7 @@ def test_reward_model_loads_elsewhere_with_the_same_rewards(tmp_path):
     run(tmp_path, "loss=bradley-terry", "exp_name=rm")
     latest = tmp_path / "rm/LATEST"
     classifier = AutoModelForSequenceClassification.from_pretrained(latest, attn_implementation="eager")
-    trainer = assembled(tmp_path, "loss=bradley-terry", "exp_name=rm")
+    trainer = assembled(tmp_path, "loss=bradley-terry", "exp_name=rm", "model.layout=padded")
     trainer.read_export(latest)
     batch = trainer.loaders["train"].batch([0, 1, 2])
     with torch.no_grad():

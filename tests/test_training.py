@@ -162,7 +162,8 @@ def test_changed_weights_give_a_new_cache(tmp_path, capsys):
 def test_the_cached_reference_equals_a_live_one(tmp_path):
     """Train away from the start, then compare what the loss saw with a model that is the start."""
     trainer = assembled(tmp_path, "loss=fpo")
-    live = models.load_model(REPO / "assets/tiny", "eager", torch.device("cpu"))
+    attention = trainer.policy.config._attn_implementation
+    live = models.load_model(REPO / "assets/tiny", attention, torch.device("cpu"))
     tap = type(trainer.tap)(models.decoder_layers(live)[trainer.config.sae.layer])
     for (batch,) in trainer.loaders["eval"].steps():
         cached = trainer.references["eval"].attach(batch).reference
