@@ -90,5 +90,10 @@ def command(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> sub
     return done
 
 
+PACE = {"seconds", "tokens_per_second", "examples_per_second", "peak_memory_gb"}  # differ from run to run
+
+
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics.jsonl, but for how fast it went."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in PACE} for line in lines]
