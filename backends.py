@@ -47,7 +47,7 @@ class LocalPrompts:
         self.control = [tokenizer.encode(token, add_special_tokens=False)[0] for token in control_tokens]
 
     def requests(self, records: Sequence[dict[str, Any]], temperatures: Sequence[float], draw: int) -> list[Request]:
-        """Prompts as in training, cut to model.max_prompt_length, which is said; after the first control token, if any."""
+        """Prompts as in training, with the first control token, if any. Says how many are cut to max_prompt_length."""
         limit = self.config.model.max_prompt_length
         rows = tokenise.tokenise_prompts(records, self.tokenizer, self.template, max_prompt_length=limit)
         cut = sum(row["is_cut"] for row in rows)
@@ -223,6 +223,7 @@ class ServerBackend:
 
     def _ask(self, request: Request, settings: Settings) -> Sample | str:
         """The completion, or why there is none."""
+        messages: Any = list(request.messages)
         body: dict[str, Any] = {
             "model": self.model,
             "temperature": request.temperature,
@@ -234,7 +235,7 @@ class ServerBackend:
         }
         try:
             if self.config.template == "chat":
-                choice: Any = self._client.chat.completions.create(messages=list(request.messages), **body).choices[0]
+                choice: Any = self._client.chat.completions.create(messages=messages, **body).choices[0]
                 text = choice.message.content
             else:
                 choice = self._client.completions.create(prompt=request.prompt, **body).choices[0]
