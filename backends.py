@@ -25,7 +25,7 @@ from sampling import Request, Sample, Settings, before_stop, sample_batches
 from utils import UserError, console
 
 GIVE_UP_AFTER = 20  # failed requests in a row: the server or the key is at fault, not the prompt
-NAMES = ("transformers", "vllm", "openai")
+BACKENDS = ("transformers", "vllm", "openai")
 
 
 class Backend(Protocol):

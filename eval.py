@@ -99,7 +99,7 @@ def local_backend(config: DictConfig, policy: Policy, control: tuple[str, ...]) 
 
 
 def write_metrics(config: DictConfig, path: Path, overrides: list[str]) -> None:
-    """The metrics of the whole evaluation set and, of a policy, the figures of its own samples, in `<run>/eval.json`."""
+    """The metrics of the whole evaluation set, and the figures of a policy's own samples, in `<run>/eval.json`."""
     own = samples.settings_of(config)
     policy = find_policy(path, config, overrides)
     if policy.run is None or config.backend != "transformers":

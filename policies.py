@@ -52,10 +52,11 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
     if not file.is_file():
         runs = ", ".join(str(found.parent) for found in sorted(Path("outputs").glob("*/config.yaml"))) or "none"
         raise UserError(
-            f"--config-path={path}: no such run directory, YAML file or model in the Hub's format (runs in outputs/: {runs})"
+            f"--config-path={path}: no such run directory or YAML file, and no model in the Hub's format "
+            f"(runs in outputs/: {runs})"
         )
     given = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
-    mode = given.get("mode", "sample")
+    mode = str(given.get("mode", "sample"))
     if mode not in DEFAULTS:
         raise UserError(f"mode={mode}: not one of {', '.join(DEFAULTS)}")
     with initialize_config_dir(str(file.parent), version_base=None):
@@ -93,6 +94,6 @@ def refuse_what_writes_no_text(config: DictConfig, policy: Policy) -> None:
     """Raises UserError for a run that trained no language model."""
     if not policy.writes_text(config):
         raise UserError(
-            f"{policy.run or policy.folder}: loss={config.loss.name} trained no language model, so there is nothing to sample from; "
-            "++mode=eval measures it, and --config-path=MODEL samples from the model that it started from"
+            f"{policy.run or policy.folder}: loss={config.loss.name} trained no language model, so there is nothing to "
+            "sample from; ++mode=eval measures it, and --config-path=MODEL samples from the model that it started from"
         )

@@ -18,15 +18,14 @@ from typing import Any, TextIO
 from omegaconf import DictConfig
 
 import dataloader
-from backends import Backend
+from backends import BACKENDS, Backend
 from rows import Message
 from sampling import Request, Sample, Settings
 from utils import UserError, fingerprint, progress_bar
 
 Key = tuple[int, int, int]  # prompt, draw, turn
 
-# MT-Bench's own, by category (FastChat's llm_judge); 0.7 for a category that it does not name
-MT_BENCH_TEMPERATURES = {
+MT_BENCH_TEMPERATURES = {  # FastChat's, by category; 0.7 for any other, such as writing and roleplay
     "extraction": 0.0,
     "math": 0.0,
     "coding": 0.0,
@@ -52,6 +51,8 @@ def settings_of(config: DictConfig) -> Settings:
     stop = [config.stop] if isinstance(config.stop, str) else list(config.stop)
     if not all(isinstance(word, str) and word for word in stop):
         problems.append(f"stop={stop}: has to be a list of texts")
+    if config.backend not in BACKENDS:
+        problems.append(f"backend={config.backend}: not one of {', '.join(BACKENDS)}")
     if problems:
         raise UserError("\n".join(problems))
     return Settings(config.max_new_tokens, config.seed, config.top_p, config.top_k, tuple(stop))
@@ -66,9 +67,8 @@ def test_records(config: DictConfig, *, every: bool = False) -> list[dict[str, A
     records = [r for data in dataloader.load_datasets(config, "test") for r in dataloader.prompt_records(data)]
     if every:
         return records
-    return [
-        records[i] for i in sorted(random.Random(0).sample(range(len(records)), min(config.n_samples, len(records))))
-    ]
+    chosen = random.Random(0).sample(range(len(records)), min(config.n_samples, len(records)))
+    return [records[i] for i in sorted(chosen)]
 
 
 def temperature_of(record: dict[str, Any], config: DictConfig) -> float:
@@ -131,7 +131,7 @@ class SampleLog:
 
     def _read(self, line: dict[str, Any], identity: dict[str, Any]) -> None:
         if "key" in line:
-            self.samples[tuple(line["key"])] = Sample(line["text"], line["ids"], line["finish_reason"])  # type: ignore[index]
+            self.samples[tuple(line["key"])] = Sample(line["text"], line["ids"], line["finish_reason"])
             return
         self.sampled_at, known = line["sampled_at"], line["identity"]
         if known != identity:

@@ -70,7 +70,7 @@ class DrawTokens(LogitsProcessor):
         self.temperature = torch.tensor([[request.temperature] for request in requests], device=device)  # [R, 1]
         numbers = [np.random.default_rng(r.seed(settings.seed)).random(settings.max_new_tokens) for r in requests]
         self.uniform = torch.tensor(np.stack(numbers), device=device)  # [R, max_new_tokens]
-        self.warpers = [TopKLogitsWarper(settings.top_k)] if settings.top_k else []
+        self.warpers: list[LogitsProcessor] = [TopKLogitsWarper(settings.top_k)] if settings.top_k else []
         self.warpers += [TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -134,16 +134,15 @@ def sample_batches(
         eos_token_id=ends,
     )
     model.eval()
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            input_ids, mask = left_padded(
-                [requests[i].prompt_ids for i in chosen], tokenizer.pad_token_id, model.device
-            )
+            own = [requests[i] for i in chosen]
+            input_ids, mask = left_padded([r.prompt_ids for r in own], tokenizer.pad_token_id, model.device)
             width = input_ids.shape[1]
-            draw = DrawTokens([requests[i] for i in chosen], settings, width, model.device)
+            draw = DrawTokens(own, settings, width, model.device)
             output = cast(Any, model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -154,7 +153,7 @@ def sample_batches(
             rows = output[:, width:].tolist()
             yield {i: finished(ids, tokenizer, ends, settings) for i, ids in zip(chosen, rows, strict=True)}
     finally:
-        model.generation_config = own
+        model.generation_config = kept
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
