@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.distributed import DistributedConfig
 
 import models
 import tokenise
@@ -103,7 +104,7 @@ def load_policy(config: DictConfig, folder: Path, load_from: str | None) -> PreT
     model = AutoModelForCausalLM.from_pretrained(
         weights,
         dtype=dtype,
-        tp_plan="auto",
+        distributed_config=DistributedConfig(tp_plan="auto"),
         attn_implementation=attention,
         use_safetensors=True,
         trust_remote_code=False,

@@ -124,13 +124,14 @@ def figures(trainer: BasicTrainer, talks: Sequence[Conversation]) -> dict[str, f
     }
     lengths = torch.tensor([len(answer.ids) for answer in answers])
     values = {
-        "samples": len(texts),
-        "samples_tokens": float(lengths.float().mean()),
-        "samples_cut": mean(answer.finish_reason == "length" for answer in answers),
+        **{name: config[name] for name in ("temperature", "top_p", "top_k")},
+        "number": len(texts),
+        "tokens": float(lengths.float().mean()),
+        "cut": mean(answer.finish_reason == "length" for answer in answers),
         "entropy": float(-logps["policy"].mean()),
         "entropy_per_token": float(-logps["policy"].sum() / lengths.sum()),
         "kl": float((logps["policy"] - logps["reference"]).mean()),
         **{f"distinct_{n}": distinct(texts, n) for n in (1, 2)},
         "self_bleu": self_bleu(groups),
     }
-    return {name: value for name, value in values.items() if value == value}  # those that there is something to say of
+    return {f"samples/{name}": value for name, value in values.items() if value == value}  # NaN: nothing to say
