@@ -253,7 +253,7 @@ class ServerBackend:
 
     def _only_model(self) -> str:
         try:
-            names = [model.id for model in self._client.models.list().data]
+            names = [model.id for model in self._client.with_options(max_retries=1).models.list().data]
         except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.config.base_url} does not say which models it has ({self._redact(str(error))}); name one with "

@@ -41,9 +41,7 @@ def write_samples(config: DictConfig, path: Path, overrides: list[str]) -> None:
     server = backends.ServerBackend(config) if config.backend == "openai" else None
     if server:
         if control:
-            raise UserError(
-                f"loss={config.loss.name} has control tokens, which backend=openai cannot send; use another"
-            )
+            raise UserError(f"backend=openai: loss={config.loss.name} needs its control tokens; use another back-end")
         weights = f"{server.model} at {config.base_url}"
     else:
         policy = find_policy(path, config, overrides)
