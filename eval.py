@@ -47,7 +47,7 @@ def write_samples(config: DictConfig, path: Path, overrides: list[str]) -> None:
         policy = find_policy(path, config, overrides)
         refuse_what_writes_no_text(config, policy)
         weights = policy.digest()
-    records = samples.test_records(config, every=config.mode != "sample")
+    records = samples.records_to_sample(config, every=config.mode != "sample")
     name = config.exp_name if config.mode == "sample" else f"{config.exp_name}-{config.mode}"
     target = Path(config.samples_dir) / f"{name}.json"
     identity = samples.identity_of(config, own, records, weights)
@@ -86,8 +86,8 @@ def is_there(target: Path, identity: dict[str, Any]) -> bool:
 
 
 def local_backend(config: DictConfig, policy: Policy, control: tuple[str, ...]) -> backends.Backend:
-    """The back-end that has the policy's weights in this process. Raises UserError for one that is not known."""
-    tokenizer = models.load_tokenizer(policy.folder)
+    """The back-end that has the policy's weights in this process. Raises UserError where it cannot have them."""
+    tokenizer = models.load_tokenizer(policy.tokenizer)
     if config.backend == "vllm":
         if policy.load_from:
             raise UserError(f"backend=vllm reads the Hub's format: --config-path={policy.load_from}, if it is in it")
@@ -109,7 +109,7 @@ def write_metrics(config: DictConfig, path: Path, overrides: list[str]) -> None:
     values = trainer.evaluate()
     log: Any = nullcontext()
     if policy.writes_text(config):
-        records = samples.test_records(config)
+        records = samples.records_to_sample(config)
         identity = samples.identity_of(config, own, records, policy.digest())
         log = samples.sample_log(policy.run / "eval.json", identity)
     with log as opened:

@@ -27,6 +27,7 @@ class Policy:
     """What is sampled from: a directory in the Hub's format, with other weights in place of its own, if any."""
 
     folder: Path
+    tokenizer: Path
     load_from: str | None = None
     run: Path | None = None  # whose LATEST it is
 
@@ -68,12 +69,16 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
 def find_policy(path: Path, config: DictConfig, overrides: list[str]) -> Policy:
     """The model that the command line names (--config-path, or a model key), else the run's LATEST.
 
-    Raises UserError where there is none, or where it writes no text.
+    Raises UserError where there is none.
     """
     named = {o.key_or_group for o in OverridesParser.create().parse_overrides(overrides)}
     if (path / "config.json").is_file() or named & {"model", "model.name_or_path", "model.load_from"}:
+        model = config.model
         patterns = [*models.CONFIG_FILES, *models.WEIGHT_FILES]
-        return Policy(models.fetch(config.model.name_or_path, patterns, "model.name_or_path"), config.model.load_from)
+        folder = models.fetch(model.name_or_path, patterns, "model.name_or_path")
+        tokenizer = model.tokenizer_name_or_path or model.name_or_path
+        tokenizer = models.fetch(tokenizer, models.CONFIG_FILES, "model.tokenizer_name_or_path")
+        return Policy(folder, tokenizer, model.load_from)
     beside = path if path.is_dir() else path.parent
     run = beside if (beside / "LATEST").exists() else Path(config.cache_dir) / config.exp_name
     if not (run / "LATEST").exists():
@@ -81,7 +86,7 @@ def find_policy(path: Path, config: DictConfig, overrides: list[str]) -> Policy:
             f"{run}: no LATEST there, so no trained policy; has the run finished? "
             "(++model.load_from=... or ++model.name_or_path=... samples another model)"
         )
-    return Policy(run / "LATEST", run=run)
+    return Policy(run / "LATEST", run / "LATEST", run=run)
 
 
 def trainer_class(config: DictConfig) -> type[trainers.BasicTrainer]:

@@ -62,7 +62,7 @@ def _number(value: Any, low: float, high: float) -> bool:
     return isinstance(value, int | float) and low <= value <= high
 
 
-def test_records(config: DictConfig, *, every: bool = False) -> list[dict[str, Any]]:
+def records_to_sample(config: DictConfig, *, every: bool = False) -> list[dict[str, Any]]:
     """The prompts of the test rows: `n_samples` of them, drawn at random but the same in every run, or all."""
     records = [r for data in dataloader.load_datasets(config, "test") for r in dataloader.prompt_records(data)]
     if every:

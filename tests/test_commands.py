@@ -156,6 +156,8 @@ def test_eval_mode_gives_the_last_evaluations_metrics(quickstart):
     figures = json.loads((run / "summary.json").read_text())  # of as many other samples
     assert own["samples/kl"] == pytest.approx(figures["kl"], abs=0.5)
     assert not list(run.glob("*.partial*"))
+    documented = (REPO / "docs/sampling.md").read_text()
+    assert [key for key in own if f"`{key}`" not in documented] == []
 
 
 @pytest.mark.parametrize(
