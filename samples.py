@@ -63,8 +63,13 @@ def _number(value: Any, low: float, high: float) -> bool:
 
 
 def records_to_sample(config: DictConfig, *, every: bool = False) -> list[dict[str, Any]]:
-    """The prompts of the test rows: `n_samples` of them, drawn at random but the same in every run, or all."""
+    """The prompts of the test rows: `n_samples` of them, drawn at random but the same in every run, or all.
+
+    Raises UserError where there is none.
+    """
     records = [r for data in dataloader.load_datasets(config, "test") for r in dataloader.prompt_records(data)]
+    if not records:
+        raise UserError("the test rows hold no prompt to sample from; look at datasets, eval_datasets and eval_split")
     if every:
         return records
     chosen = random.Random(0).sample(range(len(records)), min(config.n_samples, len(records)))
