@@ -80,6 +80,12 @@ def choose(
     )
 
 
+def for_sampling(attention: str, config: PretrainedConfig, device: torch.device, dtype: str) -> str:
+    """The implementation to sample with: `attention`, if it is one for padded rows, else the fastest of those."""
+    padded = ("flash_attention_2", "sdpa", "eager")
+    return choose(attention if attention in padded else "auto", "padded", config, device, dtype, pairs=False)[0]
+
+
 def mask_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """What a model's forward pass takes, beside the tokens and their positions, to follow the rule."""
     if batch.segments is None:

@@ -73,6 +73,7 @@ class Example:
     pairs: list[tuple[int, int]] = field(default_factory=list)  # (preferred, dispreferred)
     sft_targets: list[int] = field(default_factory=list)  # demonstrations; the first preferred one if none is set
     followups: list[str] = field(default_factory=list)  # the user's later turns, for a benchmark of several turns
+    benchmark: dict[str, Any] = field(default_factory=dict)  # what a benchmark knows its question by: its id, category
 
     def add_generation(
         self, text: str, desirable: bool | None = None, score: float | None = None, source: str = ""
@@ -307,7 +308,7 @@ def get_arenahard(split: str, *, data_dir: str | None = None) -> Dataset:
     patterns = ["data/arena-hard-v0.1/question.jsonl", "question.jsonl"]  # on the hub; in the authors' repository
     for place, row in rows(hub_files("lmarena-ai/arena-hard-auto", patterns, split, data_dir, "arena_hard"), data.bad):
         with data.bad.at(place):
-            _ = data[text_of(row, "prompt")]
+            data[text_of(row, "prompt")].benchmark = {"uid": value_of(row, "uid")}
     return data
 
 
@@ -323,6 +324,8 @@ def get_mtbench(split: str, *, data_dir: str | None = None) -> Dataset:
             turns = row.get("turns") or value_of(row, "prompt")  # the authors' name for it, and the hub's
             first, *later = [checked_text(turn, "a turn") for turn in turns]
             data[first].followups = later
+            number = row["question_id"] if "question_id" in row else value_of(row, "prompt_id")
+            data[first].benchmark = {"question_id": number, "category": text_of(row, "category")}
     return data
 
 
@@ -483,7 +486,10 @@ def load_datasets(config: DictConfig, split_name: str) -> list[Dataset]:
 
 def prompt_records(data: Dataset) -> list[dict[str, Any]]:
     """A record for each prompt, to sample from: completions hold the one to compare with, if any."""
-    return [{**example.record(*example.targets()[:1]), "followups": example.followups} for example in data]
+    return [
+        {**example.record(*example.targets()[:1]), "followups": example.followups, "benchmark": example.benchmark}
+        for example in data
+    ]
 
 
 @dataclass

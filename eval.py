@@ -1,131 +1,137 @@
-"""Sample from a trained policy, or measure it: `python eval.py --config-path=RUN [++key=value ...]`.
+"""Sample from a policy, or measure it: `python eval.py --config-path=RUN [++mode=MODE] [++key=value ...]`.
 
     python eval.py --config-path=outputs/my_run                     writes samples/my_run.json
-    python eval.py --config-path=outputs/my_run ++mode=eval         the metrics of the evaluation set
+    python eval.py --config-path=outputs/my_run ++mode=alpacaeval   a benchmark's questions; also arenahard, mtbench
+    python eval.py --config-path=outputs/my_run ++mode=eval         the metrics of the evaluation set, diversity, KL
 
---config-path is a run directory or a config.yaml that a run wrote; any of its keys can be changed.
+--config-path is a run directory, a config.yaml that a run wrote, or a model in the Hub's format; any key of the
+configuration can be changed. Killed, the same command goes on where it was.
 """
 
 import argparse
 import json
-import random
 import sys
-from datetime import datetime
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import assembly
-import dataloader
+import backends
+import diversity
+import handover
 import models
+import parallel
+import samples
 import settings
-import tokenise
-import trainers
 from checkpoint import Run
-from sampling import sample
-from sharding import DTYPES
+from policies import Policy, find_policy, read_config, refuse_what_writes_no_text, trainer_class
 from utils import UserError, console, write_json
 
 
-def read_config(path: Path, overrides: list[str]) -> tuple[DictConfig, Path]:
-    """A run's configuration with the overrides applied, and the run directory with its LATEST.
-
-    Raises UserError where there is no configuration, a key that it does not have, or no trained policy.
-    """
-    file = (path / "config.yaml" if path.is_dir() else path).resolve()
-    if not file.is_file():
-        runs = ", ".join(str(found.parent) for found in sorted(Path("outputs").glob("*/config.yaml"))) or "none"
-        raise UserError(f"--config-path={path}: no such run directory or YAML file (runs in outputs/: {runs})")
-    with initialize_config_dir(str(file.parent), version_base=None):
-        if unknown := settings.unknown_keys(overrides, file.stem):
-            raise UserError("\n".join(unknown))
-        config = compose(file.stem, overrides=["++mode=sample", *overrides])
-    run = file.parent if (file.parent / "LATEST").exists() else Path(config.cache_dir) / config.exp_name
-    if not (run / "LATEST").exists():
-        raise UserError(f"{run}: no LATEST there, so no trained policy; has the run finished?")
-    return config, run
-
-
-def write_samples(config: DictConfig, run: Path) -> None:
-    """One completion for each of n_samples test prompts, drawn at random, in `<samples_dir>/<exp_name>.json`."""
-    trainer = settings.named_class(config.loss.trainer, trainers, "loss.trainer")
-    if trainer.is_reward:
-        raise UserError(f"{run}: a reward model writes no text; ++mode=eval measures it")
-    tokenizer = models.load_tokenizer(run / "LATEST")
-    control = [tokenizer.encode(token, add_special_tokens=False)[0] for token in trainer.control_tokens]
-    template = tokenise.make_template(config, tokenizer)
-    records = [r for data in dataloader.load_datasets(config, "test") for r in dataloader.prompt_records(data)]
-    chosen = sorted(random.Random(0).sample(range(len(records)), min(config.n_samples, len(records))))
-    prompts = tokenise.tokenise_prompts(
-        [records[i] for i in chosen], tokenizer, template, max_prompt_length=config.model.max_prompt_length
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    architecture = models.load_config(run / "LATEST")
-    attention = models.choose_attention(
-        config.model.attn_implementation, architecture, device, config.model.policy_dtype
-    )
-    policy = models.load_model(run / "LATEST", attention, device, dtype=DTYPES[config.model.policy_dtype])
-    samples = sample(
-        policy,
-        tokenizer,
-        [[*prompt["prompt_ids"], *control[:1]] for prompt in prompts],
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.model.eval_batch_size,
-        seed=config.seed,
-        never=control,
-    )
-    content: dict[str, Any] = {
-        "sampled_at": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "config": OmegaConf.to_container(config, resolve=True),
-        "samples": [
-            {
-                "prompt": prompt["prompt"],
-                "messages": json.loads(prompt["messages"]),
-                **({"chosen": prompt["completions"][0]} if prompt["completions"] else {}),
-                "policy": drawn.text,
-            }
-            for prompt, drawn in zip(prompts, samples, strict=True)
-        ],
-    }
-    path = Path(config.samples_dir) / f"{config.exp_name}.json"
-    write_json(path, content)
-    console.print(f"{len(samples)} samples in {path}; judge them: python compare.py -f {path}")
+def write_samples(config: DictConfig, path: Path, overrides: list[str]) -> None:
+    """`<samples_dir>/<exp_name>.json`, or of a benchmark `<exp_name>-<mode>.json` and the file for its own tools."""
+    own = samples.settings_of(config)
+    control = trainer_class(config).control_tokens
+    writes = parallel.rank() == 0
+    server = backends.ServerBackend(config) if config.backend == "openai" else None
+    if server:
+        if control:
+            raise UserError(f"backend=openai: loss={config.loss.name} needs its control tokens; use another back-end")
+        weights = f"{server.model} at {config.base_url}"
+    else:
+        policy = find_policy(path, config, overrides)
+        refuse_what_writes_no_text(config, policy)
+        weights = policy.digest()
+    records = samples.records_to_sample(config, every=config.mode != "sample")
+    name = config.exp_name if config.mode == "sample" else f"{config.exp_name}-{config.mode}"
+    target = Path(config.samples_dir) / f"{name}.json"
+    identity = samples.identity_of(config, own, records, weights)
+    if is_there(target, identity):
+        console.print(f"{target}: these samples are there already; delete the file to draw them again", markup=False)
+        return
+    with samples.sample_log(target, identity, writes) as log:
+        backend = server or local_backend(config, policy, control)
+        conversations = samples.converse(config, own, records, backend, log)
+        if writes:
+            if config.mode in handover.FILES:
+                handed = handover.write(config.mode, config.exp_name, conversations, log.sampled_at, target.parent)
+                console.print(f"for the benchmark's own tools: {handed}", markup=False)
+            write_json(
+                target,
+                {
+                    "sampled_at": log.sampled_at,
+                    "config": OmegaConf.to_container(config, resolve=True),
+                    "sampling": identity,
+                    "samples": [talk.entry() for talk in conversations],
+                },
+            )
+    cut = sum(talk.answers[-1].finish_reason == "length" for talk in conversations)
+    console.print(f"{len(conversations)} samples in {target}, {cut} of them cut at max_new_tokens", markup=False)
+    console.print(f"judge them: python compare.py -f {target}", markup=False)
 
 
-def write_metrics(config: DictConfig, run: Path) -> None:
-    """The metrics of the whole evaluation set, in `<run>/eval.json`."""
+def is_there(target: Path, identity: dict[str, Any]) -> bool:
+    """Whether the file of samples is there and was drawn in just this way."""
+    try:
+        return bool(json.loads(target.read_text())["sampling"] == identity)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def local_backend(config: DictConfig, policy: Policy, control: tuple[str, ...]) -> backends.Backend:
+    """The back-end that has the policy's weights in this process. Raises UserError where it cannot have them."""
+    tokenizer = models.load_tokenizer(policy.tokenizer)
+    if config.backend == "vllm":
+        if policy.load_from:
+            raise UserError(f"backend=vllm reads the Hub's format: --config-path={policy.load_from}, if it is in it")
+        return backends.VLLMBackend(config, policy.folder, tokenizer, control)
+    model = backends.load_policy(config, policy.folder, policy.load_from)
+    return backends.TransformersBackend(config, model, tokenizer, control)
+
+
+def write_metrics(config: DictConfig, path: Path, overrides: list[str]) -> None:
+    """The metrics of the whole evaluation set, and the figures of a policy's own samples, in `<run>/eval.json`."""
+    own = samples.settings_of(config)
+    policy = find_policy(path, config, overrides)
+    if policy.run is None or config.backend != "transformers":
+        raise UserError("mode=eval measures the policy of a run, with backend=transformers")
     parts = settings.check(config, [], modes=["eval"])
     sources = settings.find_sources(config, parts.binding.needs)
-    trainer = assembly.prepare(config, parts, sources, Run(run), cached=["eval"])
-    trainer.read_export(run / "LATEST")
+    trainer = assembly.prepare(config, parts, sources, Run(policy.run), cached=["eval"])
+    trainer.read_export(policy.folder)
     values = trainer.evaluate()
-    write_json(run / "eval.json", values)
+    log: Any = nullcontext()
+    if policy.writes_text(config):
+        records = samples.records_to_sample(config)
+        identity = samples.identity_of(config, own, records, policy.digest())
+        log = samples.sample_log(policy.run / "eval.json", identity, parallel.rank() == 0)
+    with log as opened:
+        if opened:
+            talks = samples.converse(config, own, records, diversity.backend_of(trainer), opened)
+            values |= diversity.figures(trainer, talks)
+        if parallel.rank() == 0:
+            write_json(policy.run / "eval.json", values)
     for name, value in values.items():
         console.print(f"{name:32} {value:.6g}")
-    console.print(f"written to {run / 'eval.json'}")
-
-
-MODES = {"sample": write_samples, "eval": write_metrics}
+    console.print(f"written to {policy.run / 'eval.json'}", markup=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-path", required=True, type=Path, help="a run directory or a YAML file")
+    parser.add_argument("--config-path", required=True, type=Path, help="a run directory, a YAML file, or a model")
     parser.add_argument("overrides", nargs="*", help="++key=value, of the run's config.yaml (mode, n_samples, ...)")
     arguments = parser.parse_args()
     try:
-        config, run = read_config(arguments.config_path, arguments.overrides)
-        if config.mode not in MODES:
-            raise UserError(f"mode={config.mode}: not one of {', '.join(MODES)}")
-        MODES[config.mode](config, run)
-    except UserError as error:
+        config = read_config(arguments.config_path, arguments.overrides)
+    except (UserError, HydraException) as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(2)
+    work = write_metrics if config.mode == "eval" else write_samples
+    ranks = config.nproc if config.mode == "eval" else parallel.ranks_given() or 1  # a sampler splits only if told to
+    parallel.run(lambda: work(config, arguments.config_path, arguments.overrides), ranks)
 
 
 if __name__ == "__main__":

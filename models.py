@@ -4,7 +4,6 @@ Shape letters: R rows, T positions, N completion tokens, M of them text, S seque
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from batch import Batch
 from head import token_statistics
 from sae import ResidualTap
 from sharding import materialise
-from utils import UserError, console, local_path
+from utils import UserError, local_path
 from weights import fill, open_weights, refuse_misfits, weight_files
 
 transformers_logging.disable_progress_bar()
@@ -208,21 +207,6 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def choose_attention(wanted: str, config: PretrainedConfig, device: torch.device, dtype: str) -> str:
-    """`wanted`, or for `auto` the fastest implementation that computes this model exactly; says which and why."""
-    if wanted != "auto":
-        return wanted
-    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    if device.type == "cuda" and dtype == "bfloat16" and importlib.util.find_spec("flash_attn"):
-        chosen, reason = "flash_attention_2", "flash-attn is installed"
-    elif softcap is not None:
-        chosen, reason = "eager", "the model soft-caps its attention scores, which SDPA cannot"
-    else:
-        chosen, reason = "sdpa", "no flash-attn for this device and dtype"
-    console.print(f"attention: {chosen} ({reason})")
-    return chosen
 
 
 def load_model(

@@ -167,6 +167,12 @@ def given_place() -> dict[str, int] | None:
     return place
 
 
+def ranks_given() -> int | None:
+    """How many ranks a launcher has started; None where there is none."""
+    place = given_place()
+    return None if place is None else place["WORLD_SIZE"]
+
+
 def number_of_ranks(nproc: int | None) -> int:
     """How many processes to start here. Raises UserError for more than there are GPUs, or for less than one."""
     gpus = torch.cuda.device_count()

@@ -7,15 +7,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from rich.table import Table
 
-import models
 import parallel
 import toy
-from batch import collate
+from diversity import log_likelihoods
 from judging import Item, judge_pairs, toy_judge
-from sampling import Sample, sample
+from sampling import Request, Sample, Settings, sample
 from trainers import BasicTrainer
 from utils import console, write_json
 from winrates import win_rate
@@ -85,8 +83,7 @@ def against_start(trainer: BasicTrainer, start_weights: Path, count: int) -> dic
     the mean over the policy's completions of log policy - log start.
     """
     config, model = trainer.config, trainer.config.model
-    attention = trainer.policy.config._attn_implementation
-    start = models.load_model(start_weights, attention, trainer.device, model.load_from)
+    start = trainer.load(start_weights, model.load_from, frozen=True)
     rows = {row["prompt"]: row for row in trainer.loaders["eval"].rows}
     prompts = list(rows.values())[:count]
 
@@ -98,14 +95,16 @@ def against_start(trainer: BasicTrainer, start_weights: Path, count: int) -> dic
         return sample(
             policy,
             trainer.tokenizer,
-            prompt_ids,
-            temperature=1.0,
-            top_p=1.0,
-            max_new_tokens=config.max_new_tokens,
+            [Request(ids, temperature=1.0) for ids in prompt_ids],
+            Settings(config.max_new_tokens, seed),
             batch_size=model.eval_batch_size,
-            seed=seed,
             never=control if policy is trainer.policy else (),
         )
+
+    def log_likelihood(policy: Any, prompt_ids: list[list[int]], samples: list[Sample]) -> float:
+        ids, tokenizer = [drawn.ids for drawn in samples], trainer.tokenizer
+        ends = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+        return mean(log_likelihoods(policy, prompt_ids, ids, batch_size=model.eval_batch_size, **ends))
 
     tuned = completions(trainer.policy, controlled, config.seed)
     before = completions(start, plain, config.seed + 1)
@@ -119,23 +118,5 @@ def against_start(trainer: BasicTrainer, start_weights: Path, count: int) -> dic
         "win_rate": rate,
         "win_rate_low": low,
         "win_rate_high": high,
-        "kl": (
-            log_likelihood(trainer, trainer.policy, controlled, tuned) - log_likelihood(trainer, start, plain, tuned)
-        ),
+        "kl": log_likelihood(trainer.policy, controlled, tuned) - log_likelihood(start, plain, tuned),
     }
-
-
-@torch.no_grad()
-def log_likelihood(trainer: BasicTrainer, policy: Any, prompts: list[list[int]], samples: list[Sample]) -> float:
-    """Mean log-probability of the samples under a policy, in nats."""
-    tokenizer, size = trainer.tokenizer, trainer.config.model.eval_batch_size
-    records = [
-        {"prompt_ids": prompt, "completion_ids": [drawn.ids], "index": i}
-        for i, (prompt, drawn) in enumerate(zip(prompts, samples))
-    ]
-    total = 0.0
-    for first in range(0, len(records), size):
-        part, ids = records[first : first + size], {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
-        batch = collate(part, "padded", **ids)
-        total += float(models.score(policy, batch.to(trainer.device)).logps.sum())
-    return total / len(records)

@@ -183,7 +183,8 @@ def tokenise_prompts(
     *,
     max_prompt_length: int,
 ) -> list[dict[str, Any]]:
-    """The records to sample from, with `prompt_ids` (at most max_prompt_length), `prompt` (rendered) and `messages`.
+    """The records to sample from, with `prompt_ids` (at most max_prompt_length; `is_cut`: there were more), `prompt`
+    (rendered) and `messages`.
 
     Raises BadRow for a prompt that cannot be rendered: every prompt is sampled from or none.
     """
@@ -198,6 +199,7 @@ def tokenise_prompts(
             "prompt_ids": cut_prompt(
                 encoded["prompt_ids"], max_prompt_length, record["truncation_mode"], tokenizer.bos_token_id
             ),
+            "is_cut": len(encoded["prompt_ids"]) > max_prompt_length,
         }
         for record, encoded in zip(records, prompts, strict=True)
     ]

@@ -106,7 +106,7 @@ class BasicTrainer:
         self.binding = setup.binding
         self.device = parallel.device()
         self.policy, self.sae, self.tap = setup.policy, setup.sae, setup.tap
-        self.loaders, self.references = setup.loaders, setup.references
+        self.loaders, self.references, self.load = setup.loaders, setup.references, setup.load
         self.kl: Tensor | None = None  # what some trainers add to the evidence
         self.value_head: nn.Module | None = None
         self.module = self.trained_module()

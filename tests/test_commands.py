@@ -126,10 +126,10 @@ def test_sample_and_judge(quickstart, tmp_path):
         options = ["++n_samples=40", "++model.eval_batch_size=32", f"++samples_dir={samples}/"]
         command(REPO / "eval.py", f"--config-path={path}", *options, cwd=tmp_path)
         content = json.loads((samples / "quickstart.json").read_text())
-        assert content.keys() == {"sampled_at", "config", "samples"}
+        assert content.keys() == {"sampled_at", "config", "sampling", "samples"}
         assert len(content["samples"]) == 40
         for sample in content["samples"]:
-            assert sample.keys() == {"prompt", "messages", "chosen", "policy"}
+            assert sample.keys() >= {"prompt", "messages", "chosen", "policy"}
     judge = ["-mc", "512", "-bk", "chosen", "-ck", "policy", "-r", tmp_path / "results.jsonl", "-j", "toy"]
     command("compare.py", "-f", samples / "quickstart.json", *judge)
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
@@ -140,10 +140,20 @@ def test_sample_and_judge(quickstart, tmp_path):
 
 def test_eval_mode_gives_the_last_evaluations_metrics(quickstart):
     run, _, _ = quickstart
-    command("eval.py", f"--config-path={run}", "++mode=eval")
+    command("eval.py", f"--config-path={run}", "++mode=eval", "++n_samples=64", "++samples=2")
     last = [line for line in metrics(run) if "loss/eval" in line][-1]
-    for key, value in json.loads((run / "eval.json").read_text()).items():
+    values = json.loads((run / "eval.json").read_text())
+    own = {key: values.pop(key) for key in list(values) if key.startswith("samples/")}
+    for key, value in values.items():
         assert value == pytest.approx(last[key], rel=1e-4, abs=1e-6), key
+    assert (own["samples/number"], own["samples/temperature"], own["samples/top_p"]) == (128, 1.0, 1.0)
+    assert 0.1 < own["samples/self_bleu"] < 0.9 and 0 < own["samples/distinct_1"] < own["samples/distinct_2"] < 1
+    assert own["samples/entropy"] > own["samples/entropy_per_token"] > 0
+    figures = json.loads((run / "summary.json").read_text())  # of as many other samples
+    assert own["samples/kl"] == pytest.approx(figures["kl"], abs=0.5)
+    assert not list(run.glob("*.partial*"))
+    documented = (REPO / "docs/sampling.md").read_text()
+    assert [key for key in own if f"`{key}`" not in documented] == []
 
 
 @pytest.mark.parametrize(

@@ -158,21 +158,26 @@ def test_control_tokens_survive_and_are_learnt(tmp_path):
 
 
 def test_sampling_starts_from_the_good_token(tmp_path, monkeypatch):
+    import backends
     import eval as evaluation
+    from policies import read_config
     from sampling import Sample
 
     run(tmp_path, "loss=csft")
-    given = []
+    given, forbidden, folder = [], [], tmp_path / "csft_tiny"
 
-    def sample(_model, _tokenizer, prompts, **_options):
-        given.extend(prompts)
-        return [Sample("text", [5])] * len(prompts)
+    def batches(_model, _tokenizer, requests, _settings, never, **_options):
+        given.extend(requests)
+        forbidden.extend(never)
+        yield {place: Sample("text", [5], "stop") for place in range(len(requests))}
 
-    monkeypatch.setattr(evaluation, "sample", sample)
-    config, folder = evaluation.read_config(tmp_path / "csft_tiny", [f"++samples_dir={tmp_path}"])
-    evaluation.write_samples(config, folder)
-    good = AutoTokenizer.from_pretrained(folder / "LATEST").convert_tokens_to_ids("<|good|>")
-    assert given and all(prompt[-1] == good for prompt in given)
+    monkeypatch.setattr(backends, "sample_batches", batches)
+    overrides = [f"++samples_dir={tmp_path}"]
+    evaluation.write_samples(read_config(folder, overrides), folder, overrides)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "LATEST")
+    control = tokenizer.convert_tokens_to_ids(["<|good|>", "<|bad|>"])
+    assert given and all(request.prompt_ids[-1] == control[0] for request in given)
+    assert forbidden == control
 
 
 # ---------------------------------------------------------------------------------------------------- from elsewhere

@@ -1,0 +1,227 @@
+"""Sampling from servers over loopback: transformers' own, and one that does all that goes wrong."""
+
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from test_sampling import TINY, write
+
+import eval as evaluation
+from backends import ServerBackend
+from policies import read_config
+from sampling import Request, Sample, Settings
+from utils import UserError
+
+KEY = "sk-a-secret-of-mine"
+SERVED = ["++backend=openai", "++served_model=m", "++model.eval_batch_size=4"]
+
+
+# ---------------------------------------------------------------------------------------------------- a real server
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """`transformers serve` with the built-in model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
+    program = [Path(sys.executable).parent / "transformers", "serve", str(TINY), "--port", str(port), "--device", "cpu"]
+    server = subprocess.Popen(program, stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, (log.seek(0), log.read())
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", ["tulu", "chat"])
+def test_a_server_writes_what_the_model_writes_here(tmp_path, real, template):
+    """Greedily, for the server draws by its own rules; several turns too."""
+    options = [f"template={template}", "++temperature=0", "++top_p=1.0", "++max_new_tokens=30"]
+    here = write(tmp_path / "here", *options)
+    there = write(
+        tmp_path / "there", *options, "++backend=openai", f"++served_model={TINY}", f"++base_url={real}", "++samples=2"
+    )
+    assert [s["policy"] for s in there["samples"][::2]] == [s["policy"] for s in here["samples"]]
+    assert [s["finish_reason"] for s in there["samples"][::2]] == [s["finish_reason"] for s in here["samples"]]
+    assert len(there["samples"]) == 48 and there["sampling"]["policy"] == f"{TINY} at {real}"
+
+
+# ---------------------------------------------------------------------------------------------------- one with faults
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers each prompt with its own words; `faults` come first, in turn."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.faults, self.requests, self.models = [], [], ["m"]
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.reply(200, json.dumps({"object": "list", "data": [{"id": name} for name in self.server.models]}).encode())
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(request | {"key": self.headers["Authorization"], "path": self.path})
+        asked = request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
+        said = "To " + " ".join(asked.split())
+        choice = {"text": said, "message": {"role": "assistant", "content": said}, "finish_reason": "stop", "index": 0}
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        if fault == "late":
+            time.sleep(1.0)
+        elif fault is not None:
+            return self.reply(*fault)
+        self.reply(200, json.dumps({"id": "1", "choices": [choice]}).encode())
+
+    def reply(self, status, body, length=None):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(length or len(body)))
+        self.send_header("retry-after-ms", "1")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def served(server, folder, *overrides):
+    return write(folder, *SERVED, f"++base_url={server.url}", *overrides)
+
+
+def nothing_secret(folder, capsys):
+    out, err = capsys.readouterr()
+    for text in (out, err, *(path.read_text() for path in folder.rglob("*") if path.is_file())):
+        assert KEY not in text
+    return out
+
+
+RETRIED = [
+    (429, b'{"error": {"message": "slow down"}}'),
+    (500, b"oops"),
+    (503, b""),
+    (200, b'{"id": "1", "choi', 4000),  # half a body
+    "late",
+]
+FINAL = [
+    (200, b"<html>garbage</html>"),
+    (200, b'{"no": "choices"}'),
+    (200, b'{"id": "1", "choices": []}'),
+    (200, b'{"id": "1", "choices": [{"index": 0, "finish_reason": "stop", "text": null}]}'),
+    (200, b'{"id": "1", "choices": [{"index": 0, "finish_reason": "content_filter", "text": ""}]}'),
+    (400, f'{{"error": {{"message": "your key {KEY} is no good"}}}}'.encode()),
+]
+
+
+def test_faults_that_pass_are_tried_again(tmp_path, server, capsys, monkeypatch):
+    """Late, 429, 5xx, half a body: every prompt is answered once in the end."""
+    patient = ServerBackend.__init__
+    monkeypatch.setattr(ServerBackend, "__init__", lambda self, config: patient(self, config, timeout=0.5))
+    server.faults = [fault for fault in RETRIED for _ in range(2)]
+    content = served(server, tmp_path)
+    assert [s["policy"] for s in content["samples"]] == [
+        "To " + " ".join(s["prompt"].split()) for s in content["samples"]
+    ]
+    assert len(server.requests) == 24 + 2 * len(RETRIED)
+    assert {request["key"] for request in server.requests} == {f"Bearer {KEY}"}
+    nothing_secret(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("fault", FINAL, ids=lambda fault: f"{fault[0]} {fault[1][:24].decode()}")
+def test_faults_that_stay_lose_nothing_else(tmp_path, server, fault, capsys):
+    """The others are kept, and a rerun asks only for what is missing."""
+    server.faults = [fault, fault]
+    with pytest.raises(UserError, match=r"2 requests to .* failed") as error:
+        served(server, tmp_path)
+    assert KEY not in str(error.value)
+    assert len(server.requests) == 24 and not (tmp_path / "tiny.json").exists()
+    nothing_secret(tmp_path, capsys)
+    assert len(served(server, tmp_path)["samples"]) == 24
+    assert len(server.requests) == 26
+    prompts = [request["prompt"] for request in server.requests]
+    assert len(set(prompts)) == 24
+    nothing_secret(tmp_path, capsys)
+
+
+def test_a_server_that_only_fails_is_given_up(tmp_path, server):
+    server.faults = [(401, json.dumps({"error": {"message": f"no such key: {KEY}"}}).encode())] * 100
+    with pytest.raises(UserError, match=r"failed, the last: .*401.*") as error:
+        served(server, tmp_path, "++n_samples=60")
+    assert "[key]" in str(error.value) and KEY not in str(error.value)
+    assert 20 <= len(server.requests) <= 24
+
+
+def test_what_is_asked(tmp_path, server):
+    settings = ["++temperature=0.5", "++top_p=0.9", "++top_k=4", "++max_new_tokens=9", "++stop=[END]", "++samples=2"]
+    served(server, tmp_path, *settings)
+    wanted = {"model": "m", "temperature": 0.5, "top_p": 0.9, "top_k": 4, "max_tokens": 9, "stop": ["END"]}
+    for request in server.requests:
+        assert wanted.items() <= request.items()
+        assert request["path"] == "/v1/completions" and request["prompt"].endswith("\n<|assistant|>\n")
+    assert len({request["seed"] for request in server.requests}) == 48
+    server.requests.clear()
+    served(server, tmp_path / "chat", "template=chat")
+    for request in server.requests:
+        assert request["path"] == "/v1/chat/completions" and [m["role"] for m in request["messages"]] == ["user"]
+        assert "top_k" not in request and "stop" not in request
+
+
+def test_the_servers_only_model_needs_no_name(tmp_path, server):
+    server.models = ["only"]
+    content = served(server, tmp_path, "++served_model=null")
+    assert content["sampling"]["policy"] == f"only at {server.url}"
+    server.models = ["one", "two"]
+    with pytest.raises(UserError, match=r"served_model= has to name one of .*: one, two"):
+        served(server, tmp_path / "other", "++served_model=null")
+
+
+def test_no_server_there(tmp_path):
+    with pytest.raises(UserError, match="does not say which models it has"):
+        write(tmp_path, "++backend=openai", "++base_url=http://127.0.0.1:9/v1")
+
+
+def test_stop_texts_are_cut_here_too(server):
+    """A server may leave them in."""
+    config = read_config(TINY, [*SERVED, f"++base_url={server.url}"])
+    ((answer,),) = ServerBackend(config).complete([Request((), 1.0, 0, "a b STOP c")], Settings(5, 0, stop=("STOP",)))
+    assert answer == 0
+    (found,) = ServerBackend(config).complete([Request((), 1.0, 0, "a b STOP c")], Settings(5, 0, stop=("STOP",)))
+    assert found == {0: Sample("To a b", [], "stop")}
+
+
+def test_control_tokens_do_not_go_to_a_server(tmp_path, server):
+    overrides = [*SERVED, f"++base_url={server.url}", f"++samples_dir={tmp_path}", "loss=csft", "model=tiny"]
+    path = REPO / "config"
+    with pytest.raises(UserError, match="loss=csft needs its control tokens"):
+        evaluation.write_samples(read_config(path, overrides), path, overrides)
