@@ -11,9 +11,10 @@ import models
 import settings
 from checkpoint import Run
 from reference import LiveReference, Records, Reference, load_or_build
-from sae import ResidualTap, drift_options, load_sae
+from sae import drift_options
+from sae_formats import load_sources
 from trainers import BasicTrainer, Setup
-from utils import UserError, file_digest, fingerprint
+from utils import UserError, fingerprint
 
 
 def prepare(
@@ -28,14 +29,16 @@ def prepare(
     `cached` names the splits whose records the loss will see, and so have to be in the reference cache.
     """
     binding, model = parts.binding, config.model
-    sae = load_sae(sources.sae) if sources.sae else None
+    sae, places = load_sources(sources.saes) if sources.saes else None, [(s.layer, s.hook) for s in sources.saes]
     architecture = models.load_config(sources.model)
     if sae is not None:
         width = architecture.get_text_config().hidden_size
-        if sae.d_in != width:
-            raise UserError(f"{sources.sae}: reads vectors of {sae.d_in} numbers, but {model.name} has {width}")
+        for found, member in zip(sources.saes, sae.members):
+            if member.d_in != width:
+                raise UserError(f"{found.path}: reads vectors of {member.d_in} numbers, but {model.name} has {width}")
+        models.make_tap(models.skeleton(architecture), places)  # raises where the model is not built as it has to be
         if "feature_drift" in binding.options:
-            binding.options["feature_drift"] |= drift_options(sae.d_sae, **binding.options["feature_drift"])
+            binding.options["feature_drift"] |= drift_options(sae, **binding.options["feature_drift"])
 
     tokenizer = models.load_tokenizer(sources.tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": list(parts.trainer.control_tokens)})
@@ -67,7 +70,7 @@ def prepare(
     tap = None
     if sae is not None:
         sae.to(device)
-        tap = ResidualTap(models.decoder_layers(policy)[config.sae.layer])
+        tap = models.make_tap(policy, places)
 
     records: dict[str, Records] = {split: loaders[split] for split in cached}
     if "kl" in binding.needs:
@@ -79,11 +82,11 @@ def prepare(
             source = (models.fetch(model.reference_path, models.WEIGHT_FILES, "model.reference_path"), None)
         if model.reference_path or "live_reference" in binding.needs:
             teacher = models.load_model(source[0], attention, device, source[1])
-            teacher_tap = ResidualTap(models.decoder_layers(teacher)[config.sae.layer]) if sae else None
+            teacher_tap = models.make_tap(teacher, places) if sae else None
         if "live_reference" in binding.needs:
             references = dict.fromkeys(records, LiveReference(teacher, teacher_tap, sae))
         else:
-            features = (file_digest(sources.sae), config.sae.layer) if sources.sae else None
+            features = [read.identity() for read in sources.saes]
             numbers = (models.weights_digest(*source), features, model.policy_dtype)
             for name, scored in records.items():
                 key = fingerprint(numbers, tokens[name.split("/")[0]].fingerprint, scored.used())

@@ -7,7 +7,8 @@ from conftest import collate, pairs, random_sae, tiny_gemma
 
 import sae as saes
 from models import decoder_layers, final_hidden_states, score
-from sae import ResidualTap, compared_latents, feature_drift, load_sae, pooled_features, save_sae
+from sae import ResidualTap, compared_latents, feature_drift, pooled_features
+from sae_formats import GEMMA_SCOPE_ARRAYS, load_sae, save_sae
 from utils import UserError
 
 
@@ -15,7 +16,7 @@ def test_round_trip_through_gemma_scopes_layout(tmp_path):
     original = random_sae()
     save_sae(original, tmp_path / "layer_1" / "params.npz")
     read = load_sae(tmp_path / "layer_1" / "params.npz")
-    for name in saes.GEMMA_SCOPE_ARRAYS:
+    for name in GEMMA_SCOPE_ARRAYS:
         assert torch.equal(getattr(read, name), getattr(original, name))
     assert not list(read.parameters())  # nothing an optimiser could train
 
@@ -25,7 +26,7 @@ def test_agrees_with_saelens():
     ours = random_sae(d_in=16, d_sae=40)
     theirs = lens.JumpReLUSAE(lens.JumpReLUSAEConfig(d_in=16, d_sae=40, dtype="float32", apply_b_dec_to_input=False))
     with torch.no_grad():
-        for name in saes.GEMMA_SCOPE_ARRAYS:
+        for name in GEMMA_SCOPE_ARRAYS:
             getattr(theirs, name).copy_(getattr(ours, name))
     x = torch.randn(100, 16)
     features = ours.encode(x)
@@ -44,7 +45,7 @@ def test_agrees_with_saelens():
     ],
 )
 def test_damaged_files_are_named(tmp_path, change, message):
-    arrays = {name: getattr(random_sae(), name).numpy().copy() for name in saes.GEMMA_SCOPE_ARRAYS}
+    arrays = {name: getattr(random_sae(), name).numpy().copy() for name in GEMMA_SCOPE_ARRAYS}
     change(arrays)
     np.savez(tmp_path / "params.npz", **arrays)
     with pytest.raises(UserError, match=message) as error:
