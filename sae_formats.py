@@ -523,7 +523,7 @@ def find_sae(section: Mapping[str, Any], where: str) -> Source:
     for key, value in said.items():
         if value is not None and section[key] not in (None, value):
             raise UserError(
-                f"{where}.{key}={section[key]}, but {files.weights} was made for {key} {value}; leave {where}.{key} out"
+                f"{where}.{key}={section[key]}, but {files.weights} says {value}; {where}.{key}=null reads it there"
             )
     layer = said["layer"] if section["layer"] is None else section["layer"]
     if not isinstance(layer, int):

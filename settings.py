@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,15 @@ def named_class(spec: str, module: Any, setting: str) -> Any:
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
         raise UserError(f"{setting}={spec}: no class {name} in {module.__name__}{suggest(name, classes)}")
     return found
+
+
+def spelled_out(argument: str) -> list[str]:
+    """A command's argument in Hydra's words: `++config.key=value` as HALOs' FAQ has it, and `sae=[a,b]`, where Hydra
+    would lay the second over the first."""
+    if several := re.fullmatch(r"sae=\[(.*)\]", argument):
+        names = [name.strip() for name in several[1].split(",")]
+        return ["~sae", *(f"+sae@sae.parts.{re.sub(r'[^a-zA-Z0-9]', '_', name)}={name}" for name in names)]
+    return [re.sub(r"^\+\+config\.", "++", argument)]
 
 
 def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = ("train",)) -> Parts:
