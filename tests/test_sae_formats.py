@@ -549,7 +549,7 @@ def test_a_pickle_is_not_run(layout, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    format, path, *_ = written(layout, tmp_path)
+    _, path, *_ = written(layout, tmp_path)
     for content in (Payload(), {"W_enc": Payload()}):
         torch.save(content, path)
         with pytest.raises(UserError, match="not a readable pt file of plain arrays"):
@@ -586,7 +586,7 @@ def add(name, tensor):
         (
             "gemma_scope_2",
             put("hf_hook_point_in", "model.layers.3.self_attn.o_proj.input"),
-            "reads model.layers.3.self",
+            "reads model.layers.3",
         ),
         ("gemma_scope_2", put("width", 7), r"width=7, but .* has 24 latents"),
         ("gemma_scope_2", add("affine_skip_connection", torch.zeros(D, D)), "a transcoder, not an autoencoder"),
@@ -625,7 +625,7 @@ def add(name, tensor):
     ],
 )
 def test_what_cannot_be_folded_is_refused_by_name(layout, change, message, tmp_path):
-    format, path, *_ = written(layout, tmp_path, change)
+    _, path, *_ = written(layout, tmp_path, change)
     with pytest.raises(UserError, match=message):
         find_sae({**SECTION, "path": str(path)}, "sae")
         load_sae(path)
@@ -741,7 +741,7 @@ def test_other_formats_as_saelens_converts_them(layout, loader, repository, tmp_
 
     format, path, *_ = written(layout, tmp_path, units)
 
-    def local(repo_id=None, filename=None, subfolder="", **_):
+    def local(_repository=None, filename=None, subfolder="", **_):
         return str(tmp_path / subfolder / filename)
 
     monkeypatch.setattr(loaders, "hf_hub_download", local)
