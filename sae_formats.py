@@ -11,7 +11,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -76,10 +76,9 @@ class Arrays:
         """The length of a vector, for formats whose sizes stand nowhere else."""
         return len(self.take(name, self.tensors[name].numel() if name in self.tensors else 0))
 
-    def refuse(self, names: Iterable[str], why: str) -> None:
-        for name in names:
-            if name in self.tensors:
-                raise UserError(f"{self.path}: has {name}: {why}")
+    def refuse(self, name: str, why: str) -> None:
+        if name in self.tensors:
+            raise UserError(f"{self.path}: has {name}: {why}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -95,12 +94,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 class Fields:
-    """The JSON file beside the weights."""
+    """The JSON file beside the weights; nothing, where a format has none."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         try:
-            self.values = json.loads(path.read_text())
+            self.values = json.loads(path.read_text()) if path else {}
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as JSON ({error})") from error
         if not isinstance(self.values, dict):
@@ -170,46 +169,47 @@ def gated(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> tuple[
 # --------------------------------------------------------------------------------------------------------- formats
 
 
-def gemma_scope(arrays: Arrays, _: Fields | None) -> SAE:
+def jump_relu(arrays: Arrays, W_enc: str, W_dec: str) -> SAE:
+    """Gemma Scope's arrays, with its two names for the matrices."""
     d, f = arrays.length("b_dec"), arrays.length("b_enc")
     return autoencoder(
-        arrays.take("W_enc", d, f),
+        arrays.take(W_enc, d, f),
         arrays.take("b_enc", f),
-        arrays.take("W_dec", f, d),
+        arrays.take(W_dec, f, d),
         arrays.take("b_dec", d),
         threshold=arrays.take("threshold", f),
     )
 
 
-def gemma_scope_place(path: Path, _: Fields | None) -> Place:
+def gemma_scope(arrays: Arrays, _: Fields) -> SAE:
+    return jump_relu(arrays, "W_enc", "W_dec")
+
+
+def gemma_scope_place(path: Path, _: Fields) -> Place:
     layer = re.search(r"layer_(\d+)/width_\w+/average_l0_\w+/[^/]+$", path.as_posix())
     site = re.search(r"gemma-scope-\w+-\w+-(res|mlp|att)/", path.as_posix())
-    if site and site[1] == "att":
-        raise UserError(f"{path}: reads attention heads, where no SAE is read here ({', '.join(HOOKS)})")
+    embedding = re.search(r"/embedding/width_\w+/average_l0_\w+/[^/]+$", path.as_posix())
+    if embedding or (site and site[1] == "att"):
+        raise UserError(
+            f"{path}: reads embeddings or attention heads; SAEs are read after blocks or at their MLP's output"
+        )
     return int(layer[1]) if layer else None, {"res": "residual", "mlp": "mlp"}[site[1]] if site else None
 
 
-def gemma_scope_2(arrays: Arrays, fields: Fields | None) -> SAE:
-    arrays.refuse(["affine_skip_connection"], "a transcoder, not an autoencoder")
-    d, f = arrays.length("b_dec"), arrays.length("b_enc")
-    if fields and fields.get("width", f) != f:
-        raise UserError(f"{fields.path}: width={fields.get('width')}, but {arrays.path} has {f} latents")
-    return autoencoder(
-        arrays.take("w_enc", d, f),
-        arrays.take("b_enc", f),
-        arrays.take("w_dec", f, d),
-        arrays.take("b_dec", d),
-        threshold=arrays.take("threshold", f),
-    )
+def gemma_scope_2(arrays: Arrays, fields: Fields) -> SAE:
+    arrays.refuse("affine_skip_connection", "a transcoder, not an autoencoder")
+    sae = jump_relu(arrays, "w_enc", "w_dec")
+    if fields.get("width", sae.d_sae) != sae.d_sae:
+        raise UserError(f"{fields.path}: width={fields.get('width')}, but {arrays.path} has {sae.d_sae} features")
+    return sae
 
 
-def gemma_scope_2_place(path: Path, fields: Fields | None) -> Place:
-    if fields:
-        fields.expect("type", "sae", "sae")
-        fields.expect("architecture", "jump_relu", "jump_relu")
-        fields.expect("affine_connection", False, False)
-        if point := fields.get("hf_hook_point_in"):
-            return hooked(point, fields.path)
+def gemma_scope_2_place(path: Path, fields: Fields) -> Place:
+    fields.expect("type", "sae", "sae")
+    fields.expect("architecture", "jump_relu", "jump_relu")
+    fields.expect("affine_connection", False, False)
+    if point := fields.get("hf_hook_point_in"):
+        return hooked(point, path)
     name = re.search(r"(\w+)/layer_(\d+)_width_\w+/[^/]+$", path.as_posix())
     if not name:
         return None, None
@@ -219,7 +219,7 @@ def gemma_scope_2_place(path: Path, fields: Fields | None) -> Place:
     return int(name[2]), {"resid_post": "residual", "mlp_out": "mlp"}[site]
 
 
-def llama_scope(arrays: Arrays, fields: Fields | None) -> SAE:
+def llama_scope(arrays: Arrays, fields: Fields) -> SAE:
     """As OpenMOSS loads it: the thresholds are of pre-activations on raw vectors, in units of the decoder's rows."""
     W_enc, b_enc, W_dec, b_dec, threshold, s_in, s_out = llama_scope_tensors(arrays, fields)
     sae = autoencoder(W_enc, b_enc / s_in, W_dec * (s_in / s_out), b_dec / s_out, by_norm=True)
@@ -227,17 +227,14 @@ def llama_scope(arrays: Arrays, fields: Fields | None) -> SAE:
     return sae
 
 
-def llama_scope_saelens(arrays: Arrays, fields: Fields | None) -> SAE:
+def llama_scope_saelens(arrays: Arrays, fields: Fields) -> SAE:
     """As SAELens loads it and folds its scale in: inputs and thresholds scaled, the decoder's norm left alone."""
     W_enc, b_enc, W_dec, b_dec, threshold, s_in, _ = llama_scope_tensors(arrays, fields)
     return autoencoder(W_enc * s_in, b_enc, W_dec / s_in, b_dec / s_in, threshold=threshold * s_in)
 
 
-def llama_scope_tensors(
-    arrays: Arrays, fields: Fields | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float, float]:
+def llama_scope_tensors(arrays: Arrays, fields: Fields) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float, float]:
     """W_enc, b_enc, W_dec, b_dec, the threshold, and what vectors are scaled by on the way in and out."""
-    assert fields is not None
     fields.expect("act_fn", "jumprelu", "jumprelu")
     fields.expect("norm_activation", "dataset-wise", "dataset-wise")
     fields.expect("sparsity_include_decoder_norm", True, True)
@@ -256,17 +253,15 @@ def llama_scope_tensors(
     )
 
 
-def llama_scope_place(_: Path, fields: Fields | None) -> Place:
-    assert fields is not None
+def llama_scope_place(path: Path, fields: Fields) -> Place:
     point = fields.get("hook_point_in", "")
     if fields.get("hook_point_out", point) != point:
         raise UserError(f"{fields.path}: from {point} to {fields.get('hook_point_out')}: a transcoder, not an SAE")
-    return hooked(point, fields.path) if point else (None, None)
+    return hooked(point, path) if point else (None, None)
 
 
-def sparsify(arrays: Arrays, fields: Fields | None) -> SAE:
-    assert fields is not None
-    arrays.refuse(["W_skip"], "a transcoder, not an autoencoder")
+def sparsify(arrays: Arrays, fields: Fields) -> SAE:
+    arrays.refuse("W_skip", "a transcoder, not an autoencoder")
     fields.expect("activation", "topk", "topk")
     fields.expect("signed", False, False)
     fields.expect("transcode", False, False)
@@ -283,13 +278,12 @@ def sparsify(arrays: Arrays, fields: Fields | None) -> SAE:
     )
 
 
-def sparsify_place(path: Path, _: Fields | None) -> Place:
+def sparsify_place(path: Path, _: Fields) -> Place:
     return hooked(path.parent.name, path) if path.parent.name.startswith("layers.") else (None, None)
 
 
-def saelens(arrays: Arrays, fields: Fields | None) -> SAE:
-    assert fields is not None
-    arrays.refuse(["W_skip"], "a transcoder, not an autoencoder")
+def saelens(arrays: Arrays, fields: Fields) -> SAE:
+    arrays.refuse("W_skip", "a transcoder, not an autoencoder")
     normalised = fields.get("normalize_activations", "none")
     if normalised in (True, "expected_average_only_in"):
         raise UserError(
@@ -333,15 +327,13 @@ def saelens(arrays: Arrays, fields: Fields | None) -> SAE:
     )
 
 
-def saelens_place(_: Path, fields: Fields | None) -> Place:
-    assert fields is not None
+def saelens_place(path: Path, fields: Fields) -> Place:
     keys = ("metadata.hook_name", "hook_name", "hook_point")
     names = [name for key in keys if (name := fields.get(key))]
-    return hooked(names[0], fields.path) if names else (None, None)
+    return hooked(names[0], path) if names else (None, None)
 
 
-def qwen_scope(arrays: Arrays, fields: Fields | None) -> SAE:
-    assert fields is not None
+def qwen_scope(arrays: Arrays, fields: Fields) -> SAE:
     fields.expect("model_type", "topk_sae", "topk_sae")
     d, f = fields.number("d_model"), fields.number("d_sae")
     return autoencoder(
@@ -353,16 +345,14 @@ def qwen_scope(arrays: Arrays, fields: Fields | None) -> SAE:
     )
 
 
-def qwen_scope_place(path: Path, fields: Fields | None) -> Place:
-    assert fields is not None
+def qwen_scope_place(path: Path, fields: Fields) -> Place:
     fields.expect("hook_point", "resid_post", "resid_post")
     layer = re.search(r"layer(\d+)\.sae\.pt$", path.name)
     return int(layer[1]) if layer else None, "residual"
 
 
-def dictionary_learning(arrays: Arrays, fields: Fields | None) -> SAE:
+def dictionary_learning(arrays: Arrays, fields: Fields) -> SAE:
     """By the class that its config names; what `encode` and `decode` of that class compute."""
-    assert fields is not None
     d, f = fields.number("trainer.activation_dim"), fields.number("trainer.dict_size")
     kind = fields.expect(
         "trainer.dict_class",
@@ -398,8 +388,7 @@ def dictionary_learning(arrays: Arrays, fields: Fields | None) -> SAE:
     return autoencoder(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold"), centred=True)
 
 
-def dictionary_learning_place(_: Path, fields: Fields | None) -> Place:
-    assert fields is not None
+def dictionary_learning_place(_: Path, fields: Fields) -> Place:
     module = str(fields.get("trainer.submodule_name", "resid_post"))
     if not module.startswith("resid_post"):
         raise UserError(f"{fields.path}: trainer.submodule_name={module}: not resid_post, where this format is read")
@@ -420,7 +409,7 @@ def hooked(point: str, source: Path) -> Place:
         found = re.fullmatch(pattern, point)
         if found and int(found[1]) + shift >= 0:
             return int(found[1]) + shift, hook
-    raise UserError(f"{source}: reads {point}; SAEs are read after a block or at its MLP's output")
+    raise UserError(f"{source}: reads {point}; SAEs are read after blocks or at their MLP's output")
 
 
 @dataclass(frozen=True)
@@ -429,8 +418,8 @@ class Format:
 
     weights: str  # the file with the weights, as a glob
     config: str | None  # the JSON file beside it
-    read: Callable[[Arrays, Fields | None], SAE]
-    place: Callable[[Path, Fields | None], Place]
+    read: Callable[[Arrays, Fields], SAE]
+    place: Callable[[Path, Fields], Place]
     config_optional: bool = False
     by_name_only: bool = False  # never recognised, only asked for
 
@@ -462,8 +451,8 @@ class Files:
     weights: Path
     config: Path | None
 
-    def fields(self) -> Fields | None:
-        return Fields(self.config) if self.config else None
+    def fields(self) -> Fields:
+        return Fields(self.config)
 
 
 @dataclass(frozen=True)

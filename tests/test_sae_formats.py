@@ -588,7 +588,7 @@ def add(name, tensor):
             put("hf_hook_point_in", "model.layers.3.self_attn.o_proj.input"),
             "reads model.layers.3",
         ),
-        ("gemma_scope_2", put("width", 7), r"width=7, but .* has 24 latents"),
+        ("gemma_scope_2", put("width", 7), r"width=7, but .* has 24 features"),
         ("gemma_scope_2", add("affine_skip_connection", torch.zeros(D, D)), "a transcoder, not an autoencoder"),
         ("llama_scope", put("act_fn", "topk"), "act_fn=topk cannot be folded"),
         ("llama_scope", put("norm_activation", "token-wise"), "norm_activation=token-wise cannot be folded"),
@@ -631,12 +631,15 @@ def test_what_cannot_be_folded_is_refused_by_name(layout, change, message, tmp_p
         load_sae(path)
 
 
-def test_attention_saes_are_refused(tmp_path):
+def test_other_places_are_refused(tmp_path):
     _, path, *_ = written("gemma_scope", tmp_path)
     folder = tmp_path / "gemma-scope-2b-pt-att"
     path.parents[3].rename(folder)
-    with pytest.raises(UserError, match="reads attention heads"):
+    with pytest.raises(UserError, match="reads embeddings or attention heads"):
         find_sae({**SECTION, "path": str(folder / "layer_7/width_16k/average_l0_55")}, "sae")
+    embedding = (folder / "layer_7").rename(tmp_path / "embedding")
+    with pytest.raises(UserError, match="reads embeddings or attention heads"):
+        find_sae({**SECTION, "path": str(embedding / "width_16k/average_l0_55"), "layer": 0}, "sae")
     _, path, *_ = written("gemma_scope_2", tmp_path, put("hf_hook_point_in", None))
     folder = tmp_path / "attn_out"
     path.parents[1].rename(folder)

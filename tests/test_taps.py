@@ -5,6 +5,7 @@ import torch
 import transformers
 from conftest import BOS_ID, EOS_ID, PAD_ID, REPO, collate, pairs, random_sae, tiny_gemma
 from hydra import initialize_config_dir
+from test_sae_formats import write
 from test_training import assembled, run, settle
 
 import models
@@ -240,6 +241,19 @@ def test_a_path_alone_is_enough(tmp_path):
     path = f"++sae.path={tmp_path}/layer_1/width_48/average_l0_9"
     trainer = assembled(tmp_path, "loss=fpo", "~sae", path, "++sae.format=auto", "++loss.k=5")
     assert trainer.tap.layer is models.decoder_layers(trainer.policy)[1]
+
+
+def test_fpo_with_a_topk_sae(tmp_path, capsys):
+    random = random_sae(d_in=128, d_sae=64)
+    tensors = {"encoder.weight": random.W_enc.T, "encoder.bias": random.b_enc}
+    tensors |= {"W_dec": random.W_dec, "b_dec": random.b_dec}
+    config = {"d_in": 128, "num_latents": 64, "k": 6}
+    write(tmp_path / "layers.1", "sae.safetensors", tensors, "cfg.json", config)
+    lines = run(tmp_path, "loss=fpo", "~sae", f"++sae.path={tmp_path}/layers.1", "++loss.k=5")
+    out = capsys.readouterr().out
+    assert "is sparsify, TopK 6, 128 to 64 features" in out and "read at layer 1, residual" in out
+    first, last = (line["feature_drift_eval/rejected"] for line in (lines[0], lines[-1]))
+    assert first == pytest.approx(0, abs=1e-6) and last > 1e-3
 
 
 @pytest.mark.slow
