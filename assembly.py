@@ -16,10 +16,11 @@ import parallel
 import settings
 from checkpoint import Run
 from reference import LiveReference, Records, Reference, load_or_build
-from sae import ResidualTap, drift_options, load_sae
+from sae import drift_options
+from sae_formats import load_sources
 from sharding import DTYPES, shard
 from trainers import BasicTrainer, Setup
-from utils import UserError, file_digest, fingerprint
+from utils import UserError, fingerprint
 from weights import find_weights, weights_digest
 
 
@@ -35,14 +36,17 @@ def prepare(
     `cached` names the splits whose records the loss will see, and so have to be in the reference cache.
     """
     binding, model = parts.binding, config.model
-    sae = load_sae(sources.sae) if sources.sae else None
+    sae, places = load_sources(sources.saes) if sources.saes else None, [(s.layer, s.hook) for s in sources.saes]
     architecture = models.load_config(sources.model)
     if sae is not None:
         width = architecture.get_text_config().hidden_size
-        if sae.d_in != width:
-            raise UserError(f"{sources.sae}: reads vectors of {sae.d_in} numbers, but {model.name} has {width}")
+        for found, member in zip(sources.saes, sae.members):
+            if member.d_in != width:
+                raise UserError(f"{found.path}: reads vectors of {member.d_in} numbers, but {model.name} has {width}")
+        structure = models.skeleton(architecture)
+        models.make_tap(structure, places, model.block_name)  # raises where the model is not built as it has to be
         if "feature_drift" in binding.options:
-            binding.options["feature_drift"] |= drift_options(sae.d_sae, **binding.options["feature_drift"])
+            binding.options["feature_drift"] |= drift_options(sae, **binding.options["feature_drift"])
 
     tokenizer = models.load_tokenizer(sources.tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": list(parts.trainer.control_tokens)})
@@ -90,7 +94,7 @@ def prepare(
     tap = None
     if sae is not None:
         sae.to(device)
-        tap = ResidualTap(models.decoder_layers(policy)[config.sae.layer])
+        tap = models.make_tap(policy, places, model.block_name)
 
     records: dict[str, Records] = {split: loaders[split] for split in cached}
     if "kl" in binding.needs:
@@ -102,11 +106,11 @@ def prepare(
             source = (models.fetch(model.reference_path, models.WEIGHT_FILES, "model.reference_path"), None)
         if model.reference_path or ("live_reference" in binding.needs and not model.use_peft):
             teacher = load(*source, frozen=True)
-            teacher_tap = ResidualTap(models.decoder_layers(teacher)[config.sae.layer]) if sae else None
+            teacher_tap = models.make_tap(teacher, places, model.block_name) if sae else None
         if "live_reference" in binding.needs:
             references = dict.fromkeys(records, LiveReference(teacher, teacher_tap, sae))
         else:
-            features = (file_digest(sources.sae), config.sae.layer) if sources.sae else None
+            features = [read.identity() for read in sources.saes]
             quantised = model.load_in_4bit and teacher is policy
             numbers = (weights_digest(*source), features, model.policy_dtype, *([quantised] if quantised else []))
             for name, scored in records.items():

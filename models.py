@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from attention import mask_inputs
 from batch import Batch
 from head import token_statistics
-from sae import ResidualTap
+from sae import JointTap, MLPTap, ResidualTap
 from sharding import materialise
 from utils import UserError, local_path
 from weights import fill, open_weights, refuse_misfits, weight_files
@@ -136,7 +136,7 @@ def decoder_layers(model: PreTrainedModel, block_name: str | None = None) -> Seq
     count = model.config.get_text_config().num_hidden_layers
     stacks = {
         name: module
-        for name, module in model.base_model.named_modules()
+        for name, module in cast(nn.Module, model.get_decoder()).named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     }
     if len(stacks) != 1:
@@ -153,6 +153,43 @@ def recompute_activations(model: PreTrainedModel, which: bool | str) -> None:
     if which == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(COSTLY))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def feed_forward(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
+    """The MLP of a decoder layer, found by structure: the one part with a projection from `intermediate_size` back to
+    the residual stream.
+
+    Raises UserError where there is none (a mixture of experts has several), or more than one.
+    """
+    config = model.config.get_text_config()
+    down = (config.hidden_size, config.intermediate_size)
+    found = {
+        name: part
+        for name, part in layer.named_children()
+        if any(isinstance(m, nn.Linear) and (m.out_features, m.in_features) == down for m in part.modules())
+    }
+    if len(found) != 1:
+        raise UserError(
+            f"sae.hook=mlp: cannot tell the MLP of {type(model).__name__}'s layers (candidates: {list(found)}); "
+            "sae.hook=residual reads the residual stream"
+        )
+    return next(iter(found.values()))
+
+
+def make_tap(model: PreTrainedModel, places: Sequence[tuple[int, str]], block_name: str | None = None) -> ResidualTap:
+    """A tap at each (layer, "residual" or "mlp"), as one where there are several."""
+    layers = decoder_layers(model, block_name)
+    taps = [
+        MLPTap(layers[layer], feed_forward(model, layers[layer])) if hook == "mlp" else ResidualTap(layers[layer])
+        for layer, hook in places
+    ]
+    return taps[0] if len(taps) == 1 else JointTap(taps)
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without memory for its weights, to look at its structure."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -172,20 +209,6 @@ def fetch(source: str, patterns: list[str], setting: str) -> Path:
             f"{setting}: {source} is not a local path, and the Hub did not give it ({str(error).splitlines()[0]}). "
             f"If it is gated or private, run `hf auth login`; offline, point {setting} at a local copy."
         ) from error
-
-
-def fetch_file(source: str, setting: str) -> Path:
-    """A local file: `source` itself, or the file `<org>/<repository>/<path inside it>` of the Hub."""
-    if (local := local_path(source)).is_file():
-        return local
-    organisation, _, rest = source.partition("/")
-    repository, _, filename = rest.partition("/")
-    if not filename or source.startswith(("/", ".")):
-        raise UserError(f"{setting}={source}: no such file")
-    file = fetch(f"{organisation}/{repository}", [filename], setting) / filename
-    if not file.is_file():
-        raise UserError(f"{setting}={source}: {organisation}/{repository} has no file {filename}")
-    return file
 
 
 def load_config(directory: Path) -> PretrainedConfig:

@@ -18,7 +18,8 @@ import settings
 from batch import Batch, collate, micro_batches
 from head import CHUNK_ELEMENTS
 from models import decoder_layers, final_hidden_states
-from sae import ENCODE_ELEMENTS, load_sae
+from sae import ENCODE_ELEMENTS
+from sae_formats import load_sources
 from sharding import DTYPES
 from trainers import make_optimizer
 from utils import console
@@ -88,7 +89,8 @@ def make(config: DictConfig, parts: settings.Parts, sources: settings.Sources, r
     if "live_reference" in parts.binding.needs and not own.use_peft:
         plan.memory["live reference"] = whole * computes.itemsize / ranks
     if "sae" in parts.binding.needs:
-        plan.memory["SAE, and a chunk of its activations"] = sae_bytes(sources) + 3 * 4 * ENCODE_ELEMENTS
+        own_tensors = sum(tensor.nbytes for tensor in load_sources(sources.saes).buffers())
+        plan.memory["SAE, and a chunk of its activations"] = own_tensors + 3 * 4 * ENCODE_ELEMENTS
 
     kept = config.keep_states + 1  # one more while a new one is written
     state = trained * keeps.itemsize * (1 + optimizer_slots(config))
@@ -158,9 +160,3 @@ def kept_for_backward(model: PreTrainedModel, batch: Batch) -> float:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         final_hidden_states(model, batch)
     return float(sum(sizes.values()))
-
-
-def sae_bytes(sources: settings.Sources) -> float:
-    """Of an SAE kept in fp32."""
-    assert sources.sae is not None
-    return float(sum(tensor.nbytes for tensor in load_sae(sources.sae).buffers()))

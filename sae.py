@@ -1,32 +1,31 @@
-"""Sparse autoencoders: files, the tap that reads the residual stream, pooled features, and how far they drift.
+"""Sparse autoencoders: the one form they are all read into, taps, pooled features, and how far they drift.
 
-Shape letters: N tokens, S sequences, D width of the residual stream (`d_in`), F latents (`d_sae`), K latents that
-one sequence is compared on.
+`sae_formats.py` reads the files. Shape letters: N tokens, S sequences, D width of the vectors that are read (`d_in`),
+F latents (`d_sae`), K latents that one sequence is compared on.
 """
 
 import contextlib
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils import UserError, appears_whole, local_path
+from utils import UserError, local_path
 
 ENCODE_ELEMENTS = 1 << 24  # activations held at once while encoding: 64 MiB in fp32
 SHARE_FLOOR = 1e-6  # added to every share of the KL drift, so that a feature that went silent costs a finite amount
 
 
 class SAE(nn.Module):
-    """A frozen JumpReLU autoencoder (Rajamanoharan et al. 2024, 2407.14435), as Gemma Scope's are.
+    """A frozen autoencoder. JumpReLU (Rajamanoharan et al. 2024, 2407.14435) and, with `k`, TopK (Gao et al. 2024,
+    2406.04093): of each vector's features the k largest stay.
 
         features = relu(pre) * (pre > threshold),  pre = x @ W_enc + b_enc;   x' = features @ W_dec + b_dec
 
-    The tensors are buffers in fp32: nothing here is trained, and thresholds lie closer together than bf16 resolves.
+    A threshold of 0 is ReLU. The tensors are buffers in fp32: nothing here is trained, and thresholds lie closer
+    together than bf16 resolves.
     """
 
     W_enc: Tensor  # [D, F]
@@ -35,8 +34,11 @@ class SAE(nn.Module):
     b_dec: Tensor  # [D]
     threshold: Tensor  # [F]
 
-    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor) -> None:
+    def __init__(
+        self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor, k: int | None = None
+    ) -> None:
         super().__init__()
+        self.k = k
         self.register_buffer("W_enc", W_enc.detach().float())
         self.register_buffer("b_enc", b_enc.detach().float())
         self.register_buffer("W_dec", W_dec.detach().float())
@@ -51,58 +53,81 @@ class SAE(nn.Module):
     def d_sae(self) -> int:
         return self.W_enc.shape[1]
 
+    @property
+    def members(self) -> list["SAE"]:
+        """The autoencoders that it is made of (`JointSAE` has several), in the order of their features."""
+        return [self]
+
+    @property
+    def shares(self) -> list[float]:
+        """What each member's drift counts for; they sum to 1."""
+        return [1.0]
+
     def encode(self, x: Tensor) -> Tensor:
-        """Features [..., F] of residual vectors x [..., D], in fp32."""
-        return self._activate(x, self.W_enc, self.b_enc, self.threshold)
+        """Features [..., F] of vectors x [..., D], in fp32."""
+        features = self._jump_relu(x, self.W_enc, self.b_enc, self.threshold)
+        if self.k is None:
+            return features
+        kept = features.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(features).scatter(-1, kept.indices, kept.values)
 
     def decode(self, features: Tensor) -> Tensor:
-        """Residual vectors [..., D] from features [..., F]."""
+        """Vectors [..., D] from features [..., F]."""
         return features @ self.W_dec + self.b_dec
 
     def encode_latents(self, x: Tensor, latents: Tensor) -> Tensor:
-        """`encode(x)[:, latents]` [N, K] for x [N, D] and latents [K], computing only those columns."""
-        return self._activate(x, self.W_enc[:, latents], self.b_enc[latents], self.threshold[latents])
+        """`encode(x)[:, latents]` [N, K] for x [N, D] and latents [K], with gradient through those columns only."""
+        features = self._jump_relu(x, self.W_enc[:, latents], self.b_enc[latents], self.threshold[latents])
+        return features if self.k is None else features * self._stays(x, latents)
+
+    @torch.no_grad()
+    def _stays(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Whether each latent [N, K] is among the k largest of all F, in chunks as `pooled_features`."""
+        return torch.cat([self.encode(part)[:, latents] > 0 for part in x.split(max(1, ENCODE_ELEMENTS // self.d_sae))])
 
     @staticmethod
-    def _activate(x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
+    def _jump_relu(x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             pre = x.float() @ weight + bias
         return pre.relu() * (pre > threshold)
 
 
-GEMMA_SCOPE_ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+class JointSAE(SAE):
+    """Several autoencoders that read several places at once: their vectors, one after the other, make up D, their
+    features make up F. Drift is the mean of theirs, weighted."""
 
+    def __init__(self, members: Sequence[SAE], weights: Sequence[float]) -> None:
+        """`weights` are positive numbers; only their proportions matter."""
+        nn.Module.__init__(self)
+        self._members = nn.ModuleList(members)
+        self._shares = [weight / sum(weights) for weight in weights]
 
-def load_sae(path: Path) -> SAE:
-    """Read an SAE from a `params.npz` in Gemma Scope's layout: the arrays of `GEMMA_SCOPE_ARRAYS`.
+    @property
+    def members(self) -> list[SAE]:
+        return list(self._members)  # type: ignore[arg-type]
 
-    Raises UserError, naming the file, where it is not such a file: missing arrays, shapes that do not fit, values
-    that are not finite, or pickled objects (which are never loaded).
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable npz file of plain arrays ({error})") from error
-    missing = [name for name in GEMMA_SCOPE_ARRAYS if name not in arrays]
-    if missing:
-        raise UserError(f"{path}: lacks {', '.join(missing)}; it has {', '.join(arrays) or 'no array'}")
-    d_in, d_sae = arrays["W_dec"].shape[-1], arrays["b_enc"].size
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    for name, shape in {**shapes, "threshold": (d_sae,)}.items():
-        if arrays[name].shape != shape:
-            raise UserError(
-                f"{path}: {name} has shape {list(arrays[name].shape)} where {list(shape)} would fit the rest"
-            )
-        if not np.isfinite(arrays[name]).all():
-            raise UserError(f"{path}: {name} has values that are not finite")
-    return SAE(**{name: torch.from_numpy(arrays[name]) for name in GEMMA_SCOPE_ARRAYS})
+    @property
+    def shares(self) -> list[float]:
+        return self._shares
 
+    @property
+    def d_in(self) -> int:
+        return sum(member.d_in for member in self.members)
 
-def save_sae(sae: SAE, path: Path) -> None:
-    """Write `params.npz` in Gemma Scope's layout, whole or not at all."""
-    with appears_whole(path) as part, part.open("wb") as file:
-        np.savez(file, **{name: getattr(sae, name).numpy(force=True) for name in GEMMA_SCOPE_ARRAYS})
+    @property
+    def d_sae(self) -> int:
+        return sum(member.d_sae for member in self.members)
+
+    def encode(self, x: Tensor) -> Tensor:
+        vectors = x.split([member.d_in for member in self.members], dim=-1)
+        return torch.cat([member.encode(own) for member, own in zip(self.members, vectors)], dim=-1)
+
+    def decode(self, features: Tensor) -> Tensor:
+        parts = features.split([member.d_sae for member in self.members], dim=-1)
+        return torch.cat([member.decode(own) for member, own in zip(self.members, parts)], dim=-1)
+
+    def encode_latents(self, x: Tensor, latents: Tensor) -> Tensor:
+        return self.encode(x)[:, latents]
 
 
 class ResidualTap:
@@ -113,27 +138,66 @@ class ResidualTap:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self._residual: Tensor | None = None
+        self._read: Tensor | None = None
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Hook the layer for one forward pass. Closed before the backward pass, where activation checkpointing
+        """Hook the model for one forward pass. Closed before the backward pass, where activation checkpointing
         runs the layer once more: the tensor kept is the one the loss was computed from."""
-
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self._residual = output if isinstance(output, Tensor) else output[0]
-
-        handle = self.layer.register_forward_hook(keep)
+        handles = [module.register_forward_hook(self._keep) for module in self._hooked()]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def _hooked(self) -> list[nn.Module]:
+        return [self.layer]
+
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._read = output if isinstance(output, Tensor) else output[0]
 
     def take(self) -> Tensor:
-        """The residual stream [R, T, D] of the forward pass just read; the tap forgets it."""
-        assert self._residual is not None, "no forward pass went through the tapped layer"
-        residual, self._residual = self._residual, None
-        return residual
+        """The vectors [R, T, D] of the forward pass just read; the tap forgets them."""
+        assert self._read is not None, "no forward pass went through the tapped module"
+        read, self._read = self._read, None
+        return read
+
+
+class MLPTap(ResidualTap):
+    """Reads what one decoder layer's MLP adds to the residual stream.
+
+    That is the MLP's output, followed through the modules that the layer gives it to before it adds it: none in
+    Llama, a norm in Gemma 2 and 3, a dropout in GPT-NeoX.
+    """
+
+    def __init__(self, layer: nn.Module, mlp: nn.Module) -> None:
+        super().__init__(layer)
+        self.mlp = mlp
+
+    def _hooked(self) -> list[nn.Module]:
+        return list(self.layer.children())
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if module is self.mlp or (inputs and inputs[0] is self._read):
+            self._read = output
+
+
+class JointTap(ResidualTap):
+    """Reads several places in one forward pass, for a `JointSAE`."""
+
+    def __init__(self, taps: Sequence[ResidualTap]) -> None:
+        self.taps = taps
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for tap in self.taps:
+                stack.enter_context(tap.reading())
+            yield
+
+    def take(self) -> Tensor:
+        return torch.cat([tap.take() for tap in self.taps], dim=-1)
 
 
 @torch.no_grad()
@@ -215,29 +279,38 @@ def feature_drift(
 
     `residual` [M, D] of the policy with gradient, `lengths` [S], `reference` [S, F] pooled features. Which latents
     are compared is decided without gradient from all of them; only those at most 2k are then encoded with
-    gradient. `feature_weights` [F] scales the latents' terms one by one.
+    gradient. `feature_weights` [F] scales the latents' terms one by one. Of several autoencoders each is compared on
+    its own, and the drifts are averaged by their shares.
     """
     if not lengths:  # a batch of no records
         return residual.new_zeros(0)
-    latents, member = compared_latents(pooled_features(sae, residual, lengths), reference, k)
-    policy = selected_features(sae, residual, lengths, latents)
-    weight = member.float() if feature_weights is None else member * feature_weights[latents]
-    return DIVERGENCES[divergence](policy, reference.gather(1, latents), weight)
+    vectors = residual.split([member.d_in for member in sae.members], dim=1)
+    widths = [member.d_sae for member in sae.members]
+    scales = [None] * len(widths) if feature_weights is None else feature_weights.split(widths)
+    drifts = []
+    for member, x, before, scale in zip(sae.members, vectors, reference.split(widths, dim=1), scales):
+        latents, is_member = compared_latents(pooled_features(member, x, lengths), before, k)
+        policy = selected_features(member, x, lengths, latents)
+        weight = is_member.float() if scale is None else is_member * scale[latents]
+        drifts.append(DIVERGENCES[divergence](policy, before.gather(1, latents), weight))
+    return torch.stack([share * drift for share, drift in zip(sae.shares, drifts)]).sum(0)
 
 
-def drift_options(d_sae: int, *, divergence: str, k: int, feature_weights: Any = None) -> dict[str, Any]:
+def drift_options(sae: SAE, *, divergence: str, k: int, feature_weights: Any = None) -> dict[str, Any]:
     """The options of `feature_drift`, checked against the SAE's width, with the weights read into a tensor [F]."""
     if divergence not in DIVERGENCES:
         raise UserError(f"loss.divergence={divergence}: not one of {', '.join(DIVERGENCES)}")
-    if not 1 <= k <= d_sae:
-        raise UserError(f"loss.k={k}: has to be between 1 and the SAE's {d_sae} features")
-    return {"divergence": divergence, "k": k, "feature_weights": read_feature_weights(feature_weights, d_sae)}
+    smallest = min(member.d_sae for member in sae.members)
+    if not 1 <= k <= smallest:
+        raise UserError(f"loss.k={k}: has to be between 1 and the SAE's {smallest} features")
+    return {"divergence": divergence, "k": k, "feature_weights": read_feature_weights(feature_weights, sae.d_sae)}
 
 
 def read_feature_weights(source: Any, d_sae: int) -> Tensor | None:
     """Weights [F] from `loss.feature_weights`: null, a list of {index, weight}, or a JSON file with such a list.
 
-    Features not in the list keep weight 1. Raises UserError for anything else.
+    Features not in the list keep weight 1. Of several SAEs, the second one's features count on from the first one's.
+    Raises UserError for anything else.
     """
     if source is None:
         return None

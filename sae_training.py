@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from batch import PAD, Batch
 from models import decoder_layers, final_hidden_states, score
-from sae import SAE, ResidualTap, load_sae, save_sae
+from sae import SAE, ResidualTap
+from sae_formats import load_sae, save_sae
 from trainers import BasicTrainer, Means, Setup
 from utils import UserError
 from vocabulary import Binding

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ import dataloader
 import trainers
 from batch import LAYOUTS
 from checkpoint import flat
-from models import CONFIG_FILES, fetch, fetch_file, load_config
+from models import CONFIG_FILES, fetch, load_config
+from sae_formats import Source, find_sae, sections
 from sharding import DTYPES
 from utils import UserError, named_class, suggest
 from vocabulary import Binding, bind
@@ -53,12 +55,21 @@ class Parts:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a run's model, tokenizer and SAE are on this machine."""
+    """Where a run's model, tokenizer and SAEs are on this machine."""
 
     model: Path
     tokenizer: Path
     reference: Path
-    sae: Path | None
+    saes: list[Source]
+
+
+def spelled_out(argument: str) -> list[str]:
+    """A command's argument in Hydra's words: `++config.key=value` as HALOs' FAQ has it, and `sae=[a,b]`, where Hydra
+    would lay the second over the first."""
+    if several := re.fullmatch(r"sae=\[(.*)\]", argument):
+        names = [name.strip() for name in several[1].split(",")]
+        return ["~sae", *(f"+sae@sae.parts.{re.sub(r'[^a-zA-Z0-9]', '_', name)}={name}" for name in names)]
+    return [re.sub(r"^\+\+config\.", "++", argument)]
 
 
 def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = ("train",)) -> Parts:
@@ -103,7 +114,7 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
         binding = bind(trainer, loader.records, dict(config.loss))
         parts = Parts(trainer, loader, binding)
         trainer.check(config, binding)
-        if "sae" in binding.needs and config.get("sae") is None:
+        if "sae" in binding.needs and not sections(config):
             known = sorted(path.stem for path in (Path(__file__).parent / "config/sae").glob("*.yaml"))
             raise UserError(f"loss={config.loss.name} needs an SAE: sae={'|'.join(known)}, fitting the model")
     problems.tell()
@@ -136,12 +147,13 @@ def unknown_keys(overrides: Sequence[str], config_name: str = "config") -> list[
 
 
 def find_sources(config: DictConfig, needs: frozenset[str]) -> Sources:
-    """Find, or fetch from the Hub, all but the weights; check that the SAE's layer is one the model has.
+    """Find, or fetch from the Hub, all but the weights; check that the SAEs' layers are ones the model has.
 
     Raises UserError with all problems found.
     """
     problems, model = Problems(), config.model
-    found: dict[str, Path | None] = {"model": None, "tokenizer": None, "reference": None, "sae": None}
+    found: dict[str, Path | None] = {"model": None, "tokenizer": None, "reference": None}
+    saes: list[Source] = []
     wanted: dict[str, tuple[Callable[..., Path], str, str]] = {
         "model": (fetch, model.name_or_path, "model.name_or_path"),
         "tokenizer": (fetch, model.tokenizer_name_or_path or model.name_or_path, "model.tokenizer_name_or_path"),
@@ -154,8 +166,9 @@ def find_sources(config: DictConfig, needs: frozenset[str]) -> Sources:
             else:
                 found[name] = found["model"]
     if "sae" in needs:
-        with problems.collected():
-            found["sae"] = fetch_file(config.sae.path, "sae.path")
+        for where, section in sections(config).items():
+            with problems.collected():
+                saes.append(find_sae(section, where))
     if model.load_from is not None:
         with problems.collected():
             find_weights(model.load_from)
@@ -163,7 +176,8 @@ def find_sources(config: DictConfig, needs: frozenset[str]) -> Sources:
         with problems.collected():
             text = load_config(found["model"]).get_text_config()
             layers = text.num_hidden_layers
-            if "sae" in needs and not 0 <= config.sae.layer < layers:
-                raise UserError(f"sae.layer={config.sae.layer}: {model.name} has layers 0 to {layers - 1}")
+            for sae in saes:
+                there = f"{sae.where}.layer={sae.layer}: {model.name} has layers 0 to {layers - 1}"
+                problems.expect(0 <= sae.layer < layers, there)
     problems.tell()
-    return Sources(**found)  # type: ignore[arg-type]
+    return Sources(**found, saes=saes)  # type: ignore[arg-type]

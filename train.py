@@ -48,7 +48,7 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv = [argument.replace("++config.", "++", 1) for argument in sys.argv]  # as the line's FAQ spells it
+    sys.argv[1:] = [spelled for argument in sys.argv[1:] for spelled in settings.spelled_out(argument)]
     if {"-h", "--help"} & set(sys.argv):  # Hydra composes before it helps
         sys.argv[1:] = ["--help", "loss=fpo", "model=tiny"]
     main()

@@ -36,7 +36,8 @@ def build(folder: Path) -> int:
 
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    from sae import SAE, save_sae
+    from sae import SAE
+    from sae_formats import save_sae
 
     torch.manual_seed(0)
     config = Gemma2Config(

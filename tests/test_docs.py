@@ -77,6 +77,7 @@ def test_train_command_is_sound(arguments, monkeypatch):
     monkeypatch.chdir(REPO)
     if any("../shared/data" in argument for argument in arguments) and not DATA.is_dir():
         pytest.skip(f"{DATA} is not there")
+    arguments = [spelled for argument in arguments for spelled in settings.spelled_out(argument)]
     settings.check(compose("config", overrides=arguments), arguments)
 
 

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import collate, pairs, random_sae, tiny_gemma
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sae as saes
-from models import decoder_layers, final_hidden_states, score
-from sae import ResidualTap, compared_latents, feature_drift, load_sae, pooled_features, save_sae
+from models import decoder_layers, final_hidden_states, make_tap, score
+from sae import ResidualTap, compared_latents, feature_drift, pooled_features
+from sae_formats import GEMMA_SCOPE_ARRAYS, load_sae, save_sae
 from utils import UserError
 
 
@@ -15,7 +18,7 @@ def test_round_trip_through_gemma_scopes_layout(tmp_path):
     original = random_sae()
     save_sae(original, tmp_path / "layer_1" / "params.npz")
     read = load_sae(tmp_path / "layer_1" / "params.npz")
-    for name in saes.GEMMA_SCOPE_ARRAYS:
+    for name in GEMMA_SCOPE_ARRAYS:
         assert torch.equal(getattr(read, name), getattr(original, name))
     assert not list(read.parameters())  # nothing an optimiser could train
 
@@ -25,7 +28,7 @@ def test_agrees_with_saelens():
     ours = random_sae(d_in=16, d_sae=40)
     theirs = lens.JumpReLUSAE(lens.JumpReLUSAEConfig(d_in=16, d_sae=40, dtype="float32", apply_b_dec_to_input=False))
     with torch.no_grad():
-        for name in saes.GEMMA_SCOPE_ARRAYS:
+        for name in GEMMA_SCOPE_ARRAYS:
             getattr(theirs, name).copy_(getattr(ours, name))
     x = torch.randn(100, 16)
     features = ours.encode(x)
@@ -44,7 +47,7 @@ def test_agrees_with_saelens():
     ],
 )
 def test_damaged_files_are_named(tmp_path, change, message):
-    arrays = {name: getattr(random_sae(), name).numpy().copy() for name in saes.GEMMA_SCOPE_ARRAYS}
+    arrays = {name: getattr(random_sae(), name).numpy().copy() for name in GEMMA_SCOPE_ARRAYS}
     change(arrays)
     np.savez(tmp_path / "params.npz", **arrays)
     with pytest.raises(UserError, match=message) as error:
@@ -132,8 +135,9 @@ def dense_drift(sae, residual, lengths, reference, divergence, k):
 
 @pytest.mark.parametrize("divergence", ["kl", "mse"])
 @pytest.mark.parametrize("k", [3, 10])
-def test_sparse_drift_equals_the_dense_formula_in_value_and_gradient(divergence, k):
-    sae, lengths = random_sae(), [4, 7, 2]
+@pytest.mark.parametrize("active", [None, 5], ids=["JumpReLU", "TopK"])
+def test_sparse_drift_equals_the_dense_formula_in_value_and_gradient(divergence, k, active):
+    sae, lengths = saes.SAE(**dict(random_sae().named_buffers()), k=active), [4, 7, 2]
     residual = torch.randn(13, 32, requires_grad=True)
     reference = pooled_features(sae, torch.randn(13, 32), lengths)
     sparse = feature_drift(sae, residual, lengths, reference, divergence=divergence, k=k)
@@ -143,6 +147,38 @@ def test_sparse_drift_equals_the_dense_formula_in_value_and_gradient(divergence,
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sparse_gradient, dense_gradient, rtol=1e-3, atol=1e-5)
     assert sparse_gradient.abs().sum() > 0
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that anything inside makes."""
+
+    def __enter__(self):
+        self.elements = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("k", [None, 30])
+def test_the_activations_of_all_tokens_never_exist(k, monkeypatch):
+    """Forward and backward: chunks of 7 tokens, the vectors themselves, and the selected columns."""
+    jump = random_sae(d_sae=480)
+    sae, lengths = saes.SAE(**dict(jump.named_buffers()), k=k), [150, 50]
+    residual = torch.randn(200, 32, requires_grad=True)
+    reference = pooled_features(sae, torch.randn(200, 32), lengths)
+    monkeypatch.setattr(saes, "ENCODE_ELEMENTS", 7 * 480)
+    with Largest() as sparse:
+        drift = feature_drift(sae, residual, lengths, reference, divergence="kl", k=8)
+        drift.sum().backward()
+    assert sparse.elements <= 200 * 32
+    with Largest() as dense:
+        dense_drift(sae, residual, lengths, reference, "kl", 8).sum().backward()
+    assert dense.elements >= 150 * 480
 
 
 @pytest.mark.parametrize("divergence", ["kl", "mse"])
@@ -178,12 +214,13 @@ def test_feature_weights_are_read_and_checked(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
-def test_gradient_through_the_tap_is_the_same_with_activation_checkpointing():
+@pytest.mark.parametrize("hook", ["residual", "mlp"])
+def test_gradient_through_the_tap_is_the_same_with_activation_checkpointing(hook):
     def gradients(checkpointing):
         model, sae, batch = tiny_gemma(), random_sae(), collate(pairs())
         if checkpointing:  # the layers run again in the backward pass, and any hook with them
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        scores = score(model.train(), batch, ResidualTap(decoder_layers(model)[1]))
+        scores = score(model.train(), batch, make_tap(model, [(1, hook)]))
         reference = torch.zeros(batch.num_sequences, sae.d_sae)
         drift = feature_drift(sae, scores.residual, batch.content_lengths, reference, divergence="mse", k=8)
         drift.sum().backward()

@@ -1,0 +1,614 @@
+"""Public SAE formats: finding a file, telling its format, and folding what it holds into the one form of `sae.SAE`.
+
+A format is an entry of `FORMATS`: the files it has, where they say the SAE reads, and how their tensors become an SAE.
+What a format can say and an `SAE` cannot compute exactly is refused by name. No file can run code: npz without pickle,
+safetensors, `torch.load(weights_only=True)`.
+
+Shape letters: D width of the vectors that are read, F latents.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from torch import Tensor
+
+from models import fetch
+from sae import SAE, JointSAE
+from utils import UserError, appears_whole, console, file_digest, local_path, suggest
+
+HOOKS = ("residual", "mlp")
+Place = tuple[int | None, str | None]  # the layer and the hook that a file says it reads; None: it does not say
+SECTION: dict[str, Any] = {"name": None, "path": None, "format": "auto", "layer": None, "hook": None, "weight": 1.0}
+
+
+# --------------------------------------------------------------------------------------------- what a file holds
+
+
+class Arrays:
+    """The tensors of one file, taken by name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.tensors = read_tensors(path)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            RuntimeError,
+            zipfile.BadZipFile,
+            SafetensorError,
+            pickle.UnpicklingError,
+        ) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: not a readable {path.suffix[1:]} file of plain arrays ({reason})") from error
+        self.unread = set(self.tensors)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor of that name in fp32. Raises UserError where it is missing, misshapen or not finite."""
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: lacks {name}; it has {', '.join(self.tensors) or 'no array'}")
+        self.unread.discard(name)
+        tensor = self.tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise UserError(
+                f"{self.path}: {name} has shape {list(tensor.shape)} where {list(shape)} would fit the rest"
+            )
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{self.path}: {name} has values that are not finite")
+        return tensor.float()
+
+    def length(self, name: str) -> int:
+        """The length of a vector, for formats whose sizes stand nowhere else."""
+        return len(self.take(name, self.tensors[name].numel() if name in self.tensors else 0))
+
+    def refuse(self, name: str, why: str) -> None:
+        if name in self.tensors:
+            raise UserError(f"{self.path}: has {name}: {why}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise TypeError(f"it holds a {type(state).__name__}, not tensors by name")
+    return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in state.items()}
+
+
+class Fields:
+    """The JSON file beside the weights; nothing, where a format has none."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        try:
+            self.values = json.loads(path.read_text()) if path else {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+        if not isinstance(self.values, dict):
+            raise UserError(f"{path}: is not a JSON object")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value at `outer.inner`, or the default where it is absent or null."""
+        value: Any = self.values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return default if value is None else value
+
+    def number(self, key: str) -> Any:
+        """The positive number at `outer.inner`. Raises UserError where there is none."""
+        value = self.get(key)
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise UserError(f"{self.path}: {key}={value}, where a positive number has to be")
+        return value
+
+    def expect(self, key: str, default: Any, *supported: Any) -> Any:
+        """The value at `outer.inner`. Raises UserError where it is none that can be folded exactly."""
+        value = self.get(key, default)
+        if value not in supported:
+            known = ", ".join(map(str, supported))
+            raise UserError(f"{self.path}: {key}={value} cannot be folded exactly into what is computed here ({known})")
+        return value
+
+
+# --------------------------------------------------------------------------------------------------------- folding
+
+
+def autoencoder(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    *,
+    threshold: Tensor | float = 0.0,
+    k: int | None = None,
+    centred: bool = False,
+    by_norm: bool = False,
+) -> SAE:
+    """An SAE from W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and a threshold, [F] or one for all.
+
+    `centred`: b_dec is taken from the input first, (x - b_dec) @ W_enc = x @ W_enc - b_dec @ W_enc. `by_norm`: features
+    are counted in units of their decoder row, so rows become unit vectors and pre-activations and threshold grow.
+    """
+    limit = torch.as_tensor(threshold, dtype=torch.float32).expand_as(b_enc)
+    if centred:
+        b_enc = (b_enc.double() - b_dec.double() @ W_enc.double()).float()
+    if by_norm:
+        norm = W_dec.norm(dim=1)
+        W_enc, b_enc, limit = W_enc * norm, b_enc * norm, limit * norm
+        W_dec = W_dec / norm.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    return SAE(W_enc.contiguous(), b_enc, W_dec.contiguous(), b_dec, limit.clone(), k)
+
+
+def gated(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A gated encoder (Rajamanoharan et al. 2024, 2404.16014) as the W_enc, b_enc and threshold of a JumpReLU.
+
+    (u + b_gate > 0) * relu(e^r u + b_mag) with u = x @ W_enc: the gate opens where e^r u + b_mag > b_mag - e^r b_gate.
+    """
+    scale = r_mag.exp()
+    return W_enc * scale, b_mag, b_mag - scale * b_gate
+
+
+# --------------------------------------------------------------------------------------------------------- formats
+
+
+def jump_relu(arrays: Arrays, W_enc: str, W_dec: str) -> SAE:
+    """Gemma Scope's arrays, with its two names for the matrices."""
+    d, f = arrays.length("b_dec"), arrays.length("b_enc")
+    return autoencoder(
+        arrays.take(W_enc, d, f),
+        arrays.take("b_enc", f),
+        arrays.take(W_dec, f, d),
+        arrays.take("b_dec", d),
+        threshold=arrays.take("threshold", f),
+    )
+
+
+def gemma_scope(arrays: Arrays, _: Fields) -> SAE:
+    return jump_relu(arrays, "W_enc", "W_dec")
+
+
+def gemma_scope_place(path: Path, _: Fields) -> Place:
+    layer = re.search(r"layer_(\d+)/width_\w+/average_l0_\w+/[^/]+$", path.as_posix())
+    site = re.search(r"gemma-scope-\w+-\w+-(res|mlp|att)/", path.as_posix())
+    embedding = re.search(r"/embedding/width_\w+/average_l0_\w+/[^/]+$", path.as_posix())
+    if embedding or (site and site[1] == "att"):
+        raise UserError(
+            f"{path}: reads embeddings or attention heads; SAEs are read after blocks or at their MLP's output"
+        )
+    return int(layer[1]) if layer else None, {"res": "residual", "mlp": "mlp"}[site[1]] if site else None
+
+
+def gemma_scope_2(arrays: Arrays, fields: Fields) -> SAE:
+    arrays.refuse("affine_skip_connection", "a transcoder, not an autoencoder")
+    sae = jump_relu(arrays, "w_enc", "w_dec")
+    if fields.get("width", sae.d_sae) != sae.d_sae:
+        raise UserError(f"{fields.path}: width={fields.get('width')}, but {arrays.path} has {sae.d_sae} features")
+    return sae
+
+
+def gemma_scope_2_place(path: Path, fields: Fields) -> Place:
+    fields.expect("type", "sae", "sae")
+    fields.expect("architecture", "jump_relu", "jump_relu")
+    fields.expect("affine_connection", False, False)
+    if point := fields.get("hf_hook_point_in"):
+        return hooked(point, path)
+    name = re.search(r"(\w+)/layer_(\d+)_width_\w+/[^/]+$", path.as_posix())
+    if not name:
+        return None, None
+    site = name[1].removesuffix("_all")
+    if site not in ("resid_post", "mlp_out"):
+        raise UserError(f"{path}: a {site}; SAEs are read at resid_post and mlp_out")
+    return int(name[2]), {"resid_post": "residual", "mlp_out": "mlp"}[site]
+
+
+def llama_scope(arrays: Arrays, fields: Fields) -> SAE:
+    """As OpenMOSS loads it: the thresholds are of pre-activations on raw vectors, in units of the decoder's rows."""
+    W_enc, b_enc, W_dec, b_dec, threshold, s_in, s_out = llama_scope_tensors(arrays, fields)
+    sae = autoencoder(W_enc, b_enc / s_in, W_dec * (s_in / s_out), b_dec / s_out, by_norm=True)
+    sae.threshold.fill_(threshold)
+    return sae
+
+
+def llama_scope_saelens(arrays: Arrays, fields: Fields) -> SAE:
+    """As SAELens loads it and folds its scale in: inputs and thresholds scaled, the decoder's norm left alone."""
+    W_enc, b_enc, W_dec, b_dec, threshold, s_in, _ = llama_scope_tensors(arrays, fields)
+    return autoencoder(W_enc * s_in, b_enc, W_dec / s_in, b_dec / s_in, threshold=threshold * s_in)
+
+
+def llama_scope_tensors(arrays: Arrays, fields: Fields) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float, float]:
+    """W_enc, b_enc, W_dec, b_dec, the threshold, and what vectors are scaled by on the way in and out."""
+    fields.expect("act_fn", "jumprelu", "jumprelu")
+    fields.expect("norm_activation", "dataset-wise", "dataset-wise")
+    fields.expect("sparsity_include_decoder_norm", True, True)
+    fields.expect("apply_decoder_bias_to_pre_encoder", False, False)
+    fields.expect("use_decoder_bias", True, True)
+    fields.expect("use_glu_encoder", False, False)
+    d, f = fields.number("d_model"), fields.number("d_sae")
+    return (
+        arrays.take("encoder.weight", f, d).T,
+        arrays.take("encoder.bias", f),
+        arrays.take("decoder.weight", d, f).T,
+        arrays.take("decoder.bias", d),
+        fields.number("jump_relu_threshold"),
+        d**0.5 / fields.number("dataset_average_activation_norm.in"),
+        d**0.5 / fields.number("dataset_average_activation_norm.out"),
+    )
+
+
+def llama_scope_place(path: Path, fields: Fields) -> Place:
+    point = fields.get("hook_point_in", "")
+    if fields.get("hook_point_out", point) != point:
+        raise UserError(f"{fields.path}: from {point} to {fields.get('hook_point_out')}: a transcoder, not an SAE")
+    return hooked(point, path) if point else (None, None)
+
+
+def sparsify(arrays: Arrays, fields: Fields) -> SAE:
+    arrays.refuse("W_skip", "a transcoder, not an autoencoder")
+    fields.expect("activation", "topk", "topk")
+    fields.expect("signed", False, False)
+    fields.expect("transcode", False, False)
+    fields.expect("skip_connection", False, False)
+    d = fields.number("d_in")
+    f = fields.get("num_latents") or d * fields.number("expansion_factor")
+    return autoencoder(
+        arrays.take("encoder.weight", f, d).T,
+        arrays.take("encoder.bias", f),
+        arrays.take("W_dec", f, d),
+        arrays.take("b_dec", d),
+        k=int(fields.number("k")),
+        centred=True,
+    )
+
+
+def sparsify_place(path: Path, _: Fields) -> Place:
+    return hooked(path.parent.name, path) if path.parent.name.startswith("layers.") else (None, None)
+
+
+def saelens(arrays: Arrays, fields: Fields) -> SAE:
+    arrays.refuse("W_skip", "a transcoder, not an autoencoder")
+    normalised = fields.get("normalize_activations", "none")
+    if normalised in (True, "expected_average_only_in"):
+        raise UserError(
+            f"{fields.path}: normalize_activations={normalised}: made for vectors scaled by a number that is not in "
+            "the file; fold it in with SAELens (fold_activation_norm_scaling_factor) and save again"
+        )
+    fields.expect("normalize_activations", "none", "none", False)
+    fields.expect("reshape_activations", "none", "none")
+    fields.expect("finetuning_scaling_factor", False, False)
+    for key in ("model_from_pretrained_kwargs", "metadata.model_from_pretrained_kwargs"):
+        fields.expect(f"{key}.center_writing_weights", False, False)
+    if "scaling_factor" in arrays.tensors and (arrays.tensors["scaling_factor"] != 1).any():
+        raise UserError(f"{arrays.path}: has a scaling_factor that is not 1")
+    # Before version 6 the activation stands beside the architecture, and makes a standard one a TopK.
+    activation = fields.expect("activation_fn", fields.get("activation_fn_str", "relu"), "relu", "topk")
+    architecture = "topk" if activation == "topk" else fields.get("architecture", "standard")
+    if architecture not in ("standard", "gated", "jumprelu", "topk"):
+        hint = "; save_inference_model writes it as jumprelu" if "batchtopk" in architecture else ""
+        raise UserError(f"{fields.path}: architecture={architecture}: not standard, gated, jumprelu or topk{hint}")
+    d, f = fields.number("d_in"), fields.number("d_sae")
+    W_enc = arrays.take("W_enc", d, f)
+    threshold: Tensor | float = 0.0
+    if architecture == "gated":
+        W_enc, b_enc, threshold = gated(W_enc, *(arrays.take(name, f) for name in ("b_gate", "b_mag", "r_mag")))
+    else:
+        b_enc = arrays.take("b_enc", f)
+    if architecture == "jumprelu":
+        threshold = arrays.take("threshold", f)
+    options = {}
+    if architecture == "topk":
+        key = "k" if "k" in fields.values else "activation_fn_kwargs.k"
+        options = {"k": int(fields.number(key)), "by_norm": fields.get("rescale_acts_by_decoder_norm", False)}
+    return autoencoder(
+        W_enc,
+        b_enc,
+        arrays.take("W_dec", f, d),
+        arrays.take("b_dec", d),
+        threshold=threshold,
+        centred=fields.get("apply_b_dec_to_input", True),
+        **options,
+    )
+
+
+def saelens_place(path: Path, fields: Fields) -> Place:
+    keys = ("metadata.hook_name", "hook_name", "hook_point")
+    names = [name for key in keys if (name := fields.get(key))]
+    return hooked(names[0], path) if names else (None, None)
+
+
+def qwen_scope(arrays: Arrays, fields: Fields) -> SAE:
+    fields.expect("model_type", "topk_sae", "topk_sae")
+    d, f = fields.number("d_model"), fields.number("d_sae")
+    return autoencoder(
+        arrays.take("W_enc", f, d).T,
+        arrays.take("b_enc", f),
+        arrays.take("W_dec", d, f).T,
+        arrays.take("b_dec", d),
+        k=int(fields.number("k")),
+    )
+
+
+def qwen_scope_place(path: Path, fields: Fields) -> Place:
+    fields.expect("hook_point", "resid_post", "resid_post")
+    layer = re.search(r"layer(\d+)\.sae\.pt$", path.name)
+    return int(layer[1]) if layer else None, "residual"
+
+
+def dictionary_learning(arrays: Arrays, fields: Fields) -> SAE:
+    """By the class that its config names; what `encode` and `decode` of that class compute."""
+    d, f = fields.number("trainer.activation_dim"), fields.number("trainer.dict_size")
+    kind = fields.expect(
+        "trainer.dict_class",
+        None,
+        "AutoEncoder",
+        "AutoEncoderNew",
+        "AutoEncoderTopK",
+        "BatchTopKSAE",
+        "GatedAutoEncoder",
+        "JumpReluAutoEncoder",
+        "MatryoshkaBatchTopKSAE",
+    )
+    if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
+        W_enc, W_dec, b_enc = arrays.take("W_enc", d, f), arrays.take("W_dec", f, d), arrays.take("b_enc", f)
+        b_dec = arrays.take("b_dec", d)
+        if kind == "JumpReluAutoEncoder":
+            return autoencoder(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold", f), by_norm=True)
+        return autoencoder(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold"), centred=True)
+    W_enc, W_dec = arrays.take("encoder.weight", f, d).T, arrays.take("decoder.weight", d, f).T
+    if kind == "GatedAutoEncoder":
+        biases = (arrays.take(name, f) for name in ("gate_bias", "mag_bias", "r_mag"))
+        W_enc, b_enc, threshold = gated(W_enc, *biases)
+        b_dec = arrays.take("decoder_bias", d)
+        return autoencoder(W_enc, b_enc, W_dec, b_dec, threshold=threshold, centred=True, by_norm=True)
+    b_enc = arrays.take("encoder.bias", f)
+    if kind == "AutoEncoderNew":
+        return autoencoder(W_enc, b_enc, W_dec, arrays.take("decoder.bias", d))
+    if kind == "AutoEncoder":
+        return autoencoder(W_enc, b_enc, W_dec, arrays.take("bias", d), centred=True)
+    b_dec = arrays.take("b_dec", d)
+    if kind == "AutoEncoderTopK":
+        return autoencoder(W_enc, b_enc, W_dec, b_dec, k=int(arrays.take("k")), centred=True)
+    return autoencoder(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold"), centred=True)
+
+
+def dictionary_learning_place(_: Path, fields: Fields) -> Place:
+    module = str(fields.get("trainer.submodule_name", "resid_post"))
+    if not module.startswith("resid_post"):
+        raise UserError(f"{fields.path}: trainer.submodule_name={module}: not resid_post, where this format is read")
+    return fields.get("trainer.layer"), "residual"
+
+
+def hooked(point: str, source: Path) -> Place:
+    """The layer and hook of a TransformerLens or module name. Raises UserError where no SAE is read there."""
+    patterns = {
+        r"blocks\.(\d+)\.hook_resid_post": (0, "residual"),
+        r"blocks\.(\d+)\.hook_resid_pre": (-1, "residual"),  # what the block before it gave
+        r"blocks\.(\d+)\.hook_mlp_out": (0, "mlp"),
+        r"(?:model\.)?layers\.(\d+)(?:\.output)?": (0, "residual"),
+        r"(?:model\.)?layers\.(\d+)\.mlp(?:\.output)?": (0, "mlp"),
+        r"(?:model\.)?layers\.(\d+)\.post_feedforward_layernorm\.output": (0, "mlp"),
+    }
+    for pattern, (shift, hook) in patterns.items():
+        found = re.fullmatch(pattern, point)
+        if found and int(found[1]) + shift >= 0:
+            return int(found[1]) + shift, hook
+    raise UserError(f"{source}: reads {point}; SAEs are read after blocks or at their MLP's output")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one format is laid out in a directory, and read."""
+
+    weights: str  # the file with the weights, as a glob
+    config: str | None  # the JSON file beside it
+    read: Callable[[Arrays, Fields], SAE]
+    place: Callable[[Path, Fields], Place]
+    config_optional: bool = False
+    by_name_only: bool = False  # never recognised, only asked for
+
+
+FORMATS = {
+    "gemma_scope": Format("params.npz", None, gemma_scope, gemma_scope_place),
+    "gemma_scope_2": Format(
+        "params.safetensors", "config.json", gemma_scope_2, gemma_scope_2_place, config_optional=True
+    ),
+    "llama_scope": Format("checkpoints/final.safetensors", "hyperparams.json", llama_scope, llama_scope_place),
+    "llama_scope_saelens": Format(
+        "checkpoints/final.safetensors", "hyperparams.json", llama_scope_saelens, llama_scope_place, by_name_only=True
+    ),
+    "sparsify": Format("sae.safetensors", "cfg.json", sparsify, sparsify_place),
+    "saelens": Format("sae_weights.safetensors", "cfg.json", saelens, saelens_place),
+    "qwen_scope": Format("layer*.sae.pt", "config.json", qwen_scope, qwen_scope_place),
+    "dictionary_learning": Format("ae.pt", "config.json", dictionary_learning, dictionary_learning_place),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- finding
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one SAE on this machine, and their format."""
+
+    format: str
+    weights: Path
+    config: Path | None
+
+    def fields(self) -> Fields:
+        return Fields(self.config)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An SAE that the configuration asks for, found: its files and where it reads."""
+
+    where: str  # the section of the configuration
+    files: Files
+    layer: int
+    hook: str
+    weight: float
+
+    @property
+    def path(self) -> Path:
+        return self.files.weights
+
+    def identity(self) -> list[Any]:
+        """What its features depend on, for a fingerprint."""
+        digests = [file_digest(path) for path in (self.files.weights, self.files.config) if path]
+        return [self.files.format, *digests, self.layer, self.hook]
+
+
+def sections(config: DictConfig) -> dict[str, dict[str, Any]]:
+    """The SAEs that the configuration asks for, by where it does: `sae` itself, or each of `sae.parts`; none is empty.
+
+    Raises UserError for a key that no SAE has, and where it asks for one and for several.
+    """
+    section: dict[str, Any] = OmegaConf.to_container(config.get("sae") or OmegaConf.create(), resolve=True)  # type: ignore[assignment]
+    parts = section.pop("parts", None) or {}
+    if parts and section.get("path"):
+        raise UserError("sae.path and sae.parts: one SAE or several? ~sae takes the one that comes with the model out")
+    found = {f"sae.parts.{name}": part for name, part in parts.items()} or {"sae": section}
+    for where, part in found.items():
+        for key in part:
+            if key not in SECTION:
+                raise UserError(f"{where}.{key} is read by nothing{suggest(key, SECTION)}; keys: {', '.join(SECTION)}")
+        if parts and not part.get("path"):
+            raise UserError(f"{where}.path is missing: a file or directory, or organisation/repository/path on the Hub")
+    return {where: {**SECTION, **part} for where, part in found.items() if part.get("path")}
+
+
+def find_sae(section: Mapping[str, Any], where: str) -> Source:
+    """Find, or fetch from the Hub, the SAE that a section of the configuration asks for, and where it reads.
+
+    Raises UserError where its files are not there or not of one format, where neither they nor the section say which
+    layer it reads, and where they disagree.
+    """
+    for key, known in (("format", ("auto", *FORMATS)), ("hook", (None, *HOOKS))):
+        if section[key] not in known:
+            names = [name for name in known if name]
+            hint = suggest(str(section[key]), names)
+            raise UserError(f"{where}.{key}={section[key]}: not one of {', '.join(names)}{hint}")
+    if not isinstance(section["weight"], int | float) or not 0 < section["weight"] < float("inf"):
+        raise UserError(f"{where}.weight={section['weight']}: has to be a number above 0")
+    files = recognise(fetch_sae(section["path"], f"{where}.path"), section["format"])
+    said = dict(zip(("layer", "hook"), FORMATS[files.format].place(files.weights, files.fields())))
+    for key, value in said.items():
+        if value is not None and section[key] not in (None, value):
+            raise UserError(
+                f"{where}.{key}={section[key]}, but {files.weights} says {value}; {where}.{key}=null reads it there"
+            )
+    layer = said["layer"] if section["layer"] is None else section["layer"]
+    if not isinstance(layer, int):
+        raise UserError(f"{where}.layer={layer}: set it to the layer whose output is read, from 0; the file says none")
+    return Source(where, files, layer, section["hook"] or said["hook"] or "residual", section["weight"])  # type: ignore[arg-type]
+
+
+def fetch_sae(source: str, setting: str) -> Path:
+    """A local file or directory: `source` itself, or `organisation/repository/path` of the Hub, with the files that an
+    SAE there may consist of."""
+    if (local := local_path(source)).exists():
+        return local
+    organisation, *rest = source.rstrip("/").split("/")
+    if not rest or source.startswith(("/", ".", "~")):
+        raise UserError(f"{setting}={source}: no such file or directory")
+    repository, *inside = rest
+    patterns = ["/".join(inside)] if inside else []
+    for form in FORMATS.values():
+        folder = inside
+        if inside and fnmatch(inside[-1], Path(form.weights).name):
+            folder = inside[: -len(Path(form.weights).parts)]
+        elif "*" not in form.weights:
+            patterns.append("/".join([*folder, form.weights]))
+        if form.config:
+            patterns.append("/".join([*folder, form.config]))
+    found = fetch(f"{organisation}/{repository}", sorted(set(patterns)), setting).joinpath(*inside)
+    if not found.exists():
+        raise UserError(f"{setting}={source}: {organisation}/{repository} has no {'/'.join(inside)}")
+    return found
+
+
+def recognise(path: Path, format: str = "auto") -> Files:
+    """The files of the SAE at `path`, a file with weights or the directory that holds one, by their names.
+
+    Raises UserError where they are of no known format or of several, or where one is missing.
+    """
+    fitting = {}
+    for name, form in FORMATS.items():
+        if format == name or (format == "auto" and not form.by_name_only):
+            if path.is_dir():
+                fitting[name] = sorted(path.glob(form.weights))
+            else:
+                fitting[name] = [path] if format == name or fnmatch(path.name, Path(form.weights).name) else []
+    found = {name: weights for name, weights in fitting.items() if weights}
+    if len(found) != 1:
+        layouts = "; ".join(f"{n}: {' and '.join(filter(None, (f.weights, f.config)))}" for n, f in FORMATS.items())
+        what = f"could be {' or '.join(found)}: set sae.format" if found else "no SAE of a known layout"
+        raise UserError(f"{path}: {what} ({layouts})")
+    ((name, weights),) = found.items()
+    if len(weights) > 1:
+        raise UserError(f"{path}: has {len(weights)} files of {name}: name one, such as {weights[0]}")
+    form = FORMATS[name]
+    depth = len(Path(form.weights).parts)
+    config = weights[0].parents[depth - 1] / form.config if form.config and len(weights[0].parents) >= depth else None
+    if config and not config.is_file():
+        if not form.config_optional:
+            raise UserError(f"{weights[0]}: {name} has {form.config} beside it, and {config} is not there")
+        config = None
+    return Files(name, weights[0], config)
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def read_files(files: Files) -> SAE:
+    """Raises UserError, naming the file, for arrays that are missing, misshapen or not finite, pickled objects, and
+    whatever cannot be folded exactly."""
+    arrays = Arrays(files.weights)
+    sae = FORMATS[files.format].read(arrays, files.fields())
+    if sae.k is not None and not 1 <= sae.k <= sae.d_sae:
+        raise UserError(f"{files.weights}: k={sae.k} of {sae.d_sae} features")
+    unread = f"; not used: {', '.join(sorted(arrays.unread))}" if arrays.unread else ""
+    kind = f"TopK {sae.k}" if sae.k else "JumpReLU" if sae.threshold.any() else "ReLU"
+    console.print(f"SAE: {files.weights} is {files.format}, {kind}, {sae.d_in} to {sae.d_sae:,} features{unread}")
+    return sae
+
+
+def load_sae(path: Path, format: str = "auto") -> SAE:
+    """Read the SAE at `path`, a file with weights or the directory that holds one."""
+    return read_files(recognise(path, format))
+
+
+def load_sources(sources: Sequence[Source]) -> SAE:
+    """Read the SAEs of a run, as one where there are several."""
+    members = []
+    for source in sources:
+        members.append(read_files(source.files))
+        console.print(f"  read at layer {source.layer}, {source.hook}")
+    return members[0] if len(members) == 1 else JointSAE(members, [source.weight for source in sources])
+
+
+GEMMA_SCOPE_ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+
+
+def save_sae(sae: SAE, path: Path) -> None:
+    """Write `params.npz` in Gemma Scope's layout, whole or not at all."""
+    assert sae.k is None, "Gemma Scope's layout has no TopK"
+    with appears_whole(path) as part, part.open("wb") as file:
+        np.savez(file, **{name: getattr(sae, name).numpy(force=True) for name in GEMMA_SCOPE_ARRAYS})
