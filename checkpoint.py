@@ -144,7 +144,7 @@ class Run:
         target = self.states / f"step-{place['step']:09d}"
         part = parallel.from_rank_zero(lambda: new_part(target))
         writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-        tensors = trained_tensors(module) | optimizer_tensors(module, optimizer)
+        tensors = trained_tensors(module) | own_buffers(module) | optimizer_tensors(module, optimizer)
         tensors["random_state"] = torch.get_rng_state()
         written = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
         assert isinstance(written, Future)
@@ -191,10 +191,11 @@ class Run:
         reader = HuggingFaceStorageReader(str(folder))
         found: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
         sizes = {name: tensor.size for name, tensor in found.items()}
-        trained = trained_tensors(module)
+        trained, buffers = trained_tensors(module), own_buffers(module)
         random_state = torch.zeros(sizes.pop("random_state"), dtype=torch.uint8)
-        optimiser = {name: like(trained, name, size) for name, size in sizes.items() if name not in trained}
-        dcp.load({**trained, **optimiser, "random_state": random_state}, storage_reader=reader)
+        rest = sizes.keys() - trained.keys() - buffers.keys()
+        optimiser = {name: like(trained, name, sizes[name]) for name in rest}
+        dcp.load({**trained, **buffers, **optimiser, "random_state": random_state}, storage_reader=reader)
         torch.set_rng_state(random_state)
         state: dict[int, dict[str, Tensor]] = {}
         numbers = {name: number for number, name in enumerate(trained)}
@@ -273,6 +274,12 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What is trained, by name, as this rank's slices; writing to them changes the module."""
     reshard(module)
     return {f"model.{name}": p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """What else the module's state holds, such as running means."""
+    kept = module.state_dict(keep_vars=True)
+    return {f"buffer.{name}": buffer for name, buffer in module.named_buffers() if name in kept}
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
