@@ -230,18 +230,22 @@ def launch(count: int) -> int:
     return max(code if code >= 0 else 128 - code for code in ended.values())
 
 
+def join(number: int, count: int, store: Any) -> None:
+    """Make the process group, of one rank too: some of what is used works only within one."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
+
+
 def work_as(place: dict[str, int], work: Callable[[], None]) -> int:
     """Do `work` as one rank of several, or as the only one; gives the exit status."""
     alone = place["WORLD_SIZE"] == 1
     if torch.cuda.is_available():
         torch.cuda.set_device(place["LOCAL_RANK"])
-    if alone:
-        store: Any = dist.HashStore()
-    else:
+    store: Any = None
+    if not alone:
         store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
         _prctl_pr_set_pdeathsig(signal.SIGKILL)  # on Linux, so that no rank outlives what started it
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=place["RANK"], world_size=place["WORLD_SIZE"], timeout=TIMEOUT)
+    join(place["RANK"], place["WORLD_SIZE"], store or dist.HashStore())
     if place["RANK"]:
         console.quiet = True
         transformers_logging.set_verbosity_error()

@@ -10,9 +10,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for e
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import batch as batches
+import parallel
 from batch import Batch
 from sae import SAE
 
@@ -74,6 +76,14 @@ def pairs(count: int = 3, seed: int = 0) -> list[dict]:
 
 def collate(records: list[dict], layout: str = "padded") -> Batch:
     return batches.collate(records, layout, pad_id=PAD_ID, eos_id=EOS_ID)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_group():
+    """One rank, as the commands have it."""
+    parallel.join(0, 1, dist.HashStore())
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture
