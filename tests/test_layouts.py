@@ -329,7 +329,7 @@ def test_the_next_item_is_made_meanwhile():
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("loss", ["fpo", "kto", "tdpo2", "ppo", "bradley-terry"])
+@pytest.mark.parametrize("loss", ["fpo", "kto"])
 def test_a_run_is_the_same_in_every_layout(tmp_path, loss):
     runs = {layout: run(tmp_path, f"loss={loss}", f"model.layout={layout}", f"exp_name={layout}") for layout in LAYOUTS}
     for layout in PACKED:
