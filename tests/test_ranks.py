@@ -1,6 +1,7 @@
 """Several ranks on this machine: the same numbers as one, and what happens when one of them ends."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -100,7 +101,8 @@ def ranks_of(process):
     return sorted(map(int, children))
 
 
-LONG = ["exp_name=long", "loss=fpo", "++n_epochs=40", "++save_every=16", "++n_eval_examples=4"]
+# Long enough to be met in the middle, at a rate at which rounding does not grow into differences.
+LONG = ["exp_name=long", "loss=dpo", "lr=1e-5", "++n_epochs=40", "++save_every=16", "++n_eval_examples=4"]
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,40 @@ def test_a_killed_rank_ends_the_run_and_nothing_is_lost(data, undisturbed, tmp_p
     assert process.returncode == 128 + signal.SIGKILL and "rank 1 was ended by SIGKILL" in output
     command("train.py", "++nproc=2", *arguments)
     assert_same_run(metrics(tmp_path / "long"), undisturbed)
+
+
+@pytest.mark.slow
+def test_lora_exports_load_elsewhere(trained):
+    """The adapter through peft, and the merged model, give the same logits; states hold the adapter alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = trained / "2" / "lora"
+    ids = torch.arange(5, 25).view(2, 10)
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(REPO / "assets/tiny")
+        before = base(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(base, run / "LATEST/adapter").eval()(input_ids=ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(run / "LATEST")(input_ids=ids).logits
+    torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
+    assert (merged - before).abs().max() > 1e-2
+    kept = {name for file in run.glob("state/*/*.safetensors") for name in load_file(file)}
+    assert kept and all(".lora_" in name for name in kept - {"random_state"})
+
+
+@pytest.mark.slow
+def test_adapters_on_a_4_bit_model(data, tmp_path):
+    """Runs on 1 and 2 ranks agree, and the export is the dequantised model with the adapters merged."""
+    own = ["loss=dpo", "++model.use_peft=true", "++model.load_in_4bit=true", "++model.peft.lora_dropout=0"]
+    for ranks in (1, 2):
+        train_on(ranks, [overrides(data, tmp_path, f"exp_name={ranks}", *own)])
+    one, two = (load_file(tmp_path / str(ranks) / "LATEST/model.safetensors") for ranks in (1, 2))
+    original = load_file(REPO / "assets/tiny/model.safetensors")
+    assert one.keys() == original.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
+        assert torch.nn.functional.cosine_similarity(value.flatten(), original[name].flatten(), dim=0) > 0.98
+    assert metrics(tmp_path / "1")[0]["loss/eval"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_a_crash_on_one_rank_is_told_once_and_ends_all(tmp_path):
