@@ -116,14 +116,18 @@ class Run:
         return sorted(self.states.glob("step-*"), reverse=True)
 
     def newest_state(self) -> Path | None:
-        """The newest state that is what was written; damaged ones are named and passed over. For all ranks to call.
+        """The newest state that is what was written; damaged ones after it are named and removed. For all ranks to
+        call.
 
         Raises UserError where there are states and all are damaged.
         """
         states = parallel.from_rank_zero(self.saved)
-        for folder in states:
+        for number, folder in enumerate(states):
             damage = damaged_files(folder)
             if not parallel.sum_over_ranks(torch.tensor(len(damage))):
+                if parallel.rank() == 0:
+                    for damaged in states[:number]:
+                        shutil.rmtree(damaged)
                 return folder
             console.print(f"{folder} is damaged and passed over ({', '.join(damage)})", style="yellow", markup=False)
         if states:

@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import adapters
@@ -138,9 +139,25 @@ def activations(model: PreTrainedModel, own: DictConfig, batch: Batch) -> float:
     everything = kept_for_backward(model, batch)
     if not own.activation_checkpointing:
         return everything
+    one_layer = everything / len(decoder_layers(model, own.block_name))  # has all of its own in the backward pass
+    with Products() as products:
+        final_hidden_states(model, batch)
     models.recompute_activations(model, own.activation_checkpointing)
-    # In the backward pass one layer at a time has all of its own.
-    return kept_for_backward(model, batch) + everything / len(decoder_layers(model, own.block_name))
+    kept = kept_for_backward(model, batch) + (products.size if own.activation_checkpointing == "selective" else 0)
+    return kept + one_layer
+
+
+class Products(TorchDispatchMode):
+    """Counts the bytes of what selective checkpointing keeps, which goes by no hook."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in models.COSTLY:
+            first = result[0] if isinstance(result, tuple) else result
+            self.size += first.nbytes
+        return result
 
 
 def kept_for_backward(model: PreTrainedModel, batch: Batch) -> float:

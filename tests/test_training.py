@@ -1,7 +1,10 @@
 """Whole runs of the tiny model, in this process: what a step is, and what a resumed run is."""
 
+import errno
 import json
 import math
+import resource
+import shutil
 
 import pytest
 import torch
@@ -242,3 +245,101 @@ def test_summary_holds_the_figures(tmp_path):
     wanted = "accuracy_before accuracy_after win_rate win_rate_low win_rate_high feature_drift kl seconds peak_rss_mb"
     assert set(wanted.split()) <= figures.keys()
     assert 0 <= figures["win_rate_low"] <= figures["win_rate"] <= figures["win_rate_high"] <= 1
+
+
+def test_a_damaged_state_is_passed_over(tmp_path, capsys):
+    whole = run(tmp_path, "loss=dpo", "exp_name=whole", "++save_every=8", "++keep_states=3")
+    run(tmp_path, "loss=dpo", "exp_name=cut", "++save_every=8", "++keep_states=3")
+    newest, older, oldest = Run(tmp_path / "cut").saved()
+    weights = next(newest.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    weights.write_bytes(content)
+    (older / "trainer.json").write_text("{")
+    capsys.readouterr()
+    assert run(tmp_path, "loss=dpo", "exp_name=cut", "++save_every=8", "++keep_states=3") == whole
+    said = capsys.readouterr().out
+    assert f"{newest} is damaged and passed over ({weights.name})" in said
+    assert f"{older} is damaged and passed over (trainer.json)" in said
+    assert f"from {oldest}" in said
+    for state in Run(tmp_path / "cut").saved():
+        (state / "trainer.json").unlink()
+    with pytest.raises(UserError, match="every state there is damaged; resume=never starts over"):
+        run(tmp_path, "loss=dpo", "exp_name=cut", "++save_every=8", "++keep_states=3")
+
+
+def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
+    """The limit on the size of a file, which the second state meets, stands for the disk."""
+    save, limits = trainers.BasicTrainer.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills_up(self, step, examples):
+        self.run.finish_saving()
+        if step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+        save(self, step, examples)
+        self.run.finish_saving()
+
+    monkeypatch.setattr(trainers.BasicTrainer, "save", fills_up)
+    try:
+        with pytest.raises(UserError) as error:
+            run(tmp_path, "loss=dpo", "exp_name=full", "++save_every=8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    state = tmp_path / "full/state/step-000000001"
+    assert "cannot write the state" in str(error.value) and str(state) in str(error.value)
+    assert "File too large" in str(error.value)
+    assert [path.name for path in (tmp_path / "full/state").iterdir()] == [state.name]
+    monkeypatch.undo()
+    assert run(tmp_path, "loss=dpo", "exp_name=full", "++save_every=8") == run(
+        tmp_path, "loss=dpo", "exp_name=other", "++save_every=8"
+    )
+
+
+def test_an_export_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    run(tmp_path, "loss=dpo", "exp_name=a", "++n_examples=16")
+    before = (tmp_path / "a/LATEST").resolve()
+
+    def fails(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainers, "write_hub_format", fails)
+    trainer = assembled(tmp_path, "loss=dpo", "exp_name=a", "++n_examples=16")
+    with pytest.raises(UserError, match="No space left on device"):
+        trainer.export(3, 24)
+    assert (tmp_path / "a/LATEST").resolve() == before and not (tmp_path / "a/step-24").exists()
+    assert not list((tmp_path / "a").glob(".*.part"))
+
+
+def test_a_save_does_not_see_the_steps_after_it(tmp_path):
+    """The state is written while training goes on; what is written is what was there when the save began."""
+    trainer = assembled(tmp_path, "loss=sft", "exp_name=a")
+    place = {"step": 1}
+    before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+    trainer.run.save_state(trainer.policy, trainer.optimizer, place, keep=1)
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters():
+            parameter.zero_()
+    trainer.run.finish_saving()
+    assert trainer.run.load_state(trainer.run.newest_state(), trainer.policy, trainer.optimizer)["step"] == 1
+    for name, parameter in trainer.policy.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_what_does_not_fit_is_listed_and_nothing_is_loaded(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(REPO / "assets/tiny", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.extra.weight"] = torch.zeros(2)
+    weights["model.norm.weight"] = torch.zeros(7)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError) as error:
+        models.load_model(folder, "eager", torch.device("cpu"))
+    for part in (
+        "missing: model.layers.0.mlp.up_proj.weight",
+        "left over: model.extra.weight",
+        "of another shape: model.norm.weight ([7], the model's is [128])",
+    ):
+        assert part in str(error.value)
