@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -227,3 +228,28 @@ def test_slurm_places_are_read(monkeypatch):
     assert parallel.given_place() is None  # a batch script's own step
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
     assert parallel.given_place() == {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1}
+
+
+@pytest.mark.slow
+def test_two_nodes_with_hybrid_sharding(trained, tmp_path):
+    """Two launchers on this machine stand for two nodes, of two ranks each: split within, replicated over them."""
+    own = overrides(trained, tmp_path, "exp_name=fpo", *RUNS["fpo"], "++model.hybrid_sharding=true")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    launcher += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two"]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, *launcher, REPO / "train.py", *own],
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for _ in range(2)
+    ]
+    outputs = [node.communicate(timeout=300)[0].decode() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    one = metrics(trained / "1" / "fpo")
+    for expected, found in zip(one, metrics(tmp_path / "fpo"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
