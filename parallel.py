@@ -162,9 +162,7 @@ def given_place() -> dict[str, int] | None:
         names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:  # a batch script's or a shell's own step
             return None
-    place = {name: int(os.environ[variable]) for name, variable in names.items()}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    return place
+    return {name: int(os.environ[variable]) for name, variable in names.items()}
 
 
 def ranks_given() -> int | None:
@@ -243,6 +241,7 @@ def work_as(place: dict[str, int], work: Callable[[], None]) -> int:
         torch.cuda.set_device(place["LOCAL_RANK"])
     store: Any = None
     if not alone:
+        os.environ |= {name: str(value) for name, value in place.items()}  # where torch looks for them
         store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
         _prctl_pr_set_pdeathsig(signal.SIGKILL)  # on Linux, so that no rank outlives what started it
     join(place["RANK"], place["WORLD_SIZE"], store or dist.HashStore())

@@ -66,7 +66,8 @@ class PolicyFile:
             self.state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         except (RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"{path}: not a policy.pt ({error})") from error
+            reason = str(error).partition(".")[0]  # torch adds advice on how to load it all the same
+            raise UserError(f"{path}: not a policy.pt of plain tensors ({reason})") from error
 
     def read(self, name: str, ranges: tuple[slice, ...]) -> Tensor:
         return self.state[name][ranges]
