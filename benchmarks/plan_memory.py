@@ -1,8 +1,8 @@
 """What `++mode=plan` says against what training takes, on the CPU: `python benchmarks/plan_memory.py`.
 
 Trains a random Gemma-2-shaped model of 60 M parameters for two steps, on pairs as long as they may be, with each of
-some configurations, and prints the resident memory of the fullest rank at the peak of a step, beyond what it held before
-the model was built, beside the plan.
+some configurations, and prints the resident memory of the fullest rank at the peak of a step, beyond what it held
+before the model was built, beside the plan.
 """
 
 import json
