@@ -155,7 +155,7 @@ def load_model(
             models.recompute_activations(model, settings.activation_checkpointing)
         if settings.compile:
             for layer in layers:
-                layer.forward = torch.compile(layer.forward)  # not the layer: its hooks stay outside
+                layer.forward = torch.compile(layer.forward, dynamic=True)  # not the layer: its hooks stay outside
         shard(model, layers, settings)
 
     return models.load_model(

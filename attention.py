@@ -141,6 +141,7 @@ def flex(
 # ---------------------------------------------------------------------------------------------------- by segments
 
 
+@torch.compiler.disable  # a compiled layer would be compiled anew for each batch's lengths
 def segments(
     module: nn.Module,  # noqa: ARG001
     query: Tensor,

@@ -50,7 +50,7 @@ MAY_CHANGE = (
     "save_every",
     "log_every",
     "intermediate_checkpoints",
-    "keep_states",
+    "keep_checkpoints",
     "toy_comparison",
 )
 
@@ -155,9 +155,9 @@ class Run:
         groups = optimizer.state_dict()["param_groups"]
         place = {**place, "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in groups]}
         if parallel.rank() == 0:
-            with ThreadPoolExecutor(1) as pool:
-                self.pending = pool.submit(self.complete, written, part, target, place, keep)
-                pool.shutdown(wait=False)
+            pool = ThreadPoolExecutor(1)
+            self.pending = pool.submit(self.complete, written, part, target, place, keep)
+            pool.shutdown(wait=False)  # not `with`, which would wait
         else:
             self.pending = written
 

@@ -93,9 +93,9 @@ def make(config: DictConfig, parts: settings.Parts, sources: settings.Sources, r
         own_tensors = sum(tensor.nbytes for tensor in load_sources(sources.saes).buffers())
         plan.memory["SAE, and a chunk of its activations"] = own_tensors + 3 * 4 * ENCODE_ELEMENTS
 
-    kept = config.keep_states + 1  # one more while a new one is written
+    kept = config.keep_checkpoints + 1  # one more while a new one is written
     state = trained * keeps.itemsize * (1 + optimizer_slots(config))
-    plan.disk[f"states to resume from ({config.keep_states}, and one being written)"] = kept * state
+    plan.disk[f"states to resume from ({config.keep_checkpoints}, and one being written)"] = kept * state
     export = whole * (computes if frozen else keeps).itemsize
     plan.disk["each export (safetensors and policy.pt)"] = 2 * export
     if "reference" in parts.binding.needs:

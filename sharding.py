@@ -47,11 +47,12 @@ def shard(model: PreTrainedModel, layers: Sequence[nn.Module], settings: DictCon
 
 def split(unit: nn.Module, settings: DictConfig, compute: torch.dtype) -> None:
     """Make one module a unit that is gathered and dropped as a whole."""
+    on_host = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     fully_shard(
         unit,
         mesh=mesh(settings.hybrid_sharding),
         mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
-        offload_policy=CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy(),
+        offload_policy=on_host if settings.cpu_offload else OffloadPolicy(),
     )
 
 

@@ -324,7 +324,7 @@ class BasicTrainer:
             "schedule": self.schedule.state_dict(),
             "evaluation": self.last_evaluation,
         }
-        self.run.save_state(self.module, self.optimizer, place, keep=self.config.keep_states)
+        self.run.save_state(self.module, self.optimizer, place, keep=self.config.keep_checkpoints)
 
     def export(self, step: int, examples: int) -> Path:
         """The trained weights, for others to use. For all ranks to call; rank 0 writes."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO, command, metrics
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import parallel
 import toy
@@ -26,7 +27,7 @@ SMALL = [
     "++lr=1e-3",
     "++warmup_steps=2",
 ]
-# One run for each kind of loss; the last two with every option of the split that a CPU can show.
+# One run for each kind of loss, and with the options of the split that a CPU can show.
 RUNS = {
     "sft": ["loss=sft"],
     "dpo": ["loss=dpo"],
@@ -38,6 +39,8 @@ RUNS = {
     "lora": ["loss=fpo", "++model.use_peft=true", "++model.peft.lora_r=4", "++model.peft.lora_dropout=0"],
     "lora-tdpo2": ["loss=tdpo2", "++model.use_peft=true", "++model.peft.lora_r=4", "++model.peft.lora_dropout=0"],
     "recomputed": ["loss=fpo", "++model.activation_checkpointing=selective", "++model.gradient_accumulation_steps=2"],
+    "offloaded": ["loss=fpo", "++model.cpu_offload=true"],
+    "untied": ["loss=tdpo2", "++model.name_or_path={data}/untied"],
 }
 RANKS = (1, 2, 4)
 
@@ -48,12 +51,24 @@ def data(tmp_path_factory):
     for split, count in (("train", 20), ("test", 10)):
         rows = toy.preferences(split, seed=0, count=count)
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_untied(folder / "untied")
     return folder
+
+
+def write_untied(folder):
+    """The built-in model with a head of its own, no longer its embeddings."""
+    shutil.copytree(REPO / "assets/tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    weights = load_file(folder / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"]
+    head = embeddings + 0.01 * torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
+    save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
 
 
 def overrides(data, folder, *own):
     files = [f"datasets=[{data / 'train.jsonl'}]", f"eval_datasets=[{data / 'test.jsonl'}]", f"cache_dir={folder}"]
-    return [*SMALL, *files, *own]
+    return [*SMALL, *files, *(value.format(data=data) for value in own)]
 
 
 def train_on(ranks, runs, check=True):
@@ -81,6 +96,22 @@ def test_ranks_change_nothing(trained, name, ranks):
     assert weights.keys() == others.keys()
     for key, value in weights.items():
         torch.testing.assert_close(others[key], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_nothing(trained, tmp_path):
+    train_on(2, [overrides(trained, tmp_path, "exp_name=fpo", *RUNS["fpo"], "++model.compile=true")])
+    for expected, found in zip(metrics(trained / "1/fpo"), metrics(tmp_path / "fpo"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_tied_weights_are_one_and_untied_ones_two(trained):
+    embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+    tied, untied = (load_file(trained / "2" / name / "LATEST/model.safetensors") for name in ("tdpo2", "untied"))
+    assert embeddings in tied and head not in tied
+    before = load_file(trained / "untied/model.safetensors")
+    assert (untied[embeddings] - before[embeddings]).abs().max() > 1e-4
+    assert (untied[head] - before[head]).abs().max() > 1e-4
 
 
 def start(ranks, *arguments):

@@ -5,6 +5,7 @@ import json
 import math
 import resource
 import shutil
+import threading
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from conftest import REPO, metrics
 from hydra import compose, initialize_config_dir
 
 import assembly
+import checkpoint
 import models
 import settings
 import toy
 import train
 import trainers
 from checkpoint import Run
+from reference import LiveReference
 from sae import pooled_features
 from utils import UserError
 
@@ -176,6 +179,22 @@ def test_the_cached_reference_equals_a_live_one(tmp_path):
     assert not any(p.grad is not None for p in live.parameters())
 
 
+def test_a_model_with_its_adapters_off_is_what_the_cache_holds(tmp_path):
+    """After training, so that the adapters do something."""
+    trainer = assembled(tmp_path, "loss=fpo", "exp_name=lora", "++model.use_peft=true", "++model.peft.lora_r=4")
+    trainer.run.folder.mkdir()
+    trainer.train()
+    live = LiveReference(trainer.policy, trainer.tap, trainer.sae)
+    for (batch,) in trainer.loaders["eval"].steps():
+        cached = trainer.references["eval"].attach(batch).reference
+        again = live.attach(batch).reference
+        for name, values in cached.items():
+            torch.testing.assert_close(again[name], values, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            adapted = models.score(trainer.policy, batch).logps
+        assert (adapted - cached["logps"]).abs().max() > 1e-2
+
+
 def test_another_model_as_the_reference(tmp_path):
     run(tmp_path, "loss=sft", "exp_name=start")
     lines = run(tmp_path, "loss=dpo", "exp_name=dpo", f"++model.reference_path={tmp_path}/start/LATEST")
@@ -248,8 +267,8 @@ def test_summary_holds_the_figures(tmp_path):
 
 
 def test_a_damaged_state_is_passed_over(tmp_path, capsys):
-    whole = run(tmp_path, "loss=dpo", "exp_name=whole", "++save_every=8", "++keep_states=3")
-    run(tmp_path, "loss=dpo", "exp_name=cut", "++save_every=8", "++keep_states=3")
+    whole = run(tmp_path, "loss=dpo", "exp_name=whole", "++save_every=8", "++keep_checkpoints=3")
+    run(tmp_path, "loss=dpo", "exp_name=cut", "++save_every=8", "++keep_checkpoints=3")
     newest, older, oldest = Run(tmp_path / "cut").saved()
     weights = next(newest.glob("*.safetensors"))
     content = bytearray(weights.read_bytes())
@@ -257,7 +276,7 @@ def test_a_damaged_state_is_passed_over(tmp_path, capsys):
     weights.write_bytes(content)
     (older / "trainer.json").write_text("{")
     capsys.readouterr()
-    assert run(tmp_path, "loss=dpo", "exp_name=cut", "++save_every=8", "++keep_states=3") == whole
+    assert run(tmp_path, "loss=dpo", "exp_name=cut", "++save_every=8", "++keep_checkpoints=3") == whole
     said = capsys.readouterr().out
     assert f"{newest} is damaged and passed over ({weights.name})" in said
     assert f"{older} is damaged and passed over (trainer.json)" in said
@@ -265,7 +284,7 @@ def test_a_damaged_state_is_passed_over(tmp_path, capsys):
     for state in Run(tmp_path / "cut").saved():
         (state / "trainer.json").unlink()
     with pytest.raises(UserError, match="every state there is damaged; resume=never starts over"):
-        run(tmp_path, "loss=dpo", "exp_name=cut", "++save_every=8", "++keep_states=3")
+        run(tmp_path, "loss=dpo", "exp_name=cut", "++save_every=8", "++keep_checkpoints=3")
 
 
 def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
@@ -310,15 +329,24 @@ def test_an_export_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
     assert not list((tmp_path / "a").glob(".*.part"))
 
 
-def test_a_save_does_not_see_the_steps_after_it(tmp_path):
+def test_a_save_does_not_see_the_steps_after_it(tmp_path, monkeypatch):
     """The state is written while training goes on; what is written is what was there when the save began."""
     trainer = assembled(tmp_path, "loss=sft", "exp_name=a")
     place = {"step": 1}
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+    goes_on, digest = threading.Event(), checkpoint.file_digest
+
+    def late(path):
+        assert goes_on.wait(60)
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "file_digest", late)
     trainer.run.save_state(trainer.policy, trainer.optimizer, place, keep=1)
     with torch.no_grad():
         for parameter in trainer.policy.parameters():
             parameter.zero_()
+    assert not trainer.run.pending.done() and not trainer.run.saved()
+    goes_on.set()
     trainer.run.finish_saving()
     assert trainer.run.load_state(trainer.run.newest_state(), trainer.policy, trainer.optimizer)["step"] == 1
     for name, parameter in trainer.policy.named_parameters():

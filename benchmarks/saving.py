@@ -1,0 +1,125 @@
+"""What saving costs: `python benchmarks/saving.py`.
+
+Trains a Llama-shaped model with random weights (`--gigabytes`) on 1 and 2 ranks of this machine, saves one state in the
+middle and exports at the end. Prints the seconds of a step; how long a save held training up; how long the state took
+to be written, while training went on; the seconds of the steps meanwhile; how much more memory the ranks held at the
+peak of an export, as a multiple of the weights; and what reading the state back took.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]
+
+STEPS, SAVED_AFTER = 12, 3
+
+
+def build(folder: Path, gigabytes: float) -> None:
+    import shutil
+
+    from loading import make_checkpoint
+
+    import toy
+
+    make_checkpoint(folder, gigabytes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REPO / "assets/tiny" / name, folder)
+    rows = toy.preferences("train", seed=0, count=2 * STEPS)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train(folder: Path) -> None:
+    """On each rank: train, and let rank 0 print what was measured."""
+    from hydra import compose, initialize_config_dir
+    from loading import memory
+
+    import assembly
+    import parallel
+    import settings
+    from checkpoint import Run
+    from trainers import Means
+
+    overrides = [
+        *("loss=sft", "model=tiny", f"model.name_or_path={folder}", f"datasets=[{folder / 'pairs.jsonl'}]"),
+        *(f"eval_datasets=[{folder / 'pairs.jsonl'}]", f"cache_dir={folder / 'runs'}", "model.batch_size=2"),
+    ]
+    with initialize_config_dir(str(REPO / "config"), version_base=None):
+        config = compose("config", overrides)
+        parts = settings.check(config, overrides)
+        sources = settings.find_sources(config, parts.binding.needs)
+    run = Run(folder / "runs" / f"on-{parallel.world_size()}")
+    trainer = assembly.prepare(config, parts, sources, run)
+    means, alone, meanwhile = Means(), [], []
+    for step, micro_batches in enumerate(trainer.loaders["train"].steps()):
+        busy = run.pending is not None and not run.pending.done()
+        started = time.monotonic()
+        trainer.module.train()
+        trainer.optimise(step, micro_batches, means)
+        if step:  # the first one also makes the optimiser's tensors
+            (meanwhile if busy else alone).append(time.monotonic() - started)
+        if step == SAVED_AFTER:
+            started = time.monotonic()
+            run.save_state(trainer.module, trainer.optimizer, {"step": step}, keep=1)
+            held_up = time.monotonic() - started
+            ends: list[float] = []
+            assert run.pending is not None
+            run.pending.add_done_callback(lambda _, ends=ends: ends.append(time.monotonic()))
+            begun = started
+    run.finish_saving()
+    written = ends[0] - begun
+    started = time.monotonic()
+    run.load_state(run.saved()[0], trainer.module, trainer.optimizer)
+    read = time.monotonic() - started
+
+    parallel.wait_for_all()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
+    trainer.export(1, 1)
+    more = parallel.max_over_ranks(memory("VmHWM") - before)
+    if parallel.rank() == 0:
+        figures = {"step": median(alone), "held_up": held_up, "written": written, "read": read, "more": more}
+        print(json.dumps({**figures, "meanwhile": median(meanwhile) if meanwhile else None}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--train", nargs=2, metavar=("FOLDER", "RANKS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.train:
+        import parallel
+
+        folder, ranks = arguments.train
+        parallel.run(lambda: train(Path(folder)), int(ranks))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build(folder, arguments.gigabytes)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        print(f"weights: {size / 1e9:.2f} GB, fp32; a state: twice that\n")
+        print(
+            "| ranks | a step, s | a save holds it up, s | written after, s | a step meanwhile, s | read back in, s ",
+            end="",
+        )
+        print("| export: memory beyond training's / weights |\n|---|---|---|---|---|---|---|")
+        for ranks in (1, 2):
+            command = [sys.executable, __file__, "--train", str(folder), str(ranks)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            found = json.loads(done.stdout.splitlines()[-1])
+            meanwhile = "" if found["meanwhile"] is None else f"{found['meanwhile']:.2f}"
+            print(
+                f"| {ranks} | {found['step']:.2f} | {found['held_up']:.2f} | {found['written']:.2f} | {meanwhile} ",
+                end="",
+            )
+            print(f"| {found['read']:.2f} | {found['more'] / size:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
