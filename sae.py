@@ -207,13 +207,13 @@ def pooled_features(sae: SAE, residual: Tensor, lengths: Sequence[int]) -> Tenso
     `residual` [M, D] holds the sequences one after the other, `lengths` [S] how many tokens each has. Encoded in
     chunks: the dense [M, F] never exists. A sequence without tokens has all zeros.
     """
-    counts = torch.tensor(lengths, dtype=torch.long, device=residual.device)
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=residual.device), counts)
+    counts = torch.tensor(lengths, dtype=torch.long)  # on the host, so that nothing waits for the device
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), counts).to(residual.device, non_blocking=True)
     sums = residual.new_zeros(len(lengths), sae.d_sae, dtype=torch.float32)
     chunk = max(1, ENCODE_ELEMENTS // sae.d_sae)
     for part, owner in zip(residual.split(chunk), sequence.split(chunk)):
         sums.index_add_(0, owner, sae.encode(part))
-    return sums / counts.clamp(min=1).unsqueeze(1)
+    return sums / counts.clamp(min=1).unsqueeze(1).to(residual.device, non_blocking=True)
 
 
 def selected_features(sae: SAE, residual: Tensor, lengths: Sequence[int], latents: Tensor) -> Tensor:
