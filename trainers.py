@@ -242,7 +242,7 @@ class BasicTrainer:
                 evaluated = crosses(config.eval_every, before, examples)
                 saved = crosses(config.save_every, before, examples)
                 if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
-                    values = {**means.read(), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
+                    values = {**means.read(), "grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
                     self.log(step, examples, {**values, **pace.read()})
                     advance(step, values["loss/train"])
                     means, pace = Means(), Pace(flops)
