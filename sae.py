@@ -208,7 +208,8 @@ def pooled_features(sae: SAE, residual: Tensor, lengths: Sequence[int]) -> Tenso
     chunks: the dense [M, F] never exists. A sequence without tokens has all zeros.
     """
     counts = torch.tensor(lengths, dtype=torch.long)  # on the host, so that nothing waits for the device
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), counts).to(residual.device, non_blocking=True)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), counts, output_size=len(residual))
+    sequence = sequence.to(residual.device, non_blocking=True)
     sums = residual.new_zeros(len(lengths), sae.d_sae, dtype=torch.float32)
     chunk = max(1, ENCODE_ELEMENTS // sae.d_sae)
     for part, owner in zip(residual.split(chunk), sequence.split(chunk)):

@@ -177,15 +177,10 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def tokenised(folder: Path, arguments: dict[str, Any], loss: str) -> Any:
     """The rows that our loader makes of a loss's data, in the order of the file."""
-    from hydra import initialize_config_dir
-
     import dataloader
     import models
-    import settings
 
-    config, given = compose_for(folder, arguments, loss, "padded")
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        parts = settings.check(config, given)
+    config, parts = checked(overrides(folder, arguments, loss, "padded"))
     tokenizer = models.load_tokenizer(folder / "model")
     return dataloader.load_tokens(config, "train", tokenizer, parts.loader, parts.binding.options["loader"]).rows
 
@@ -262,10 +257,8 @@ class Watch:
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
 
 
-def compose_for(folder: Path, arguments: dict[str, Any], loss: str, layout: str) -> tuple[Any, list[str]]:
-    """The configuration of a run of ours."""
-    from hydra import compose, initialize_config_dir
-
+def overrides(folder: Path, arguments: dict[str, Any], loss: str, layout: str) -> list[str]:
+    """The configuration of a run of ours, as the command line would give it."""
     data = folder / f"{loss if loss in UNPAIRED else 'dpo'}.jsonl"
     batch = arguments["batch"] * (2 if loss in UNPAIRED else 1)
     given = [f"loss={loss}", "model=tiny", f"model.name_or_path={folder}/model", f"datasets=[{data}]"]
@@ -277,39 +270,46 @@ def compose_for(folder: Path, arguments: dict[str, Any], loss: str, layout: str)
     given += [f"model.policy_dtype={'float32' if arguments['device'] == 'cpu' else 'bfloat16'}"]
     if loss == "fpo":
         given += [f"sae.path={folder}/params.npz", f"sae.layer={LAYER[arguments['device']]}", "sae.format=gemma_scope"]
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        return compose("config", overrides=given), given
+    return given
 
 
-def assemble(folder: Path, arguments: dict[str, Any], loss: str, layout: str) -> Any:
-    """Our trainer, as train.py builds it, its data in the order of the file."""
-    import numpy as np
-    from hydra import initialize_config_dir
+def checked(given: list[str]) -> Any:
+    """The composed configuration, and its parts."""
+    from hydra import compose, initialize_config_dir
 
-    import assembly
-    import dataloader
     import settings
-    from checkpoint import Run
 
-    dataloader.DataLoader._order = lambda loader, _epoch: np.arange(len(loader.rows))
-    config, given = compose_for(folder, arguments, loss, layout)
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        parts = settings.check(config, given)
-    sources = settings.find_sources(config, parts.binding.needs)
-    run = Run(Path(config.cache_dir) / config.exp_name)
-    run.start(config)
-    return assembly.prepare(config, parts, sources, run, cached=("train",))
+        config = compose("config", overrides=given)
+        return config, settings.check(config, given)
 
 
-def run_ours(folder: Path, arguments: dict[str, Any], contender: Contender) -> dict[str, Any]:
+def assemble(given: list[str]) -> Any:
+    """Our trainer, as train.py builds it."""
     import torch.distributed as dist
 
     import assembly
     import parallel
+    import settings
+    from checkpoint import Run
+
+    parallel.join(0, 1, dist.HashStore())
+    config, parts = checked(given)
+    run = Run(Path(config.cache_dir) / config.exp_name)
+    run.start(config)
+    sources = settings.find_sources(config, parts.binding.needs)
+    return assembly.prepare(config, parts, sources, run, cached=("train",))
+
+
+def run_ours(folder: Path, arguments: dict[str, Any], contender: Contender) -> dict[str, Any]:
+    import numpy as np
+
+    import assembly
+    import dataloader
 
     reference = timed(assembly, "load_or_build")
-    parallel.join(0, 1, dist.HashStore())
-    trainer = assemble(folder, arguments, contender.loss, contender.layout or "")
+    dataloader.DataLoader._order = lambda loader, _epoch: np.arange(len(loader.rows))  # that of the file, as TRL's
+    trainer = assemble(overrides(folder, arguments, contender.loss, contender.layout or ""))
     losses: list[float] = []
     trainer.log = lambda _step, _examples, values: losses.append(values["loss/train"])
     watch = Watch(arguments["steps"], arguments["device"])
