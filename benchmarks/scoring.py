@@ -102,14 +102,14 @@ def compare_layouts(name: str, padded: PreTrainedModel, packed: PreTrainedModel,
 def projection() -> None:
     """Log-probabilities of 512 tokens and their gradients, by the ways there are."""
     passes = ("capped", "statistics", "divergence", "gradient")
-    plain = {name: getattr(head, name) for name in passes}
+    eager = {name: getattr(head, name) for name in passes}
     head.compile_passes()
     fused = {name: getattr(head, name) for name in passes}
     for softcap in (30.0, None):
-        compare_projections(softcap, plain, fused)
+        compare_projections(softcap, eager, fused)
 
 
-def compare_projections(softcap: float | None, plain: dict[str, Any], fused: dict[str, Any]) -> None:
+def compare_projections(softcap: float | None, eager: dict[str, Any], fused: dict[str, Any]) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(512, WIDTH, requires_grad=True)
     own_head = nn.Linear(WIDTH, WORDS, bias=False)
@@ -125,7 +125,7 @@ def compare_projections(softcap: float | None, plain: dict[str, Any], fused: dic
         return torch.cat([checkpoint(plain, x, y, use_reentrant=False) for x, y in parts])
 
     def ours(rows: int, compiled: bool = False) -> Tensor:
-        vars(head).update(fused if compiled else plain)
+        vars(head).update(fused if compiled else eager)
         head.CHUNK_ELEMENTS = rows * WORDS
         return head.token_statistics(hidden, target, own_head, softcap)[0]
 
