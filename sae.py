@@ -18,6 +18,19 @@ ENCODE_ELEMENTS = 1 << 24  # activations held at once while encoding: 64 MiB in 
 SHARE_FLOOR = 1e-6  # added to every share of the KL drift, so that a feature that went silent costs a finite amount
 
 
+@contextlib.contextmanager
+def products_for(dtype: torch.dtype) -> Iterator[None]:
+    """Let a GPU multiply fp32 on its tensor cores (TF32: 11 bits of each factor, sums in fp32), seven or eight times as
+    fast on an H100 or A100, where one factor is of a dtype without as many: vectors in bf16 have 8."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if dtype == torch.bfloat16:
+            torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class SAE(nn.Module):
     """A frozen autoencoder. JumpReLU (Rajamanoharan et al. 2024, 2407.14435) and, with `k`, TopK (Gao et al. 2024,
     2406.04093): of each vector's features the k largest stay.
@@ -87,9 +100,9 @@ class SAE(nn.Module):
 
     @staticmethod
     def _jump_relu(x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), products_for(x.dtype):
             pre = x.float() @ weight + bias
-        return pre.relu() * (pre > threshold)
+        return pre * (pre > threshold.clamp(min=0))  # relu, too
 
 
 class JointSAE(SAE):
