@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import fnmatch
 import gzip
+import importlib.util
 import json
 import os
 import random
@@ -87,7 +88,9 @@ def contenders(device: str) -> list[Contender]:
     found = [Contender(loss, layout) for loss in PAIRED for layout in LAYOUTS]
     found += [Contender(loss, layout) for loss in UNPAIRED for layout in LAYOUTS[1:]]  # no prompt is shared
     heads = (False, True) if device == "cpu" else (False,)
-    attentions = (None,) if device == "cpu" else ("eager", "flash_attention_2")
+    attentions: tuple[str | None, ...] = (None,) if device == "cpu" else ("eager",)
+    if device == "cuda" and importlib.util.find_spec("flash_attn"):
+        attentions += ("flash_attention_2",)
     for loss in ("dpo", "kto", "sft"):
         for reference in (None,) if loss == "sft" else ("live", "precomputed"):
             found += [Contender(loss, None, reference, forced, own) for forced in heads for own in attentions]
@@ -138,6 +141,7 @@ def build(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
+    import counts
     from sae import SAE
     from sae_formats import save_sae
 
@@ -168,7 +172,7 @@ def build(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
         write_lines(folder / f"{name}.jsonl", records)
     for loss in ("dpo", "kto", "sft"):
         write_lines(folder / f"trl_{loss}.jsonl", trl_rows(folder, arguments, loss))
-    return {"multiplications": multiplications(device), "pairs": shapes_of(folder, arguments)}
+    return {"rate": counts.peak_flops() or multiplications(device), "pairs": shapes_of(folder, arguments)}
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -505,7 +509,7 @@ def measure(arguments: argparse.Namespace, chosen: list[Contender], kind: str) -
 
 
 HEAD = """
-| | s a step | CPU s | tokens/s | reference, s | peak, MB | time | operations | peak | of a product's speed |
+| | s a step | CPU s | tokens/s | reference, s | peak, MB | time | operations | peak | of the rate |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
@@ -513,7 +517,7 @@ def report(
     arguments: argparse.Namespace, kind: str, built: dict[str, Any], runs: dict[Contender, list[dict[str, Any]]]
 ) -> None:
     """A table. Time, operations and peak are also beside those of the first of the same loss; the last column is how
-    near a run comes to the operations that are needed at the speed of a matrix product."""
+    near a run comes to doing what is needed at the rate of a matrix product; of a known GPU, of its data sheet (MFU)."""
     device, batch, steps = arguments.device, arguments.batch, arguments.steps
     work, clock = Work.of(SHAPES[device]), "cpu" if device == "cpu" else "seconds"
     pairs = [(prompt, completions) for prompt, completions in built["pairs"]]
@@ -524,7 +528,7 @@ def report(
     print(
         f"\n{kind}, {device}, {arguments.threads} thread(s): {steps} steps of {batch} pairs (kto and sft: of both "
         f"sides of each), prompts of {means[0]:.0f} tokens, chosen of {means[1]:.0f}, rejected of {means[2]:.0f}; "
-        f"medians of {arguments.rounds}; a matrix product reaches {built['multiplications'] / 1e9:,.0f} GFLOP/s\n{HEAD}"
+        f"medians of {arguments.rounds}; matrix products run at {built['rate'] / 1e9:,.0f} GFLOP/s\n{HEAD}"
     )
     wrong = []
     for contender, own in runs.items():
@@ -534,7 +538,7 @@ def report(
             return statistics.median(run[key] for run in runs[of])
 
         operations, of_first = (sum(counted(work, c, part, device) for part in parts) for c in (contender, first))
-        needed = sum(least(work, contender, part) for part in parts) / built["multiplications"]
+        needed = sum(least(work, contender, part) for part in parts) / built["rate"]
         cells = [
             f"{median('seconds') / steps:.2f}",
             f"{median('cpu') / steps:.2f}",
