@@ -517,7 +517,7 @@ def report(
     arguments: argparse.Namespace, kind: str, built: dict[str, Any], runs: dict[Contender, list[dict[str, Any]]]
 ) -> None:
     """A table. Time, operations and peak are also beside those of the first of the same loss; the last column is how
-    near a run comes to doing what is needed at the rate of a matrix product; of a known GPU, of its data sheet (MFU)."""
+    near a run comes to doing what is needed at the rate of a matrix product; on a known GPU, its data sheet's (MFU)."""
     device, batch, steps = arguments.device, arguments.batch, arguments.steps
     work, clock = Work.of(SHAPES[device]), "cpu" if device == "cpu" else "seconds"
     pairs = [(prompt, completions) for prompt, completions in built["pairs"]]
