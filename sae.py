@@ -101,8 +101,9 @@ class SAE(nn.Module):
     @staticmethod
     def _jump_relu(x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False), products_for(x.dtype):
-            pre = x.float() @ weight + bias
-        return pre * (pre > threshold.clamp(min=0))  # relu, too
+            features = x.float() @ weight
+        features += bias  # in place, here and below: all of them at once can be the most that a step holds
+        return features.mul_(features > threshold.clamp(min=0))  # relu, too
 
 
 class JointSAE(SAE):
