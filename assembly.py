@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 import adapters
 import attention
 import dataloader
+import head
 import models
 import parallel
 import settings
@@ -154,6 +155,7 @@ def load_model(
                 adapters.add(model, settings, trained)
             models.recompute_activations(model, settings.activation_checkpointing)
         if settings.compile:
+            head.compile_passes()
             for layer in layers:
                 layer.forward = torch.compile(layer.forward, dynamic=True)  # not the layer: its hooks stay outside
         shard(model, layers, settings)

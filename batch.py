@@ -7,7 +7,7 @@ Shape letters: R rows, T positions a row, N completion tokens of the batch, S se
 completion), B records (a record of paired data holds two sequences), M completion tokens that are text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -39,7 +39,7 @@ class Batch:
     content_lengths: list[int]  # [S] the same, of the tokens in `content`; sums to M
     segments: list[tuple[int, int | None]] | None  # of the one row of a packed batch, see `collate`; None where padded
     index: list[Any]  # [B] what the records are known by: their rows in the tokenised data set
-    record: dict[str, Tensor] = field(default_factory=dict)  # [B] or [S] per-record values: labels, scores
+    record: dict[str, Tensor] = field(default_factory=dict)  # [B] or [S] labels, scores; indices of sides
     reference: dict[str, Any] = field(default_factory=dict)  # [S] cached values of the reference
 
     @property
@@ -48,13 +48,19 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on `device`."""
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value: Any) -> Any:
+    def pinned(self) -> "Batch":
+        """The same batch in host memory from which a GPU copies without the host waiting for it."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        def changed(value: Any) -> Any:
             if isinstance(value, dict):
-                return {key: move(item) for key, item in value.items()}
-            return value.to(device, non_blocking=True) if hasattr(value, "to") else value
+                return {key: changed(item) for key, item in value.items()}
+            return change(value) if isinstance(value, Tensor) else value
 
-        return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return Batch(**{f.name: changed(getattr(self, f.name)) for f in fields(self)})
 
 
 def collate(records: Sequence[dict[str, Any]], layout: str, *, pad_id: int, eos_id: int) -> Batch:

@@ -48,7 +48,7 @@ from rows import (
     text_of,
     value_of,
 )
-from utils import UserError, ahead, appears_whole, console, fingerprint, suggest
+from utils import UserError, appears_whole, console, fingerprint, suggest
 
 LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
 hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
@@ -637,14 +637,11 @@ class DataLoader:
         return self._order(epoch)[start:end].tolist()
 
     def steps(self, start: int = 0) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of each optimiser step, from step `start` on; each step's are made while the one
-        before it is in use. All ranks get the same number of them, some of no records (see `batch.micro_batches`)."""
-
-        def made(step: int) -> list[Batch]:
+        """This rank's micro-batches of each optimiser step, from step `start` on. All ranks get the same number of
+        them, some of no records (see `batch.micro_batches`)."""
+        for step in range(start, len(self)):
             indices = self.indices(step)
-            return [self.batch([indices[i] for i in own]) for own in self.shares(self.shapes(indices))]
-
-        return ahead(map(made, range(start, len(self))))
+            yield [self.batch([indices[i] for i in own]) for own in self.shares(self.shapes(indices))]
 
     def shares(self, shapes: list[tuple[int, list[int]]]) -> list[list[int]]:
         """Which records of an optimiser step, given their shapes, each of this rank's micro-batches holds."""
@@ -676,6 +673,8 @@ class DataLoader:
         batch = self.collate(columns["prompt_ids"], columns["completion_ids"], indices)
         kinds = {"desirable": torch.bool, "score": torch.float32}
         batch.record = {name: torch.tensor(columns[name], dtype=kinds[name]) for name in kinds if name in columns}
+        if (desirable := batch.record.get("desirable")) is not None:  # here, where no device is waited for
+            batch.record |= {"chosen": desirable.nonzero().flatten(), "rejected": (~desirable).nonzero().flatten()}
         return batch
 
     def collate(self, prompts: list[list[int]], completions: list[list[list[int]]], index: Sequence[Any]) -> Batch:

@@ -57,13 +57,10 @@ class _TokenStatistics(torch.autograd.Function):
         for part in own.chunks():
             ctx.last = None  # room for the next
             logits = own.logits(part)
-            ctx.lse[part] = lse = logits.logsumexp(1)
-            logps[part] = logits.gather(1, target[part].unsqueeze(1)).squeeze(1) - lse
+            logps[part], ctx.lse[part] = statistics(logits, target[part])
             if others is not None:
                 theirs = others.logits(part)
-                ctx.others_lse[part] = others_lse = theirs.logsumexp(1)
-                share = (theirs - others_lse.unsqueeze(1)).exp_()
-                kl[part] = share.mul_(theirs.sub_(logits)).sum(1) - others_lse + lse
+                kl[part], ctx.others_lse[part] = divergence(logits, ctx.lse[part], theirs)
             ctx.last = logits
         ctx.own, ctx.others, ctx.target = own, others, target
         return logps, kl
@@ -78,15 +75,9 @@ class _TokenStatistics(torch.autograd.Function):
         grad_bias = torch.zeros_like(own.bias, dtype=torch.float32) if needs_bias else None
         for part in reversed(own.chunks()):
             logits, ctx.last = own.logits(part) if ctx.last is None else ctx.last, None
-            grad = (logits - ctx.lse[part].unsqueeze(1)).exp_()  # of the logits: first the probabilities
-            grad.mul_((grad_kl[part] - grad_logps[part]).unsqueeze(1))
-            grad.scatter_add_(1, ctx.target[part].unsqueeze(1), grad_logps[part].unsqueeze(1))
-            if others is not None:
-                theirs = others.logits(part)
-                share = theirs.sub_(ctx.others_lse[part].unsqueeze(1)).exp_()
-                grad.sub_(share.mul_(grad_kl[part].unsqueeze(1)))
-            if own.softcap is not None:  # the derivative of the soft-capping: 1 - (capped / softcap)^2
-                grad.addcmul_(grad, logits.square_(), value=-1 / own.softcap**2)
+            of_others = None if others is None else (others.logits(part), ctx.others_lse[part])
+            grads = grad_logps[part], grad_kl[part]
+            grad = gradient(logits, ctx.lse[part], ctx.target[part], *grads, own.softcap, of_others)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(own.weight.dtype)
@@ -110,5 +101,55 @@ class _Projection:
 
     def logits(self, part: slice) -> Tensor:
         """[n, V] in fp32."""
-        logits = F.linear(self.hidden[part], self.weight, self.bias).float()
-        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return capped(F.linear(self.hidden[part], self.weight, self.bias), self.softcap)
+
+
+# --------------------------------------------------------------------------------------------- passes over the logits
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """In fp32, soft-capped; may overwrite them."""
+    logits = logits.float()
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def statistics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(target) [n], and the logarithm [n] of what probabilities are divided by."""
+    lse = logits.logsumexp(1)
+    return logits.gather(1, target.unsqueeze(1)).squeeze(1) - lse, lse
+
+
+def divergence(logits: Tensor, lse: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(theirs || own) [n], and their logarithm as `statistics` gives it. Overwrites theirs."""
+    others_lse = theirs.logsumexp(1)
+    share = (theirs - others_lse.unsqueeze(1)).exp_()
+    return share.mul_(theirs.sub_(logits)).sum(1) - others_lse + lse, others_lse
+
+
+def gradient(
+    logits: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    grad_logps: Tensor,
+    grad_kl: Tensor,
+    softcap: float | None,
+    others: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Of the logits before soft-capping, [n, V], from those of what `statistics` and `divergence` give. Overwrites the
+    logits. `others`: their logits and logarithm."""
+    grad = (logits - lse.unsqueeze(1)).exp_()  # the probabilities
+    grad.mul_((grad_kl - grad_logps).unsqueeze(1))
+    grad.scatter_add_(1, target.unsqueeze(1), grad_logps.unsqueeze(1))
+    if others is not None:
+        theirs, others_lse = others
+        share = theirs.sub_(others_lse.unsqueeze(1)).exp_()
+        grad.sub_(share.mul_(grad_kl.unsqueeze(1)))
+    if softcap is not None:  # the derivative of the soft-capping: 1 - (capped / softcap)^2
+        grad.addcmul_(grad, logits.square_(), value=-1 / softcap**2)
+    return grad
+
+
+def compile_passes() -> None:
+    """Have torch.compile fuse what each of these does, from now on in this process (`model.compile`)."""
+    for function in (capped, statistics, divergence, gradient):
+        globals()[function.__name__] = torch.compile(function, dynamic=True)

@@ -115,8 +115,9 @@ def score_rewards(model: PreTrainedModel, batch: Batch) -> RewardScores:
     """The reward model's one number for each completion, read at its last token, as
     `AutoModelForSequenceClassification` does."""
     hidden = final_hidden_states(model, batch).flatten(0, 1)
-    last = torch.tensor(batch.lengths, dtype=torch.long, device=hidden.device).cumsum(0) - 1
-    return RewardScores(cast(Any, model).score(hidden[batch.position[last]]).float().squeeze(1))
+    last = torch.tensor(batch.lengths, dtype=torch.long).cumsum(0) - 1
+    at_last = batch.position[last.to(hidden.device, non_blocking=True)]
+    return RewardScores(cast(Any, model).score(hidden[at_last]).float().squeeze(1))
 
 
 # ---------------------------------------------------------------------------------------------------- structure

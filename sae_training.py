@@ -185,7 +185,7 @@ class SAETrainer(BasicTrainer):
             "zero": torch.zeros_like,
         }
         completion_tokens = 0
-        for (batch,) in self.loaders["eval"].steps():
+        for (batch,) in self.steps("eval"):
             batch = batch.to(self.device)
             x = self.residuals(batch)
             features = frozen.encode(x)

@@ -16,7 +16,6 @@ import assembly
 import parallel
 import plan
 import settings
-import summary
 from checkpoint import Run
 
 MODES = ("train", "plan")
@@ -37,6 +36,8 @@ def train(config: DictConfig, overrides: list[str]) -> None:
         torch.manual_seed(config.seed)
         trainer = assembly.prepare(config, parts, sources, run)
         trainer.train()
+        import summary  # takes a while to import, and the first step need not wait for it
+
         summary.summarise(trainer, sources.model, started)
 
 

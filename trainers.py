@@ -7,8 +7,10 @@ rejected_rewards`. To add one: a class here, a YAML there, a test.
 Shape letters: B records (pairs) of a batch, S sequences, N completion tokens.
 """
 
+import functools
+import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -20,7 +22,8 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import adapters
@@ -31,14 +34,18 @@ from counts import Flops, Pace
 from dataloader import BAD, GOOD, DataLoader, MismatchedRecords
 from models import score, score_rewards
 from parallel import Stopped, StopRequest
-from reference import Reference
+from reference import Reference, ReferenceCache
 from sae import SAE, ResidualTap
 from sharding import reshard, whole
-from utils import UserError, console, progress_bar, suggest
+from utils import UserError, ahead, console, progress_bar, suggest
 from vocabulary import QUANTITIES, Binding, Evidence
 from weights import PolicyFile, fill, find_weights, gather, write_hub_format
 
-SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+SCHEDULES: dict[str, Callable[[float], float]] = {  # the share of lr, by the share of the steps after the warm-up
+    "constant": lambda _done: 1.0,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+}
 
 
 @dataclass
@@ -66,6 +73,16 @@ def make_optimizer(config: DictConfig, parameters: Sequence[Tensor]) -> torch.op
         return known[config.optimizer](parameters, lr=config.lr, **dict(config.optimizer_options))
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer={config.optimizer}, lr={config.lr}, {config.optimizer_options}: {error}") from error
+
+
+def make_schedule(config: DictConfig, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """A learning rate that rises evenly over `warmup_steps`, then follows `lr_schedule` to the last step."""
+    warmup, after = config.warmup_steps, SCHEDULES[config.lr_schedule]
+
+    def share(step: int) -> float:
+        return step / warmup if step < warmup else after((step - warmup) / max(1, steps - warmup))
+
+    return LambdaLR(optimizer, share)
 
 
 class Means:
@@ -114,12 +131,7 @@ class BasicTrainer:
         self.last_evaluation: dict[str, float] = {}
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.config, trained)
-        self.schedule = get_scheduler(
-            SCHEDULES[self.config.lr_schedule],
-            self.optimizer,
-            num_warmup_steps=self.config.warmup_steps,
-            num_training_steps=len(self.loaders["train"]),
-        )
+        self.schedule = make_schedule(self.config, self.optimizer, len(self.loaders["train"]))
 
     # ------------------------------------------------------------------------------------------------ the loss
 
@@ -135,20 +147,39 @@ class BasicTrainer:
 
     def score(self, batch: Batch, reference: Reference | None) -> tuple[Batch, Any]:
         """The batch on the device, with what the reference says of it, and what the policy says."""
-        batch = (reference.attach(batch) if reference else batch).to(self.device)
+        if reference and not batch.reference:
+            batch = reference.attach(batch)
+        batch = batch.to(self.device)
         return batch, score(self.policy, batch, self.tap)
+
+    def steps(self, split: str, start: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each step of a split, made ready while the step before it is in use."""
+        loader = self.loaders[split]
+        ready = map(functools.partial(self.make_ready, split), range(start, len(loader)), loader.steps(start))
+        return ahead(ready)
+
+    def make_ready(self, split: str, step: int, micro_batches: list[Batch]) -> list[Batch]:  # noqa: ARG002
+        """What of a step's work needs no model: its cached reference looked up, and all in memory that a GPU copies
+        from by itself."""
+        reference = self.references.get(split)
+        if isinstance(reference, ReferenceCache):
+            micro_batches = [reference.attach(batch) for batch in micro_batches]
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):  # for this runs in a thread of its own
+                micro_batches = [batch.pinned() for batch in micro_batches]
+        return micro_batches
 
     def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:
         """Measure what belongs to a whole optimiser step, or evaluation batch, before its losses are computed."""
 
-    def clip_gradients(self) -> float:
-        """Bound the gradient's norm; gives what it was."""
+    def clip_gradients(self) -> Tensor:
+        """Bound the gradient's norm; gives what it was, on the device."""
         return self.clip(self.module, self.config.model.max_grad_norm)
 
     @staticmethod
-    def clip(module: nn.Module, limit: float | None) -> float:
+    def clip(module: nn.Module, limit: float | None) -> Tensor:
         """Bound the norm of one module's gradient (null: no bound); gives what it was."""
-        return float(whole(nn.utils.clip_grad_norm_(module.parameters(), limit if limit else float("inf"))))
+        return whole(nn.utils.clip_grad_norm_(module.parameters(), limit if limit else float("inf")))
 
     @classmethod
     def check(cls, config: DictConfig, binding: Binding) -> None:
@@ -200,7 +231,7 @@ class BasicTrainer:
         flops = Flops.of(self.policy)
         means, pace = Means(), Pace(flops)
         with StopRequest() as stop, progress_bar("training", len(loader), step) as advance:
-            for micro_batches in loader.steps(start=start):
+            for micro_batches in self.steps("train", start):
                 if number := stop.anywhere():
                     self.stop(number, step, examples, saved=saved or step == start)
                 self.module.train()
@@ -211,7 +242,7 @@ class BasicTrainer:
                 evaluated = crosses(config.eval_every, before, examples)
                 saved = crosses(config.save_every, before, examples)
                 if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
-                    values = {**means.read(), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
+                    values = {**means.read(), "grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
                     self.log(step, examples, {**values, **pace.read()})
                     advance(step, values["loss/train"])
                     means, pace = Means(), Pace(flops)
@@ -250,7 +281,8 @@ class BasicTrainer:
     def update(self, step: int, micro_batches: list[Batch], means: Means) -> float:
         """One update of the weights; gives the gradient's norm before clipping.
 
-        Raises UserError, leaving the weights alone, if a loss or the gradient is not finite.
+        Raises UserError, leaving the weights alone, if a loss or the gradient is not finite. To know it is the one time
+        in a step that the host waits for the device.
         """
         own = sum(self.weight(batch) for batch in micro_batches)
         total = int(parallel.sum_over_ranks(torch.tensor(own)))
@@ -259,9 +291,11 @@ class BasicTrainer:
             losses.append(self.compute_loss(batch, "train", means))
             (losses[-1].sum() * parallel.world_size() / total).backward()  # gradients are averaged over the ranks
         self.average_replicated()
-        norm = self.clip_gradients()
+        share = self.clip_gradients() / parallel.world_size()  # the norm is the same on all ranks
         wrong = torch.stack([(~part.isfinite()).sum() for part in losses])
-        if parallel.sum_over_ranks(wrong.sum()) or not norm < float("inf"):
+        found = torch.stack([wrong.sum().float(), share.to(wrong.device, torch.float32)])
+        not_finite, norm = parallel.sum_over_ranks(found).tolist()
+        if not_finite or not norm < float("inf"):
             self.refuse_step(step, [batch for batch, bad in zip(micro_batches, wrong) if bad] or micro_batches, wrong)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -298,7 +332,7 @@ class BasicTrainer:
         self.module.eval()
         loader, means = self.loaders["eval"], Means()
         with progress_bar("evaluating", len(loader), 0) as advance:
-            for step, micro_batches in enumerate(loader.steps()):
+            for step, micro_batches in enumerate(self.steps("eval")):
                 self.before_step("eval", step, micro_batches)
                 for batch in micro_batches:
                     self.compute_loss(batch, "eval", means)
@@ -569,6 +603,7 @@ class UnpairedPreferenceTrainer(BasicTrainer):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.mismatched_records = {split: MismatchedRecords(loader) for split, loader in self.loaders.items()}
+        self.upcoming: dict[tuple[str, int], list[Batch]] = {}  # mismatched records of steps that are ready
 
     @classmethod
     def check(cls, config: DictConfig, binding: Binding) -> None:
@@ -577,8 +612,16 @@ class UnpairedPreferenceTrainer(BasicTrainer):
                 raise UserError(f"model.{key}=1: KTO's z needs the completion of another example, so at least 2")
 
     def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
-        desirable = batch.record["desirable"]
-        return values if side is None else values[desirable if side == "chosen" else ~desirable]
+        return values if side is None else values[batch.record[side]]
+
+    def make_ready(self, split: str, step: int, micro_batches: list[Batch]) -> list[Batch]:
+        if "kl" in self.binding.needs:
+            self.upcoming[split, step] = self.mismatched(split, step)
+        return super().make_ready(split, step, micro_batches)
+
+    def mismatched(self, split: str, step: int) -> list[Batch]:
+        """The micro-batches of each prompt of a step with another record's completion."""
+        return super().make_ready(f"{split}/mismatched", step, self.mismatched_records[split].batches(step))
 
     @torch.no_grad()
     def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
@@ -587,10 +630,10 @@ class UnpairedPreferenceTrainer(BasicTrainer):
         if "kl" not in self.binding.needs:
             return
         total = torch.zeros(2, device=self.device, dtype=torch.float64)
-        for batch in self.mismatched_records[split].batches(step):
+        for batch in self.upcoming.pop((split, step), None) or self.mismatched(split, step):
             batch, scores = self.score(batch, self.references[f"{split}/mismatched"])
             logratios = scores.logps - batch.reference["logps"]
-            total += torch.stack([logratios.double().sum(), logratios.new_tensor(len(logratios)).double()])
+            total += torch.stack([logratios.double().sum(), total.new_full((), len(logratios))])
         logratio, count = parallel.sum_over_ranks(total)
         self.kl = (logratio / count).clamp(min=0).float()
 
@@ -707,7 +750,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
             advantages, returns = (torch.cat(column) for column in zip(*parts))
             batch.record |= {"advantages": advantages, "returns": returns}
             wide = advantages.double()
-            moments += torch.stack([wide.sum(), wide.square().sum(), wide.new_tensor(len(wide))])
+            moments += torch.stack([wide.sum(), wide.square().sum(), wide.new_full((), len(wide))])
         total, squares, count = parallel.sum_over_ranks(moments)
         mean = total / count
         deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
@@ -724,7 +767,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
             return batch.record["score"].float()
         return signed(torch.ones_like(batch.record["desirable"], dtype=torch.float32), batch.record["desirable"])
 
-    def clip_gradients(self) -> float:
+    def clip_gradients(self) -> Tensor:
         assert self.value_head is not None
         self.clip(self.value_head, self.value_head_max_grad_norm)
         return self.clip(self.policy, self.config.model.max_grad_norm)

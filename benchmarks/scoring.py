@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -100,11 +101,15 @@ def compare_layouts(name: str, padded: PreTrainedModel, packed: PreTrainedModel,
 
 def projection() -> None:
     """Log-probabilities of 512 tokens and their gradients, by the ways there are."""
+    passes = ("capped", "statistics", "divergence", "gradient")
+    eager = {name: getattr(head, name) for name in passes}
+    head.compile_passes()
+    fused = {name: getattr(head, name) for name in passes}
     for softcap in (30.0, None):
-        compare_projections(softcap)
+        compare_projections(softcap, eager, fused)
 
 
-def compare_projections(softcap: float | None) -> None:
+def compare_projections(softcap: float | None, eager: dict[str, Any], fused: dict[str, Any]) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(512, WIDTH, requires_grad=True)
     own_head = nn.Linear(WIDTH, WORDS, bias=False)
@@ -119,7 +124,8 @@ def compare_projections(softcap: float | None) -> None:
         parts = zip(hidden.split(rows), target.split(rows))
         return torch.cat([checkpoint(plain, x, y, use_reentrant=False) for x, y in parts])
 
-    def ours(rows: int) -> Tensor:
+    def ours(rows: int, compiled: bool = False) -> Tensor:
+        vars(head).update(fused if compiled else eager)
         head.CHUNK_ELEMENTS = rows * WORDS
         return head.token_statistics(hidden, target, own_head, softcap)[0]
 
@@ -137,6 +143,7 @@ def compare_projections(softcap: float | None) -> None:
         "head.py, whole": partial(ours, 512),
         "head.py, 128 at a time": partial(ours, 128),
         "head.py, 32 at a time": partial(ours, 32),
+        "head.py, compiled, 128 at a time": partial(ours, 128, compiled=True),
     }
     if softcap is None:
         ways["F.linear_cross_entropy"] = partial(torchs, None)

@@ -827,7 +827,7 @@ def test_labels_and_scores_reach_the_batch() -> None:
     assert batch.record["score"].tolist() == [[0.5, 1, 2, 3][index] for index in batch.index]
     partly = made_of(4, completions=1, desirable=[True, False, True, True], score=[0.5, 1, 2, None])
     (batch,) = next(UnpairedPreferenceDataLoader(partly, batch_size=2, pad_id=0, eos_id=EOS).steps())
-    assert set(batch.record) == {"desirable"}, "a score that some rows lack is not used"
+    assert set(batch.record) == {"desirable", "chosen", "rejected"}, "a score that some rows lack is not used"
 
 
 def test_numbers_that_make_no_run_are_refused() -> None:

@@ -293,6 +293,15 @@ def test_a_budget_of_tokens_changes_no_numbers(tmp_path):
     )
 
 
+def test_a_pair_longer_than_the_budget_goes_alone(tmp_path):
+    whole = run(tmp_path, "loss=dpo", "exp_name=whole")
+    trainer = assembled(tmp_path, "loss=dpo", "exp_name=alone", "model.max_tokens=1")
+    assert {len(batch.index) for step in trainer.loaders["train"].steps() for batch in step} == {1}
+    alone = run(tmp_path, "loss=dpo", "exp_name=alone", "model.max_tokens=1")
+    losses = [[line["loss/train"] for line in lines if "loss/train" in line] for lines in (whole, alone)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("loss", sorted({*LOSSES} - {"sae"}))
 def test_a_rank_without_records_takes_part_and_counts_for_nothing(tmp_path, loss):
     """Two ranks, of which the second has none of the step's one record."""

@@ -233,3 +233,25 @@ def test_gradient_through_the_tap_is_the_same_with_activation_checkpointing(hook
     assert "model.layers.2.mlp.up_proj.weight" not in plain  # above the tap
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "high"), (torch.float32, "highest")])
+def test_tensor_cores_multiply_what_has_no_more_bits_than_they_read(monkeypatch, dtype, precision):
+    seen, product = [], torch.Tensor.__matmul__
+
+    def watched(a, b):
+        seen.append(torch.get_float32_matmul_precision())
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    random_sae().encode(torch.ones(2, 32, dtype=dtype))
+    assert seen == [precision] and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_negative_threshold_is_relu():
+    sae = random_sae()
+    x = torch.randn(5, 32)
+    sae.threshold = -sae.threshold
+    torch.testing.assert_close(sae.encode(x), (x @ sae.W_enc + sae.b_enc).relu(), rtol=0, atol=0)
+    sae.b_enc[3] = float("nan")
+    assert sae.encode(x)[:, 3].isnan().all(), "not hidden by a comparison that is false"

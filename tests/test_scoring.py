@@ -77,6 +77,22 @@ def test_no_tensor_of_all_positions_by_vocabulary_exists(monkeypatch, gemma):
 def test_the_head_equals_autograd(monkeypatch, chunk, softcap, bias):
     """Values and gradients of log-probabilities and KL against the plain formula."""
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", chunk)
+    assert_equals_autograd(softcap, bias)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_compiled_head_equals_autograd(monkeypatch, softcap):
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 50 * 3)
+    plain = heads.gradient
+    for name in ("capped", "statistics", "divergence", "gradient"):
+        monkeypatch.setattr(heads, name, getattr(heads, name))  # as it was, after this test
+    heads.compile_passes()
+    assert heads.gradient is not plain
+    assert_equals_autograd(softcap, bias=False)
+
+
+def assert_equals_autograd(softcap, bias):
     torch.manual_seed(0)
     hidden, other, target = torch.randn(8, 6, requires_grad=True), torch.randn(8, 6), torch.randint(50, (8,))
     own_head, other_head = (torch.nn.Linear(6, 50, bias=bias) for _ in range(2))

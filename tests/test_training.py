@@ -6,11 +6,14 @@ import math
 import resource
 import shutil
 import threading
+from collections import Counter
 
 import pytest
 import torch
 from conftest import REPO, metrics
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import assembly
 import checkpoint
@@ -371,3 +374,65 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded(tmp_path):
         "of another shape: model.norm.weight ([7], the model's is [128])",
     ):
         assert part in str(error.value)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for whose outcome the host would have to wait, were their tensors on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_truth = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if by_truth or unsized or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", sorted({*LOSSES} - {"sae", "ppo"}))
+def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch, loss):
+    """To read, in one piece, the gradient's norm and whether all is finite."""
+    trainer = assembled(tmp_path, f"loss={loss}", "model.gradient_accumulation_steps=2")
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)  # on a CPU it reads its own counters, which lie there
+    monkeypatch.setattr(trainer.schedule, "step", lambda: None)
+    trainer.module.train()
+    read, tolist = [], torch.Tensor.tolist
+    for step, micro_batches in enumerate(list(trainer.steps("train"))):
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda values: read.append(values) or tolist(values))
+        with Waits() as waits:
+            norm = trainer.optimise(step, micro_batches, trainers.Means())
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+        assert waits.found == {"_local_scalar_dense": 1}, "of what the ranks' records count for, numbers of the hosts"
+        assert len(read) == step + 1
+        assert norm == pytest.approx(float(read[-1][1]))
+
+
+def test_what_a_step_reads_is_ready_before_it(tmp_path):
+    trainer = assembled(tmp_path, "loss=kto")
+    micro_batches = next(trainer.steps("train"))
+    for batch in [*micro_batches, *trainer.upcoming["train", 0]]:
+        assert len(batch.reference["logps"]) == batch.num_sequences
+
+
+@pytest.mark.parametrize("name", trainers.SCHEDULES)
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 7), (3, 7), (7, 7), (9, 7)])
+def test_schedules_equal_transformers(name, warmup, steps):
+    from transformers import get_scheduler
+
+    theirs = {"constant": "constant_with_warmup"}.get(name, name)
+    rates = []
+    for make in (
+        lambda o: trainers.make_schedule(OmegaConf.create({"lr_schedule": name, "warmup_steps": warmup}), o, steps),
+        lambda o: get_scheduler(theirs, o, num_warmup_steps=warmup, num_training_steps=steps),
+    ):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+        schedule = make(optimizer)
+        rates.append([])
+        for _ in range(steps):
+            rates[-1].append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+    assert rates[0] == pytest.approx(rates[1])

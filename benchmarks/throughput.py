@@ -1,0 +1,589 @@
+"""Training speed and memory beside TRL's trainers: the same tokens, weights, optimiser and precision.
+
+    python benchmarks/throughput.py                          every contender, at the lengths of real data
+    python benchmarks/throughput.py --lengths 300:100        prompts of 150 to 450 tokens, completions of 50 to 150
+    python benchmarks/throughput.py --only 'dpo *' 'trl dpo *' --steps 4 --rounds 3
+    python benchmarks/throughput.py --device cuda            Gemma-2-2B's shape in bfloat16 (not run so far: no GPU)
+
+Each run is a process of its own, and the contenders take turns, round by round. The model has random weights: on the
+CPU Gemma 2's shape with 12.3 M parameters and 32,768 words, in fp32 on one thread. A step ends with the optimiser's;
+the first does not count. What is printed of each contender is the median over the rounds.
+
+TRL runs without what slows it down (gradient checkpointing, which is on there by default; logging of each step), and
+with what makes it fast: the fused optimiser, and, where the line says so, the reference computed in advance and, on the
+CPU, its completion-only head, which TRL keeps for GPUs ("head forced"). What it does not have, it does not run:
+`padding_free` of DPO is off since a refactor, KTO has none, and SFT's needs flash attention.
+
+Lengths come from data (`alpaca`, `hh`: words and punctuation marks of ../shared/data) or are drawn evenly from half to
+one and a half times the ones given (`PROMPT:COMPLETION`). `log-normal` is drawn with alpaca's means and spreads, for
+where that is absent. The text is random words of the built-in tokenizer, each one token.
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import gzip
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+# This process imports no torch: a child would start with its memory as its own peak (Linux's ru_maxrss).
+DATA = REPO.parent / "shared" / "data"
+PAIRED, UNPAIRED = ("dpo", "simpo", "fpo", "tdpo2"), ("kto", "sft")
+LAYOUTS, SIDES = ("shared_prefix", "packed", "padded"), ("chosen", "rejected")
+BASE = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
+SHAPES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "vocab_size": 32_768,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        **BASE,
+    },
+    "cuda": {**BASE},  # transformers' defaults are Gemma-2-2B's, but for its layers
+}
+SHAPES["cuda"] |= {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 256_000}
+# Encoding a completion token takes 2 * width * latents operations: 0.4 to 0.6 % of what the model takes for it, forward
+# and backward, in both. Gemma Scope's 16,384 latents at Gemma-2-2B's shape.
+LATENTS, LAYER = {"cpu": 1024, "cuda": 16_384}, {"cpu": 2, "cuda": 12}
+OPTIMISER = {"lr": 1e-4, "max_grad_norm": 1.0}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is run: `loss` by this repo in a layout, or by TRL with a reference, and its head forced or as shipped."""
+
+    loss: str
+    layout: str | None = None  # None: TRL's
+    reference: str | None = None  # "live" or "precomputed"
+    forced: bool = False
+    attention: str | None = None  # TRL's, where there is a choice
+
+    @property
+    def name(self) -> str:
+        if self.layout:
+            return f"{self.loss} {self.layout}"
+        words = (self.reference, self.attention, "head forced" if self.forced else None)
+        return f"trl {self.loss} " + (", ".join(filter(None, words)) or "as shipped")
+
+
+def contenders(device: str) -> list[Contender]:
+    found = [Contender(loss, layout) for loss in PAIRED for layout in LAYOUTS]
+    found += [Contender(loss, layout) for loss in UNPAIRED for layout in LAYOUTS[1:]]  # no prompt is shared
+    heads = (False, True) if device == "cpu" else (False,)
+    attentions: tuple[str | None, ...] = (None,) if device == "cpu" else ("eager",)
+    if device == "cuda" and importlib.util.find_spec("flash_attn"):
+        attentions += ("flash_attention_2",)
+    for loss in ("dpo", "kto", "sft"):
+        for reference in (None,) if loss == "sft" else ("live", "precomputed"):
+            found += [Contender(loss, None, reference, forced, own) for forced in heads for own in attentions]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- lengths
+
+
+def lengths(kind: str, count: int) -> list[tuple[int, int, int]]:
+    """Tokens of the prompts, chosen and rejected completions of some pairs."""
+    draw = random.Random(0)
+    if ":" in kind:
+        prompt, completion = map(int, kind.split(":"))
+
+        def ragged(mean: int) -> int:
+            return draw.randint(mean // 2, mean * 3 // 2)
+
+        return [(ragged(prompt), ragged(completion), ragged(completion)) for _ in range(count)]
+    if kind == "log-normal":
+        spreads = ((3.2, 0.8), (5.9, 0.8), (5.4, 1.0))
+        return [tuple(max(1, round(draw.lognormvariate(*own))) for own in spreads) for _ in range(count)]  # type: ignore[misc]
+    files = {"alpaca": DATA / "alpaca_eval/preferences_train.jsonl.gz", "hh": DATA / "hh/harmless-base/test.jsonl.gz"}
+    if not files[kind].is_file():
+        sys.exit(f"--lengths {kind}: there is no {files[kind]}; log-normal needs no data")
+    with gzip.open(files[kind], "rt") as file:
+        rows = [json.loads(line) for line in file]
+    return [tuple(map(tokens_in, texts(row))) for row in draw.sample(rows, count)]  # type: ignore[misc]
+
+
+def texts(row: dict[str, str]) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected completion; HH has the prompt in both dialogues."""
+    if "prompt" in row:
+        return row["prompt"], row["chosen"], row["rejected"]
+    cut = row["chosen"].rindex("\n\nAssistant:")
+    return row["chosen"][:cut], row["chosen"][cut:], row["rejected"][row["rejected"].rindex("\n\nAssistant:") :]
+
+
+def tokens_in(text: str) -> int:
+    return max(1, len(re.findall(r"\w+|[^\w\s]", text)))
+
+
+# ---------------------------------------------------------------------------------------------------- one run
+
+
+def build(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Write the model, its tokenizer, an SAE and the data."""
+    import torch
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    import counts
+    from sae import SAE
+    from sae_formats import save_sae
+
+    torch.manual_seed(0)
+    device = arguments["device"]
+    config = Gemma2Config(**SHAPES[device])
+    Gemma2ForCausalLM(config).save_pretrained(folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REPO / "assets/tiny" / name, folder / "model")
+    wide = torch.randn(config.hidden_size, LATENTS[device]).div_(config.hidden_size**0.5)
+    zeros = torch.zeros(LATENTS[device])
+    # of the tapped stream, whose numbers here are of the order of 1: a few in a hundred latents are active
+    save_sae(SAE(wide, zeros, wide.T.contiguous(), torch.zeros(len(wide)), zeros + 2), folder / "params.npz")
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    words = [word[1:] for word in tokenizer.get_vocab() if re.fullmatch("Ġ[a-z]{3,}", word)]
+    draw = random.Random(1)
+    pairs = lengths(arguments["lengths"], arguments["batch"] * (arguments["steps"] + 1))
+
+    def text(tokens: int) -> str:
+        return " ".join(draw.choices(words, k=tokens))
+
+    rows = [dict(zip(("prompt", *SIDES), map(text, own))) for own in pairs]
+    sides = [(row["prompt"], row[side], side) for row in rows for side in SIDES]
+    labelled = [{"prompt": prompt, "completion": text, "label": side == "chosen"} for prompt, text, side in sides]
+    turns = [({"role": "user", "content": prompt}, {"role": "assistant", "content": text}) for prompt, text, _ in sides]
+    for name, records in (("dpo", rows), ("kto", labelled), ("sft", [{"messages": own} for own in turns])):
+        write_lines(folder / f"{name}.jsonl", records)
+    for loss in ("dpo", "kto", "sft"):
+        write_lines(folder / f"trl_{loss}.jsonl", trl_rows(folder, arguments, loss))
+    return {"rate": counts.peak_flops() or multiplications(device), "pairs": shapes_of(folder, arguments)}
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def tokenised(folder: Path, arguments: dict[str, Any], loss: str) -> Any:
+    """The rows that our loader makes of a loss's data, in the order of the file."""
+    import dataloader
+    import models
+
+    config, parts = checked(overrides(folder, arguments, loss, "padded"))
+    tokenizer = models.load_tokenizer(folder / "model")
+    return dataloader.load_tokens(config, "train", tokenizer, parts.loader, parts.binding.options["loader"]).rows
+
+
+def trl_rows(folder: Path, arguments: dict[str, Any], loss: str) -> list[dict[str, Any]]:
+    """The same text in TRL's columns, batch by batch."""
+    sides = SIDES if loss == "dpo" else ("completion",)
+    rows = []
+    for row in tokenised(folder, arguments, loss):
+        label = {"label": row["desirable"]} if loss == "kto" else {}
+        rows.append({"prompt": row["prompt"], **dict(zip(sides, row["completions"], strict=True)), **label})
+    if loss != "kto":
+        return rows
+    # its KL takes the completion of the record before, ours of the one after: the same of a batch turned round
+    size = 2 * arguments["batch"]
+    return [row for start in range(0, len(rows), size) for row in rows[start : start + size][::-1]]
+
+
+def shapes_of(folder: Path, arguments: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    """Tokens of the prompt and of both completions, of each pair."""
+    rows = tokenised(folder, arguments, "dpo")
+    return [(len(row["prompt_ids"]), [len(ids) for ids in row["completion_ids"]]) for row in rows]
+
+
+def multiplications(device: str) -> float:
+    """Floating-point operations a second that a large matrix product reaches here."""
+    import torch
+
+    size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        (a @ a).sum().item()
+        return time.perf_counter() - started
+
+    return 2 * size**3 / min(seconds() for _ in range(6))
+
+
+class Done(Exception):
+    """The last step has been measured."""
+
+
+class Watch:
+    """Notes time and memory at the end of each optimiser step of whatever trains in this process."""
+
+    def __init__(self, steps: int, device: str) -> None:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        self.stamps: list[tuple[float, float]] = []
+        self.steps, self.device = steps, device
+        register_optimizer_step_post_hook(lambda *_: self.stamp())
+
+    def stamp(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        self.stamps.append((time.perf_counter(), time.process_time()))
+        if len(self.stamps) > self.steps:
+            raise Done
+
+    def read(self) -> dict[str, float]:
+        """Seconds of the measured steps, by the clock and of CPU, and the peak in MB since the process began."""
+        (wall, cpu), (wall_end, cpu_end) = self.stamps[0], self.stamps[-1]
+        return {"seconds": wall_end - wall, "cpu": cpu_end - cpu, "peak": self.peak()}
+
+    def peak(self) -> float:
+        if self.device == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated() / 2**20
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+
+
+def overrides(folder: Path, arguments: dict[str, Any], loss: str, layout: str) -> list[str]:
+    """The configuration of a run of ours, as the command line would give it."""
+    data = folder / f"{loss if loss in UNPAIRED else 'dpo'}.jsonl"
+    batch = arguments["batch"] * (2 if loss in UNPAIRED else 1)
+    given = [f"loss={loss}", "model=tiny", f"model.name_or_path={folder}/model", f"datasets=[{data}]"]
+    given += [f"eval_datasets=[{data}]", f"cache_dir={arguments['out']}", f"exp_name={loss}", "do_first_eval=false"]
+    given += [f"model.batch_size={batch}", f"model.eval_batch_size={batch}", f"model.layout={layout}"]
+    given += ["model.max_length=8192", "model.max_prompt_length=4096", "n_eval_examples=2", "resume=never"]
+    given += [f"lr={OPTIMISER['lr']}", f"model.max_grad_norm={OPTIMISER['max_grad_norm']}", "warmup_steps=0"]
+    given += ["optimizer=AdamW", "++optimizer_options.weight_decay=0", "++optimizer_options.fused=true"]
+    given += [f"model.policy_dtype={'float32' if arguments['device'] == 'cpu' else 'bfloat16'}"]
+    if loss == "fpo":
+        given += [f"sae.path={folder}/params.npz", f"sae.layer={LAYER[arguments['device']]}", "sae.format=gemma_scope"]
+    return given
+
+
+def checked(given: list[str]) -> Any:
+    """The composed configuration, and its parts."""
+    from hydra import compose, initialize_config_dir
+
+    import settings
+
+    with initialize_config_dir(str(REPO / "config"), version_base=None):
+        config = compose("config", overrides=given)
+        return config, settings.check(config, given)
+
+
+def assemble(given: list[str]) -> Any:
+    """Our trainer, as train.py builds it."""
+    import torch.distributed as dist
+
+    import assembly
+    import parallel
+    import settings
+    from checkpoint import Run
+
+    parallel.join(0, 1, dist.HashStore())
+    config, parts = checked(given)
+    run = Run(Path(config.cache_dir) / config.exp_name)
+    run.start(config)
+    sources = settings.find_sources(config, parts.binding.needs)
+    return assembly.prepare(config, parts, sources, run, cached=("train",))
+
+
+def run_ours(folder: Path, arguments: dict[str, Any], contender: Contender) -> dict[str, Any]:
+    import numpy as np
+
+    import assembly
+    import dataloader
+
+    reference = timed(assembly, "load_or_build", arguments["device"])
+    dataloader.DataLoader._order = lambda loader, _epoch: np.arange(len(loader.rows))  # that of the file, as TRL's
+    trainer = assemble(overrides(folder, arguments, contender.loss, contender.layout or ""))
+    losses: list[float] = []
+    trainer.log = lambda _step, _examples, values: losses.append(values["loss/train"])
+    watch = Watch(arguments["steps"], arguments["device"])
+    with contextlib.suppress(Done):
+        trainer.train()
+    return {**watch.read(), "losses": losses, "reference": sum(reference)}
+
+
+def timed(owner: Any, name: str, device: str) -> list[float]:
+    """Wraps a function so that its seconds, of CPU where it runs there, are in the list that this gives."""
+    function, found = getattr(owner, name), []
+    clock = time.process_time if device == "cpu" else time.perf_counter
+
+    def wrapped(*positional: Any, **named: Any) -> Any:
+        started = clock()
+        try:
+            return function(*positional, **named)
+        finally:
+            found.append(clock() - started)
+
+    setattr(owner, name, wrapped)
+    return found
+
+
+def run_trl(folder: Path, arguments: dict[str, Any], contender: Contender) -> dict[str, Any]:
+    import torch
+    import trl
+    import trl.trainer.utils
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if contender.forced:
+        trl.trainer.utils._use_triton = lambda _device: True
+    on_cpu, kind = arguments["device"] == "cpu", contender.loss.upper()
+
+    def load() -> Any:
+        how = {"dtype": torch.float32, "attn_implementation": contender.attention or "eager"}
+        return AutoModelForCausalLM.from_pretrained(folder / "model", **how)
+
+    rows = [json.loads(line) for line in (folder / f"trl_{contender.loss}.jsonl").read_text().splitlines()]
+    batch = arguments["batch"] * (1 if kind == "DPO" else 2)
+    options: dict[str, Any] = {} if kind == "SFT" else {"beta": 0.1}
+    referred: dict[str, Any] = {}
+    if contender.reference == "precomputed":
+        options |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": batch}
+    if contender.reference == "live":
+        referred["ref_model"] = load()
+    if contender.attention == "flash_attention_2" and kind == "SFT":
+        options["padding_free"] = True
+    trainer_class = getattr(trl, f"{kind}Trainer")
+    reference = timed(trainer_class, "_precompute_ref_logps", arguments["device"]) if kind != "SFT" else []
+    trainer = trainer_class(
+        model=load(),
+        args=getattr(trl, f"{kind}Config")(
+            output_dir=arguments["out"],
+            per_device_train_batch_size=batch,
+            train_sampling_strategy="sequential",
+            use_cpu=on_cpu,
+            bf16=not on_cpu,
+            gradient_checkpointing=False,
+            learning_rate=OPTIMISER["lr"],
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            weight_decay=0.0,
+            max_grad_norm=OPTIMISER["max_grad_norm"],
+            max_length=8192,
+            num_train_epochs=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=1,
+            dataloader_num_workers=0,
+            **options,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        **referred,
+    )
+    watch = Watch(arguments["steps"], arguments["device"])
+    with contextlib.suppress(Done):
+        trainer.train()
+    seen = [line for line in trainer.state.log_history if "loss" in line]
+    return {**watch.read(), "losses": [line["loss"] for line in seen], "reference": sum(reference)}
+
+
+# ---------------------------------------------------------------------------------------------------- what can be
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the model takes: parameters of the layers, and of the head; the sum of the layers' widths of attention."""
+
+    layers: float
+    head: float
+    attention: float
+
+    @classmethod
+    def of(cls, shape: dict[str, Any]) -> "Work":
+        width, depth = shape["hidden_size"], shape["num_hidden_layers"]
+        queries, keys = (
+            shape.get(name, default) * shape.get("head_dim", 256)
+            for name, default in (("num_attention_heads", 8), ("num_key_value_heads", 4))
+        )
+        layer = width * (2 * queries + 2 * keys + 3 * shape["intermediate_size"])
+        return cls(depth * layer, width * shape["vocab_size"], depth * queries)
+
+    def operations(self, forwards: float, positions: int, projections: int, pairs: float) -> float:
+        """Of so many forward passes; a backward pass is two."""
+        own = 2 * self.layers * positions + 2 * self.head * projections + 4 * self.attention * pairs
+        return forwards * own
+
+
+def least(work: Work, contender: Contender, step: list[tuple[int, list[int]]]) -> float:
+    """Operations of a step that are needed, by whichever way: each prompt once where there are pairs, completions
+    alone projected, what is seen alone attended to, nothing twice. TDPO's reference is a forward pass more, KTO's
+    mismatched pairs too."""
+    shapes = step if contender.loss not in UNPAIRED else [(p, [c]) for p, completions in step for c in completions]
+    positions = sum(prompt + sum(own) for prompt, own in shapes)
+    projections = sum(sum(own) for _, own in shapes)
+    pairs = sum(prompt**2 / 2 + sum(c * prompt + c * c / 2 for c in own) for prompt, own in shapes)
+    return work.operations(3 + (contender.loss in ("tdpo2", "kto")), positions, projections, pairs)
+
+
+def counted(work: Work, contender: Contender, step: list[tuple[int, list[int]]], device: str) -> float:
+    """Operations of a step as the contender does them: padding, attention to what is then masked, prompts twice,
+    projections that no loss reads or that are made again."""
+    sequences = [(prompt, own) for prompt, completions in step for own in completions]
+    whole = [prompt + own for prompt, own in sequences]
+    projections = sum(own for _, own in sequences)
+    if contender.layout == "shared_prefix":
+        positions = sum(prompt + sum(own) for prompt, own in step)
+        pairs = sum(prompt**2 + sum(c * (prompt + c) for c in own) for prompt, own in step)
+    elif contender.layout == "packed":
+        positions, pairs = sum(whole), sum(n * n for n in whole)
+    else:
+        positions, pairs = len(whole) * max(whole), len(whole) * max(whole) ** 2
+    if contender.layout is None and device == "cpu" and not contender.forced:
+        projections = positions - len(whole)
+    forwards = 3
+    forwards += contender.loss == "kto"  # the policy's KL
+    forwards += contender.loss == "tdpo2"
+    if contender.reference == "live":
+        forwards += 2 if contender.loss == "kto" else 1
+    again = projections  # whose logits are computed in the backward pass too
+    if contender.layout:
+        chunk = (1 << 26) // SHAPES[device]["vocab_size"]  # head.CHUNK_ELEMENTS; the last one is still there
+        again = (projections - 1) // chunk * chunk * (2 if contender.loss == "tdpo2" else 1)
+    sae = 2 * SHAPES[device]["hidden_size"] * LATENTS[device] * projections if contender.loss == "fpo" else 0
+    return work.operations(forwards, positions, projections, pairs) + 2 * work.head * again + sae
+
+
+# ---------------------------------------------------------------------------------------------------- all runs
+
+
+def child(folder: Path, arguments: dict[str, Any], contender: Contender | None = None) -> dict[str, Any]:
+    """What one process finds, with caches of its own; it prints a line of JSON last."""
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        own = {"folder": str(folder), "out": out, "contender": asdict(contender) if contender else None, **arguments}
+        threads = {"OMP_NUM_THREADS": str(arguments["threads"]), "HF_DATASETS_CACHE": out}
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", json.dumps(own)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **threads},
+            check=False,
+        )
+    if done.returncode:
+        sys.exit(f"{contender.name if contender else 'build'}\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def work_of_child(given: dict[str, Any]) -> None:
+    folder, contender = Path(given["folder"]), given["contender"]
+    if contender is None:
+        found = build(folder, given)
+    else:
+        run = run_ours if contender["layout"] else run_trl
+        found = run(folder, given, Contender(**contender))
+    print("\n" + json.dumps(found))
+
+
+def measure(arguments: argparse.Namespace, chosen: list[Contender], kind: str) -> None:
+    """All rounds at one kind of lengths, and their table."""
+    given = {name: getattr(arguments, name) for name in ("device", "batch", "steps", "threads")} | {"lengths": kind}
+    with tempfile.TemporaryDirectory() as name:
+        built = child(Path(name), given)
+        runs: dict[Contender, list[dict[str, Any]]] = {contender: [] for contender in chosen}
+        for number in range(arguments.rounds):
+            for contender in chosen:
+                print(f"round {number + 1}: {contender.name}", file=sys.stderr, flush=True)
+                runs[contender].append(child(Path(name), given, contender))
+    report(arguments, kind, built, runs)
+
+
+HEAD = """
+| | s a step | CPU s | tokens/s | reference, s | peak, MB | time | operations | peak | of the rate |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def report(
+    arguments: argparse.Namespace, kind: str, built: dict[str, Any], runs: dict[Contender, list[dict[str, Any]]]
+) -> None:
+    """A table. Time, operations and peak are also beside those of the first of the same loss; the last column is how
+    near a run comes to doing what is needed at the rate of a matrix product; on a known GPU, its data sheet's (MFU)."""
+    device, batch, steps = arguments.device, arguments.batch, arguments.steps
+    work, clock = Work.of(SHAPES[device]), "cpu" if device == "cpu" else "seconds"
+    pairs = [(prompt, completions) for prompt, completions in built["pairs"]]
+    parts = [pairs[start : start + batch] for start in range(batch, len(pairs), batch)]  # the first step warms up
+    tokens = sum(prompt + own for prompt, completions in pairs[batch:] for own in completions)
+    means = [statistics.mean(prompt for prompt, _ in pairs)]
+    means += [statistics.mean(completions[side] for _, completions in pairs) for side in (0, 1)]
+    print(
+        f"\n{kind}, {device}, {arguments.threads} thread(s): {steps} steps of {batch} pairs (kto and sft: of both "
+        f"sides of each), prompts of {means[0]:.0f} tokens, chosen of {means[1]:.0f}, rejected of {means[2]:.0f}; "
+        f"medians of {arguments.rounds}; matrix products run at {built['rate'] / 1e9:,.0f} GFLOP/s\n{HEAD}"
+    )
+    wrong = []
+    for contender, own in runs.items():
+        first = next(other for other in runs if other.loss == contender.loss)
+
+        def median(key: str, of: Contender = contender) -> float:
+            return statistics.median(run[key] for run in runs[of])
+
+        operations, of_first = (sum(counted(work, c, part, device) for part in parts) for c in (contender, first))
+        needed = sum(least(work, contender, part) for part in parts) / built["rate"]
+        cells = [
+            f"{median('seconds') / steps:.2f}",
+            f"{median('cpu') / steps:.2f}",
+            f"{tokens / median('seconds'):,.0f}",
+            f"{median('reference') / (steps + 1):.2f}",
+            f"{median('peak'):,.0f}",
+            f"{median(clock) / median(clock, first):.2f}",
+            f"{operations / of_first:.2f}",
+            f"{median('peak') / median('peak', first):.2f}",
+            f"{needed / median(clock):.0%}",
+        ]
+        print(f"| {contender.name} | {' | '.join(cells)} |")
+        apart = max(abs(a - b) / abs(b) for a, b in zip(own[0]["losses"], runs[first][0]["losses"], strict=True))
+        if apart > (1e-3 if device == "cpu" else 2e-2):
+            wrong.append(
+                f"{contender.name}: losses {own[0]['losses']}, those of {first.name} {runs[first][0]['losses']}"
+            )
+    if wrong:
+        sys.exit("not the same training:\n" + "\n".join(wrong))
+    print("\nThose of one loss have the same training losses in every step.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--lengths", nargs="+", default=["alpaca"], metavar="KIND")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of contenders' names")
+    parser.add_argument("--batch", type=int, default=8, help="pairs a step")
+    parser.add_argument("--steps", type=int, default=3, help="measured in each run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="print the contenders' names")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        work_of_child(json.loads(arguments.child))
+        return
+    named = contenders(arguments.device)
+    chosen = [c for c in named if any(fnmatch.fnmatch(c.name, pattern) for pattern in arguments.only)]
+    if arguments.list or not chosen:
+        print("\n".join(contender.name for contender in named))
+        return
+    for kind in arguments.lengths:
+        measure(arguments, chosen, kind)
+
+
+if __name__ == "__main__":
+    main()
