@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -38,7 +39,12 @@ from utils import UserError, console, progress_bar, suggest
 from vocabulary import QUANTITIES, Binding, Evidence
 from weights import PolicyFile, fill, find_weights, gather, write_hub_format
 
-SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+SCHEDULES = {
+    "constant": "constant_with_warmup",
+    "cosine": "cosine",
+    "linear": "linear",
+    "trapezoid": "warmup_stable_decay",
+}
 
 
 @dataclass
@@ -66,6 +72,13 @@ def make_optimizer(config: DictConfig, parameters: Sequence[Tensor]) -> torch.op
         return known[config.optimizer](parameters, lr=config.lr, **dict(config.optimizer_options))
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer={config.optimizer}, lr={config.lr}, {config.optimizer_options}: {error}") from error
+
+
+def make_schedule(config: DictConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """The learning rate over a run of so many steps: a linear warm-up, then as the configuration says."""
+    name = SCHEDULES[config.lr_schedule]
+    options = {"num_decay_steps": steps // 5, "decay_type": "linear"} if name == "warmup_stable_decay" else None
+    return get_scheduler(name, optimizer, config.warmup_steps, steps, options)
 
 
 class Means:
@@ -114,12 +127,7 @@ class BasicTrainer:
         self.last_evaluation: dict[str, float] = {}
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.config, trained)
-        self.schedule = get_scheduler(
-            SCHEDULES[self.config.lr_schedule],
-            self.optimizer,
-            num_warmup_steps=self.config.warmup_steps,
-            num_training_steps=len(self.loaders["train"]),
-        )
+        self.schedule = make_schedule(self.config, self.optimizer, len(self.loaders["train"]))
 
     # ------------------------------------------------------------------------------------------------ the loss
 
@@ -207,13 +215,13 @@ class BasicTrainer:
                 norm = self.optimise(step, micro_batches, means)
                 step, before = step + 1, examples
                 examples += loader.records_in(step - 1)
-                pace.add(micro_batches, self.passes)
+                self.count(pace, step - 1, micro_batches)
                 evaluated = crosses(config.eval_every, before, examples)
                 saved = crosses(config.save_every, before, examples)
                 if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
-                    values = {**means.read(), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
+                    values = {**means.read(), "grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
                     self.log(step, examples, {**values, **pace.read()})
-                    advance(step, values["loss/train"])
+                    advance(step, self.headline(values))
                     means, pace = Means(), Pace(flops)
                 if evaluated:
                     self.log(step, examples, self.evaluate())
@@ -228,6 +236,14 @@ class BasicTrainer:
         self.run.finish_saving()
         self.export(step, examples)
         self.metrics.close()
+
+    def count(self, pace: Pace, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
+        """Add what this rank did in a step to how fast the run goes."""
+        pace.add(micro_batches, self.passes)
+
+    def headline(self, values: dict[str, float]) -> str:
+        """What the progress bar says of the metrics."""
+        return f"loss {values['loss/train']:.4f}"
 
     def stop(self, number: int, step: int, examples: int, *, saved: bool) -> NoReturn:
         """End the run between two steps because of a signal, with its state saved."""
@@ -288,7 +304,7 @@ class BasicTrainer:
         sources = [source for bad, sources in found if bad == bad_loss for source in sources]
         raise UserError(
             f"step {step + 1}: the {'loss' if bad_loss else 'gradient'} is not finite; stopped before it reached the "
-            f"weights. Examples: {', '.join(sources)}. "
+            f"weights. Examples: {', '.join(sources) or 'no one in particular'}. "
             f"The last checkpoint is good: {self.run.newest_state() or 'none yet'}"
         )
 
