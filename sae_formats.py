@@ -627,7 +627,7 @@ def save_saelens(sae: SAE, folder: Path, layer: int, metadata: dict[str, Any]) -
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post", **metadata},
+        "metadata": {"sae_lens_version": "6.0.0", "hook_name": f"blocks.{layer}.hook_resid_post", **metadata},
     }
     with appears_whole(folder) as part:
         part.mkdir()
