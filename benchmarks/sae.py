@@ -114,12 +114,12 @@ def set_threshold(own) -> None:
     sae.threshold.fill_(torch.stack(limits).mean())
 
 
-def in_a_process(arguments: tuple[str, int, int]) -> dict[str, dict[str, float]]:
-    """`measure`, in a process with one thread; kept, so that a killed benchmark goes on."""
-    kept = OUTPUT / f"{'-'.join(map(str, arguments)).replace(' ', '-')}.json"
+def in_a_process(k: int, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """What `measure` gives for each trainer, in a process with one thread; kept, so that a killed benchmark goes on."""
+    kept = OUTPUT / f"{k}-{seed}.json"
     if not kept.exists():
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--one", *map(str, arguments)]
+        command = [sys.executable, __file__, "--one", str(k), str(seed)]
         done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{command}\n{done.stdout}{done.stderr}")
@@ -127,14 +127,14 @@ def in_a_process(arguments: tuple[str, int, int]) -> dict[str, dict[str, float]]
     return json.loads(kept.read_text())
 
 
-def table(found: dict[tuple[str, int, int], dict[str, dict[str, float]]], which: str) -> list[str]:
+def table(found: dict[tuple[int, int], dict[str, dict[str, dict[str, float]]]], which: str) -> list[str]:
     """Means over the seeds, and the standard deviation."""
     lines = [f"| k | trainer | {' | '.join(MEASURES.values())} |", "|---" * (len(MEASURES) + 2) + "|"]
     for k in SPARSITIES:
         for trainer in TRAINERS:
             cells = []
             for name in MEASURES:
-                values = [found[trainer, k, seed][which][name] for seed in SEEDS]
+                values = [found[k, seed][trainer][which][name] for seed in SEEDS]
                 cells.append(f"{mean(values):.4f} ± {stdev(values):.4f}" if name != "l0" else f"{mean(values):.2f}")
             lines.append(f"| {k} | {trainer} | {' | '.join(cells)} |")
     return lines
@@ -142,7 +142,9 @@ def table(found: dict[tuple[str, int, int], dict[str, dict[str, float]]], which:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=3, metavar=("TRAINER", "K", "SEED"), help="one autoencoder, printed as JSON")
+    parser.add_argument(
+        "--one", nargs=2, type=int, metavar=("K", "SEED"), help="one autoencoder of each trainer, as JSON"
+    )
     one = parser.parse_args().one
     if one:
         import torch.distributed as dist
@@ -150,12 +152,12 @@ def main() -> None:
         import parallel
 
         parallel.join(0, 1, dist.HashStore())
-        print(json.dumps(measure(one[0], int(one[1]), int(one[2]))))
+        print(json.dumps({trainer: measure(trainer, *one) for trainer in TRAINERS}))
         return
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    runs = [(trainer, k, seed) for seed in SEEDS for k in SPARSITIES for trainer in TRAINERS]
+    runs = [(k, seed) for seed in SEEDS for k in SPARSITIES]
     with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(runs, pool.map(in_a_process, runs)))
+        found = dict(zip(runs, pool.map(in_a_process, *zip(*runs))))
     text = "\n".join(["At the same L0:", "", *table(found, "same L0"), "", "As saved:", "", *table(found, "as saved")])
     print(text)
     head, mark, _ = PAGE.read_text().partition("<!-- benchmarks/sae.py -->\n")

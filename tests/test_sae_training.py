@@ -124,6 +124,12 @@ def test_records_with_two_completions_are_refused(tmp_path):
         assembled(tmp_path, *SMALL_SAE, "loss.dataloader=PairedPreferenceDataLoader")
 
 
+def test_both_sides_of_pairs_can_be_read(tmp_path):
+    chosen = assembled(tmp_path, *SMALL_SAE).stream
+    both = assembled(tmp_path, *SMALL_SAE, "loss.dataloader=UnpairedPreferenceDataLoader").stream
+    assert (len(chosen.rows), len(both.rows)) == (24, 48) and both.tokens > 1.8 * chosen.tokens
+
+
 # ------------------------------------------------------------------------------------------------ the autoencoder
 
 M, D, F, K = 40, 12, 120, 2
@@ -170,6 +176,16 @@ def test_a_step_is_the_papers_formula(dead_after):
     (errors + auxiliary / 32).mean().backward()
     for parameter, gradient in zip(own.parameters(), gradients):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rank_without_tokens_takes_part(monkeypatch):
+    own, x = autoencoder(100)
+    monkeypatch.setattr(own, "smallest_kept", lambda *_: torch.tensor(1.0))  # which other ranks' tokens decide
+    own.silent.fill_(200)
+    errors, auxiliary, active, dead = own(x[:0], M)
+    (errors.sum() + auxiliary.sum()).backward()
+    assert len(errors) == len(active) == 0 and dead.all() and own.silent.eq(200 + M).all()
+    assert all(not parameter.grad.any() for parameter in own.parameters())
 
 
 def test_where_it_starts():
