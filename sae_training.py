@@ -187,6 +187,8 @@ class SAETrainer(BasicTrainer):
     @classmethod
     def check(cls, config: DictConfig, binding: Binding) -> None:
         options, layer = binding.options["init"], config.loss.layer
+        if config.mode == "plan":
+            raise UserError("mode=plan counts what training the model takes; for loss=sae see docs/sae-training.md")
         if config.model.layout == "shared_prefix":
             raise UserError(
                 "model.layout=shared_prefix: would count a prompt's tokens once for several completions; packed"
@@ -334,11 +336,12 @@ class SAETrainer(BasicTrainer):
                 "l0": active / tokens,
                 "fvu": error / float(variances[n]),
                 "ce_recovered": (ce_zero - ce_sae) / (ce_zero - ce_clean),
-                "dead": float((trained.silent > trained.dead_after).float().mean()),
                 "ce_clean": ce_clean / targets,
                 "ce_sae": ce_sae / targets,
                 "ce_zero": ce_zero / targets,
             }
+            if not self.exported:  # a saved file does not say
+                figures["dead"] = float((trained.silent > trained.dead_after).float().mean())
             found |= {f"sae_eval/{name}{key}": value for key, value in figures.items()}
         return found
 

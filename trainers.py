@@ -304,7 +304,7 @@ class BasicTrainer:
         sources = [source for bad, sources in found if bad == bad_loss for source in sources]
         raise UserError(
             f"step {step + 1}: the {'loss' if bad_loss else 'gradient'} is not finite; stopped before it reached the "
-            f"weights. Examples: {', '.join(sources) or 'no one in particular'}. "
+            f"weights. Examples: {', '.join(sources) or 'none in particular'}. "
             f"The last checkpoint is good: {self.run.newest_state() or 'none yet'}"
         )
 

@@ -59,15 +59,17 @@ def measure(trainer: str, k: int, seed: int) -> dict[str, dict[str, float]]:
         own = assembly.prepare(config, parts, sources, run)
         if trainer == "this repo":
             own.train()
-            return dict.fromkeys(("as saved", "same L0"), figures(own.last_evaluation))
+            return dict.fromkeys(("as saved", "same L0"), figures(own, own.last_evaluation))
         own.exported = [train_saelens(own, k, TRAINERS[trainer], run.folder, seed)]
-        as_saved = figures(own.evaluate())
+        as_saved = figures(own, own.evaluate())
         set_threshold(own)
-        return {"as saved": as_saved, "same L0": figures(own.evaluate())}
+        return {"as saved": as_saved, "same L0": figures(own, own.evaluate())}
 
 
-def figures(evaluation: dict[str, float]) -> dict[str, float]:
-    return {name: evaluation[f"sae_eval/{name}"] for name in MEASURES}
+def figures(own, evaluation: dict[str, float]) -> dict[str, float]:
+    (ours,) = own.autoencoders
+    dead = float((ours.silent > DEAD_AFTER).float().mean())
+    return {name: evaluation.get(f"sae_eval/{name}", dead) for name in MEASURES}
 
 
 def train_saelens(own, k: int, lr: float, folder: Path, seed: int):
