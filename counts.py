@@ -59,13 +59,20 @@ class Pace:
     def __init__(self, flops: Flops) -> None:
         self.flops = flops
         self.since = time.monotonic()
-        self.tokens, self.records, self.operations = 0, 0, 0.0
+        self.tokens, self.records, self.operations = 0, 0.0, 0.0
 
     def add(self, micro_batches: list[Batch], passes: int) -> None:
         """One step of this rank, of so many updates from the same batches."""
-        self.tokens += sum(int((batch.document != PAD).sum()) for batch in micro_batches)
-        self.records += sum(len(batch.index) for batch in micro_batches)
-        self.operations += passes * sum(self.flops.count(batch) for batch in micro_batches)
+        self.count(
+            tokens=sum(int((batch.document != PAD).sum()) for batch in micro_batches),
+            records=sum(len(batch.index) for batch in micro_batches),
+            operations=passes * sum(self.flops.count(batch) for batch in micro_batches),
+        )
+
+    def count(self, tokens: int, records: float, operations: float) -> None:
+        """One step of this rank."""
+        self.tokens, self.records = self.tokens + tokens, self.records + records
+        self.operations += operations
 
     def read(self) -> dict[str, float]:
         """Seconds; tokens and examples a second; the peak memory of the fullest rank so far; and, where the GPU is

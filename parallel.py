@@ -64,6 +64,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def gather_over_ranks(values: Tensor) -> Tensor:
+    """The tensors of all ranks, of one shape, one after the other along the first dimension."""
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values)
+    return torch.cat(parts)
+
+
 def max_over_ranks(value: float) -> float:
     """The largest of a number over all ranks, on each of them."""
     found = torch.tensor(value, dtype=torch.float64)

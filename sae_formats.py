@@ -612,3 +612,25 @@ def save_sae(sae: SAE, path: Path) -> None:
     assert sae.k is None, "Gemma Scope's layout has no TopK"
     with appears_whole(path) as part, part.open("wb") as file:
         np.savez(file, **{name: getattr(sae, name).numpy(force=True) for name in GEMMA_SCOPE_ARRAYS})
+
+
+def save_saelens(sae: SAE, folder: Path, layer: int, metadata: dict[str, Any]) -> None:
+    """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 has a JumpReLU that reads a layer's output, whole or
+    not at all."""
+    assert sae.k is None, "written as a JumpReLU"
+    fields = {
+        "architecture": "jumprelu",
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.0.0", "hook_name": f"blocks.{layer}.hook_resid_post", **metadata},
+    }
+    with appears_whole(folder) as part:
+        part.mkdir()
+        tensors = {name: getattr(sae, name).cpu().contiguous() for name in GEMMA_SCOPE_ARRAYS}
+        safetensors.torch.save_file(tensors, part / "sae_weights.safetensors")
+        (part / "cfg.json").write_text(json.dumps(fields, indent=2) + "\n")

@@ -41,10 +41,12 @@ from utils import UserError, ahead, console, progress_bar, suggest
 from vocabulary import QUANTITIES, Binding, Evidence
 from weights import PolicyFile, fill, find_weights, gather, write_hub_format
 
-SCHEDULES: dict[str, Callable[[float], float]] = {  # the share of lr, by the share of the steps after the warm-up
-    "constant": lambda _done: 1.0,
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "linear": lambda done: 1 - done,
+# The share of lr, by the share of the steps after the warm-up that are done, and the share of all that are left.
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda _done, _left: 1.0,
+    "cosine": lambda done, _left: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done, _left: 1 - done,
+    "trapezoid": lambda _done, left: min(1.0, 5 * left),
 }
 
 
@@ -80,7 +82,9 @@ def make_schedule(config: DictConfig, optimizer: torch.optim.Optimizer, steps: i
     warmup, after = config.warmup_steps, SCHEDULES[config.lr_schedule]
 
     def share(step: int) -> float:
-        return step / warmup if step < warmup else after((step - warmup) / max(1, steps - warmup))
+        if step < warmup:
+            return step / warmup
+        return after((step - warmup) / max(1, steps - warmup), 1 - step / max(1, steps))
 
     return LambdaLR(optimizer, share)
 
@@ -238,13 +242,13 @@ class BasicTrainer:
                 norm = self.optimise(step, micro_batches, means)
                 step, before = step + 1, examples
                 examples += loader.records_in(step - 1)
-                pace.add(micro_batches, self.passes)
+                self.count(pace, step - 1, micro_batches)
                 evaluated = crosses(config.eval_every, before, examples)
                 saved = crosses(config.save_every, before, examples)
                 if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
                     values = {**means.read(), "grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
                     self.log(step, examples, {**values, **pace.read()})
-                    advance(step, values["loss/train"])
+                    advance(step, self.headline(values))
                     means, pace = Means(), Pace(flops)
                 if evaluated:
                     self.log(step, examples, self.evaluate())
@@ -259,6 +263,14 @@ class BasicTrainer:
         self.run.finish_saving()
         self.export(step, examples)
         self.metrics.close()
+
+    def count(self, pace: Pace, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
+        """Add what this rank did in a step to how fast the run goes."""
+        pace.add(micro_batches, self.passes)
+
+    def headline(self, values: dict[str, float]) -> str:
+        """What the progress bar says of the metrics."""
+        return f"loss {values['loss/train']:.4f}"
 
     def stop(self, number: int, step: int, examples: int, *, saved: bool) -> NoReturn:
         """End the run between two steps because of a signal, with its state saved."""
@@ -322,7 +334,7 @@ class BasicTrainer:
         sources = [source for bad, sources in found if bad == bad_loss for source in sources]
         raise UserError(
             f"step {step + 1}: the {'loss' if bad_loss else 'gradient'} is not finite; stopped before it reached the "
-            f"weights. Examples: {', '.join(sources)}. "
+            f"weights. Examples: {', '.join(sources) or 'none in particular'}. "
             f"The last checkpoint is good: {self.run.newest_state() or 'none yet'}"
         )
 

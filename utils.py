@@ -112,7 +112,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class progress_bar:
-    """A live bar on a terminal, and nothing elsewhere: `with progress_bar(...) as advance: advance(done, loss)`."""
+    """A live bar on a terminal, and nothing elsewhere: `with progress_bar(...) as advance: advance(done, text)`."""
 
     def __init__(self, name: str, total: int, done: int) -> None:
         columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -120,12 +120,12 @@ class progress_bar:
         self.progress = Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.progress.add_task(name, total=total, completed=done, text="")
 
-    def __enter__(self) -> Callable[[int, float | None], None]:
+    def __enter__(self) -> Callable[[int, str | None], None]:
         self.progress.start()
         return self.advance
 
-    def advance(self, done: int, loss: float | None) -> None:
-        self.progress.update(self.task, completed=done, text="" if loss is None else f"loss {loss:.4f}")
+    def advance(self, done: int, text: str | None) -> None:
+        self.progress.update(self.task, completed=done, text=text or "")
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()

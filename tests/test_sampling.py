@@ -280,7 +280,7 @@ def test_what_cannot_be_is_refused(tmp_path, overrides, message):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (["loss=sae", "++loss.d_sae=32", "++loss.k=4"], "loss=sae trained no language model"),
+        (["loss=sae", "++loss.d_sae=32", "++loss.k=4", "warmup_steps=0"], "loss=sae trained no language model"),
         (["loss=bradley-terry"], "loss=bradley-terry trained no language model"),
     ],
 )

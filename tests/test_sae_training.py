@@ -1,0 +1,444 @@
+"""Training SAEs: what a step is made of, what it minimises, what a run saves; against plain formulas and SAELens."""
+
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import metrics
+from datasets import Dataset
+from test_ranks import train_on
+from test_training import REPO, Killed, assembled, run, settle
+from transformers import AutoModelForCausalLM
+
+import trainers
+from activations import ActivationLoader, text_lengths
+from batch import PAD
+from dataloader import SFTDataLoader, TokenisedData
+from sae_formats import load_sae
+from sae_training import BatchTopK, SAETrainer
+from utils import UserError
+
+PAD_ID, BOS, EOS = 0, 1, 2
+SMALL_SAE = ["loss=sae", "loss.layer=2", "loss.d_sae=96", "loss.k=6", "loss.batch_tokens=60", "loss.buffer_tokens=150"]
+SMALL_SAE += ["loss.dead_after=150", "lr=1e-2", "do_first_eval=false"]
+
+
+# ------------------------------------------------------------------------------------------------ the buffer
+
+
+def rows(count=50):
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(3, 99, generator.integers(1, 9)).tolist() for _ in range(2 * count)]
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [[BOS, *own] for own in ids[:count]],
+            "completion_ids": [[[*own, EOS]] for own in ids[count:]],
+            "desirable": [None] * count,
+            "score": [None] * count,
+            "source": [f"row {n}" for n in range(count)],
+        }
+    )
+
+
+def text_of(row):
+    return [token for token in (*row["prompt_ids"], *row["completion_ids"][0]) if token not in (BOS, EOS)]
+
+
+def marks(batch):
+    """Vectors that say whose they are: (record, place of the token in it, token), in place of a model's."""
+    own = (batch.document != PAD) & (batch.input_ids != BOS) & (batch.input_ids != EOS)
+    index = torch.tensor([*batch.index, -1])
+    return torch.stack([index[batch.document], batch.position_ids, batch.input_ids], dim=2)[own].float()
+
+
+def stream(data, layout="padded", rank=0, world_size=1, batch_tokens=40, buffer_tokens=150, **options):
+    loader = SFTDataLoader(
+        TokenisedData(data, "", REPO),
+        batch_size=4,
+        pad_id=PAD_ID,
+        eos_id=EOS,
+        layout=layout,
+        rank=rank,
+        world_size=world_size,
+        **options,
+    )
+    return ActivationLoader(loader, marks, special=[BOS, EOS], batch_tokens=batch_tokens, buffer_tokens=buffer_tokens)
+
+
+def taken(loader, start=0):
+    return [[tuple(x) for x in step.x.int().tolist()] for (step,) in loader.steps(start)]
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_every_text_token_is_taken_once_an_epoch(layout):
+    data = rows()
+    loader = stream(data, layout, n_epochs=2)
+    steps = taken(loader)
+    found = sorted(mark for step in steps for mark in step)
+    once = [(n, m + 1, token) for n, row in enumerate(data) for m, token in enumerate(text_of(row))]
+    assert found == sorted(once * 2)
+    assert len(steps) == len(loader) and all(30 <= len(step) <= 50 for step in steps)
+    assert sum(map(loader.records_in, range(len(loader)))) == 2 * len(data)
+    assert loader.tokens == len(found)
+
+
+def test_steps_mix_many_texts_within_bounds():
+    """A step of 40 tokens has those of 18 records or more, where 40 tokens in a row are of 4 or 5."""
+    loader = stream(rows(200), buffer_tokens=400)
+    for (step,) in loader.steps():
+        assert len(set(step.rows.tolist())) >= 18
+        assert len(loader.buffer) <= 400 + 4 * 16  # and it never holds more than it may, but for a batch of records
+        torch.testing.assert_close(step.x[:, 0], torch.from_numpy(step.rows).float())
+    assert len(loader.blocks) > 3
+
+
+def test_another_seed_or_epoch_is_another_order():
+    one, other = taken(stream(rows(), n_epochs=2)), taken(stream(rows(), n_epochs=2, seed=1))
+    assert one != other and one[: len(one) // 2] != one[len(one) // 2 :]
+
+
+def test_from_any_step_on_it_is_the_same():
+    whole = taken(stream(rows()))
+    for start in (1, 3, len(whole) - 1, len(whole)):
+        assert taken(stream(rows()), start) == whole[start:]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_steps_of_one(ranks):
+    one = taken(stream(rows(), "packed"))
+    parts = [taken(stream(rows(), "packed", rank, ranks)) for rank in range(ranks)]
+    assert all(len(part) == len(one) for part in parts)
+    assert [sorted(chain(*own)) for own in zip(*parts)] == [sorted(step) for step in one]
+
+
+def test_a_block_of_several_epochs():
+    data = rows(6)
+    steps = taken(stream(data, n_epochs=4, buffer_tokens=10_000))
+    assert sum(map(len, steps)) == 4 * int(text_lengths(data, [BOS, EOS]).sum())
+
+
+def test_records_with_two_completions_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"one completion a record: loss\.dataloader=SFTDataLoader"):
+        assembled(tmp_path, *SMALL_SAE, "loss.dataloader=PairedPreferenceDataLoader")
+
+
+def test_both_sides_of_pairs_can_be_read(tmp_path):
+    chosen = assembled(tmp_path, *SMALL_SAE).stream
+    both = assembled(tmp_path, *SMALL_SAE, "loss.dataloader=UnpairedPreferenceDataLoader").stream
+    assert (len(chosen.rows), len(both.rows)) == (24, 48) and both.tokens > 1.8 * chosen.tokens
+
+
+# ------------------------------------------------------------------------------------------------ the autoencoder
+
+M, D, F, K = 40, 12, 120, 2
+
+
+def autoencoder(dead_after=10**9, seed=0):
+    own = BatchTopK(D, F, K, auxiliary=1 / 32, dead_after=dead_after, seed=seed)
+    x = torch.randn(M, D, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+    own.start_from(x, M)
+    with torch.no_grad():
+        for n, parameter in enumerate((own.b_enc, own.W_enc)):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n + 7)) / 5)
+    return own, x
+
+
+def plain(own, x):
+    """BatchTopK and the auxiliary loss as the papers write them: all latents of all tokens, masked."""
+    pre = ((x - own.b_dec) @ own.W_enc + own.b_enc).relu()
+    kept = torch.zeros_like(pre).flatten()
+    best = pre.flatten().topk(K * len(x))
+    features = kept.scatter(0, best.indices, best.values).view_as(pre)
+    error = x - features @ own.W_dec - own.b_dec
+    silent = torch.where((features > 0).any(0), 0, own.silent + len(x))
+    dead = silent > own.dead_after
+    alone = pre * dead
+    strongest = alone.topk(min(D // 2, int(dead.sum())))
+    revived = torch.zeros_like(pre).scatter(1, strongest.indices, strongest.values) @ own.W_dec
+    auxiliary = (error.detach() - revived).square().sum(1) if dead.any() else torch.zeros(len(x))
+    return error.square().sum(1), auxiliary, features, dead
+
+
+@pytest.mark.parametrize("dead_after", [10**9, 100])
+def test_a_step_is_the_papers_formula(dead_after):
+    own, x = autoencoder(dead_after)
+    own.silent[::2] = 90
+    x = x * own.scale
+    expected = plain(own, x)
+    gradients = torch.autograd.grad((expected[0] + expected[1] / 32).mean(), list(own.parameters()))
+    errors, auxiliary, active, dead = own(x, M)
+    torch.testing.assert_close(errors, expected[0])
+    torch.testing.assert_close(auxiliary, expected[1])
+    assert torch.equal(active, (expected[2] > 0).sum(1)) and active.sum() == K * M
+    assert torch.equal(dead, expected[3]) and bool(dead.any()) == (dead_after == 100)
+    (errors + auxiliary / 32).mean().backward()
+    for parameter, gradient in zip(own.parameters(), gradients):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rank_without_tokens_takes_part(monkeypatch):
+    own, x = autoencoder(100)
+    monkeypatch.setattr(own, "smallest_kept", lambda *_: torch.tensor(1.0))  # which other ranks' tokens decide
+    own.silent.fill_(200)
+    errors, auxiliary, active, dead = own(x[:0], M)
+    (errors.sum() + auxiliary.sum()).backward()
+    assert len(errors) == len(active) == 0 and dead.all() and own.silent.eq(200 + M).all()
+    assert all(not parameter.grad.any() for parameter in own.parameters())
+
+
+def test_where_it_starts():
+    own, x = autoencoder()
+    assert (x * own.scale).square().mean().item() == pytest.approx(1)
+    apart = x * own.scale - own.b_dec.detach()
+    pull = (apart / apart.norm(dim=1, keepdim=True)).sum(0)  # zero at the geometric median
+    assert pull.norm() < 1e-2 and (apart.sum(0)).norm() > 0.1
+    fresh = BatchTopK(D, F, K, auxiliary=0, dead_after=1, seed=3)
+    assert torch.equal(fresh.W_enc, fresh.W_dec.T)
+    torch.testing.assert_close(fresh.W_dec.norm(dim=1), torch.ones(F))
+
+
+def test_decoder_rows_keep_their_norm_and_lose_the_gradient_along_them():
+    own, x = autoencoder()
+    errors, *_ = own(x * own.scale, M)
+    errors.mean().backward()
+    own.drop_parallel_gradient()
+    torch.testing.assert_close((own.W_dec.grad * own.W_dec).sum(1), torch.zeros(F), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        own.W_dec.mul_(3)
+    own.keep_unit_rows()
+    torch.testing.assert_close(own.W_dec.norm(dim=1), torch.ones(F))
+
+
+def test_what_is_saved_computes_the_same_on_raw_vectors():
+    own, x = autoencoder()
+    scaled = x * own.scale
+    with torch.no_grad():
+        own.threshold.copy_(own.smallest_kept(own.preactivations(scaled), M) - 1e-6)
+        _, _, features, _ = plain(own, scaled)
+        frozen = own.frozen()
+        torch.testing.assert_close(frozen.encode(x) * own.scale, features, rtol=1e-4, atol=1e-5)
+        rebuilt = (features @ own.W_dec + own.b_dec) / own.scale
+        torch.testing.assert_close(frozen.decode(frozen.encode(x)), rebuilt, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+def only(folder, pattern):
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def arrays(run_folder, layer=2):
+    return dict(np.load(only(run_folder, f"LATEST/layer_{layer}/width_96/average_l0_*/params.npz")))
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def test_the_saved_l0_is_k(tmp_path):
+    """Not what a running mean over training would leave, which is behind the weights."""
+    run(tmp_path, *SMALL_SAE, "exp_name=a", "++n_epochs=3")
+    last = metrics(tmp_path / "a")[-1]
+    assert last["sae_eval/l0"] == pytest.approx(6, rel=0.15)
+    trainer = assembled(tmp_path, *SMALL_SAE, "exp_name=b")
+    sae = load_sae(only(tmp_path, "a/LATEST/layer_2/width_96/*/params.npz"))
+    trainer.stream.fill(0)
+    assert (sae.encode(trainer.stream.buffer) > 0).sum(1).float().mean() == pytest.approx(6, rel=0.1)
+
+
+def test_progress_shows_what_matters(tmp_path):
+    lines = run(tmp_path, *SMALL_SAE, "exp_name=a", "++n_epochs=6")
+    steps = [line for line in lines if "loss/train" in line]
+    for line in steps:
+        assert line["sae_train/l0"] == pytest.approx(6, abs=0.1)
+        assert line["loss/train"] > 0 and 0 <= line["sae_train/dead"] <= 1
+    assert steps[-1]["sae_train/fvu"] < 0.8 * steps[0]["sae_train/fvu"]
+    assert steps[-1]["sae_train/dead"] > steps[0]["sae_train/dead"] == 0
+    shown = SAETrainer.headline(SimpleNamespace(), steps[-1])
+    assert shown.startswith("l0 6") and "fvu" in shown and "dead" in shown
+
+
+def test_evaluation_against_plain_formulas(tmp_path):
+    """The figures of the last evaluation, from the saved file, transformers' own model, one text at a time."""
+    lines = run(tmp_path, *SMALL_SAE, "exp_name=a")
+    sae = load_sae(only(tmp_path, "a/LATEST/layer_2/width_96/*/params.npz"))
+    trainer = assembled(tmp_path, *SMALL_SAE, "exp_name=b")
+    special = torch.tensor([trainer.tokenizer.bos_token_id, trainer.tokenizer.eos_token_id])
+    model = AutoModelForCausalLM.from_pretrained(REPO / "assets/tiny", attn_implementation="eager").eval()
+    vectors, entropy, targets = [], dict.fromkeys(("clean", "sae", "zero"), 0.0), 0
+    for row in trainer.loaders["eval"].rows:
+        prompt, (completion,) = row["prompt_ids"], row["completion_ids"]
+        ids = torch.tensor([[*prompt, *completion]])
+        text = ~torch.isin(ids[0], special)
+        targets += len(completion)
+        for name in entropy:
+
+            def change(_module, _inputs, output, name=name, text=text):
+                x = output[0].clone()
+                if name == "clean":
+                    vectors.append(x[text])
+                x[text] = {"clean": x, "sae": sae.decode(sae.encode(x)), "zero": x * 0}[name][text]
+                return x[None]
+
+            handle = model.model.layers[2].register_forward_hook(change)
+            with torch.no_grad():
+                logps = model(ids).logits[0].log_softmax(-1)
+            handle.remove()
+            own = range(len(prompt), len(prompt) + len(completion))
+            entropy[name] -= sum(float(logps[i - 1, ids[0, i]]) for i in own)
+    x = torch.cat(vectors)
+    rebuilt = sae.decode(sae.encode(x))
+    expected = {
+        "l0": float((sae.encode(x) > 0).sum(1).float().mean()),
+        "fvu": float((x - rebuilt).square().sum() / (x - x.mean(0)).square().sum()),
+        "ce_recovered": (entropy["zero"] - entropy["sae"]) / (entropy["zero"] - entropy["clean"]),
+        **{f"ce_{name}": value / targets for name, value in entropy.items()},
+    }
+    for name, value in expected.items():
+        assert lines[-1][f"sae_eval/{name}"] == pytest.approx(value, rel=1e-3), name
+    trainer.read_export(tmp_path / "a/LATEST")
+    again = trainer.evaluate()
+    assert again == pytest.approx({key: lines[-1][key] for key in again}, rel=1e-5)
+    assert lines[-1].keys() - again.keys() == {"step", "examples", "sae_eval/dead"}
+
+
+def test_several_layers_in_one_pass_are_as_each_alone(tmp_path):
+    together = run(tmp_path, *SMALL_SAE, "exp_name=both", "loss.layer=[0,2]")
+    for layer in (0, 2):
+        alone = run(tmp_path, *SMALL_SAE, f"exp_name=layer-{layer}", f"loss.layer={layer}")
+        assert_same(arrays(tmp_path / "both", layer), arrays(tmp_path / f"layer-{layer}", layer))
+        for line, own in zip(together, alone, strict=True):
+            for key in ("sae_train/fvu", "sae_eval/ce_recovered", "sae_eval/l0"):
+                if key in own:
+                    group, name = key.split("/")
+                    assert line[f"{group}/layer_{layer}/{name}"] == pytest.approx(own[key], rel=1e-6)
+
+
+@pytest.mark.parametrize("step", [2, 3])  # between two blocks of activations, and within one
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, step):
+    options = [*SMALL_SAE, "loss.layer=[1,2]", "++n_epochs=2", "++save_every=7", "++eval_every=11"]
+    whole = run(tmp_path, *options, "exp_name=whole")
+    original = trainers.BasicTrainer.optimise
+
+    def dies(self, number, *rest):
+        if number == step:
+            raise Killed
+        return original(self, number, *rest)
+
+    monkeypatch.setattr(trainers.BasicTrainer, "optimise", dies)
+    with pytest.raises(Killed):
+        run(tmp_path, *options, "exp_name=cut")
+    monkeypatch.undo()
+    assert (tmp_path / "cut/state").is_dir() and not (tmp_path / "cut/LATEST").exists()
+    assert run(tmp_path, *options, "exp_name=cut") == whole
+    for layer in (1, 2):
+        assert_same(arrays(tmp_path / "whole", layer), arrays(tmp_path / "cut", layer))
+
+
+def test_killed_before_the_export_it_exports_the_same(tmp_path, monkeypatch):
+    """Of a run that was at its end no activations are read any more; the threshold is in its state."""
+    run(tmp_path, *SMALL_SAE, "exp_name=whole")
+
+    def dies(*_):
+        raise Killed
+
+    monkeypatch.setattr(trainers.BasicTrainer, "export", dies)
+    with pytest.raises(Killed):
+        run(tmp_path, *SMALL_SAE, "exp_name=cut")
+    monkeypatch.undo()
+    run(tmp_path, *SMALL_SAE, "exp_name=cut")
+    assert_same(arrays(tmp_path / "whole"), arrays(tmp_path / "cut"))
+
+
+def test_two_ranks_are_as_one(tmp_path):
+    _, options = settle(tmp_path, *SMALL_SAE, "loss.layer=[1,2]", "exp_name=run", "++n_epochs=3", "lr=1e-3")
+    for ranks in (1, 2):
+        train_on(ranks, [[*options, f"++cache_dir={tmp_path}/{ranks}"]])
+    one, two = (metrics(tmp_path / f"{ranks}/run") for ranks in (1, 2))
+    for expected, found in zip(one, two, strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():  # equal prefixes give equal vectors, whose ties at the threshold all stay
+            loose = key.endswith("l0") or key == "grad_norm"
+            assert found[key] == pytest.approx(value, rel=2e-2 if loose else 1e-3, abs=1e-4), key
+    assert sum(line.get("sae_train/layer_1/dead", 0) for line in one) > 0
+    for name, value in arrays(tmp_path / "1/run", 1).items():
+        np.testing.assert_allclose(arrays(tmp_path / "2/run", 1)[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_saelens_reads_both_formats(tmp_path, monkeypatch):
+    lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    run(tmp_path, *SMALL_SAE, "exp_name=a", "loss.saelens=true")
+    npz = only(tmp_path, "a/LATEST/layer_2/width_96/*/params.npz")
+    ours = load_sae(npz)
+    native = lens.SAE.load_from_disk(npz.parent / "saelens")
+    assert native.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
+    assert native.cfg.metadata.model_name.endswith("assets/tiny")
+
+    def local(*_, filename, subfolder="", **__):
+        return str(tmp_path / "a/LATEST" / subfolder / filename)
+
+    monkeypatch.setattr(loaders, "hf_hub_download", local)
+    overrides = {"dtype": "float32", "d_in": 128, "d_sae": 96, "device": "cpu"}
+    folder = str(npz.parent.relative_to(tmp_path / "a/LATEST"))
+    fields, state, _ = loaders.gemma_2_sae_huggingface_loader(
+        "google/gemma-scope-2b-pt-res", folder, "cpu", False, overrides
+    )
+    fields = loaders.handle_config_defaulting(fields)
+    scope = lens.JumpReLUSAE(lens.JumpReLUSAEConfig.from_dict(fields))
+    scope.load_state_dict(state)
+
+    again = load_sae(npz.parent / "saelens")
+    trainer = assembled(tmp_path, *SMALL_SAE, "exp_name=b")
+    x = trainer.stream.fill(0).float()
+    features = ours.encode(x)
+    assert 3 < (features > 0).sum(1).float().mean() < 12
+    with torch.no_grad():
+        for theirs in (native, scope, again):
+            torch.testing.assert_close(theirs.encode(x), features, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(theirs.decode(theirs.encode(x)), ours.decode(features), rtol=1e-4, atol=1e-3)
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    for change, message in {
+        "loss.layer=4": r"loss\.layer=4: the model has layers 0 to 3",
+        "loss.layer=[1,1]": r"loss\.layer=\[1, 1\]: a layer's number from 0, a list of different ones",
+        "loss.layer=[]": r"loss\.layer=\[\]: a layer's number from 0",
+        "loss.layer=last": r"loss\.layer=last: a layer's number from 0",
+        "loss.k=97": r"loss\.k=97: more than the loss\.d_sae=96 latents",
+        "loss.batch_tokens=0": r"loss\.batch_tokens=0: has to be a whole number above 0",
+        "warmup_steps=1000": r"warmup_steps=1000: the run has \d+ steps of about 60 text tokens.*; warmup_steps=\d+ ",
+        "++model.layout=shared_prefix": r"model\.layout=shared_prefix",
+        "mode=plan": r"mode=.*plan",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            assembled(tmp_path, *SMALL_SAE, change)
+
+
+def test_vectors_that_are_not_finite_name_their_examples(tmp_path, monkeypatch):
+    original = ActivationLoader._taken
+
+    def breaks(self, step):
+        taken = original(self, step)
+        taken.x[torch.from_numpy(taken.rows == 3)] = float("nan")
+        return taken
+
+    monkeypatch.setattr(ActivationLoader, "_taken", breaks)
+    with pytest.raises(UserError, match=r"step 1: the loss is not finite.* Examples: \S+train\.jsonl:4\. "):
+        run(tmp_path, *SMALL_SAE, "exp_name=a", "loss.batch_tokens=1000", "loss.buffer_tokens=1000", "warmup_steps=0")
+
+
+def test_the_learning_rate_is_a_trapezoid(tmp_path):
+    lines = run(tmp_path, *SMALL_SAE, "exp_name=a", "++n_epochs=8", "warmup_steps=10")
+    rates = [line["lr"] / 1e-2 for line in lines if "lr" in line]
+    left = range(len(rates) - 1, -1, -1)  # steps, after each
+    assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
+    assert rates[10:] == pytest.approx([min(1, 5 * n / len(rates)) for n in left][10:], abs=1e-6)
+    assert len(rates) > 15 and rates[10] == 1
