@@ -10,6 +10,7 @@ computed.
 
 import argparse
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import results
 from answers import AnswerFile, Comparison
 from judging import Budget, OpenAIJudge, Tokens, Verdict, VerdictLog
 from protocols import PROTOCOLS, PromptTemplate, Shown
+from servers import Server
 from utils import UserError, console, named_class, suggest, write_text
 from verdict_page import page
 
@@ -33,27 +35,24 @@ def comparisons(args: argparse.Namespace) -> list[Comparison]:
     if args.judge == "recorded":
         found = [answers.read_recorded(path) for path in args.file]
     else:
-        files = [read(args, path) for path in args.file]
+        paths = [*args.file, *([args.against] if args.against else [])]
+        files = answers.named_apart([read(args, path) for path in paths])
         if args.against:
-            other, key = read(args, args.against), args.baseline_key or args.candidate_key
+            other, key = files.pop(), args.baseline_key or args.candidate_key
             found = [answers.against(file, other, args.candidate_key, key) for file in files]
         elif args.round_robin and len(files) > 1:
             found = []
         else:
             found = [answers.within(file, args.candidate_key, args.baseline_key or "chosen") for file in files]
+            if len(files) > 1:  # a key names nobody among several files; the run that it was sampled from does
+                found = [one._replace(candidate=file.name) for one, file in zip(found, files)]
         if args.round_robin:
             key = args.candidate_key
             found += [answers.against(one, two, key, key) for one, two in itertools.combinations(files, 2)]
-        if len(files) > 1:
-            # a key names nobody among several files; the run that it was sampled from does
-            key = args.candidate_key
-            found = [one._replace(candidate=one.exp_name) if one.candidate == key else one for one in found]
-    found = [limited(comparison, args.max_comparisons) for comparison in found]
-    if len({(one.candidate, one.baseline) for one in found}) < len(found):
-        raise UserError(
-            "two of the files have answers of the same name, so that a leaderboard could not tell them apart"
-        )
-    return found
+    (pair, times), *_ = Counter((one.candidate, one.baseline) for one in found).most_common(1)
+    if times > 1:
+        raise UserError(f"{times} of the files have verdicts on {pair[0]} against {pair[1]}: give one of them")
+    return [limited(comparison, args.max_comparisons) for comparison in found]
 
 
 def read(args: argparse.Namespace, path: Path) -> AnswerFile:
@@ -99,8 +98,8 @@ def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
         line |= {"leaderboard": board} if board else {}
         line |= spent(judge, budget) | {"config": one.config}
         judging.append_line(args.results_file, line)
-    results.show_pairs(lines, board)
     write_text(args.page, page(lines, found, verdicts, board))
+    results.show_pairs(lines, board)
     show_end(args, judge, budget)
     console.print(f"the verdicts to read: {args.page}", markup=False)
 
@@ -117,16 +116,10 @@ def judge_for(
         if args.dry_run:
             console.print(f"{len(shown):,} verdicts by {args.judge}: nothing is sent")
         return judging.toy_judge, budget
-    judge = OpenAIJudge(
-        args.judge,
-        template,
-        VerdictLog(args.results_file.with_suffix(".verdicts.jsonl")),
-        budget,
-        key="" if args.dry_run else judging.api_key(args.judge, args.base_url),
-        base_url=args.base_url,
-        pause=args.sleep_time,
-        timeout=args.timeout,
-    )
+    key = "" if args.dry_run else judging.api_key(args.judge, args.base_url)
+    server = Server(args.base_url, key, timeout=args.timeout, pause=args.sleep_time)
+    log = VerdictLog(args.results_file.with_suffix(".verdicts.jsonl"))
+    judge = OpenAIJudge(args.judge, template, log, budget, server)
     missing = judge.missing(shown)
     expected = [judge.expected(one) for one in missing]
     total = Tokens(sum(one.input for one in expected), sum(one.output for one in expected))
@@ -158,7 +151,7 @@ def spent(judge: Any, budget: Budget) -> dict[str, Any]:
         "tokens_in": budget.spent.input,
         "tokens_out": budget.spent.output,
         "cost": budget.cost,
-        "refused_parameters": judge.refuses,
+        "refused_parameters": judge.server.refuses,
     }
 
 
@@ -273,6 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compare(args, template)
     except (UserError, OSError) as error:
         parser.exit(2, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; every reply so far is kept, and the same command goes on\n")
 
 
 def template_of(args: argparse.Namespace) -> PromptTemplate:

@@ -69,7 +69,7 @@ def figures(args: argparse.Namespace, comparison: Comparison, verdicts: list[Ver
     }
     if args.alpaca_eval and with_text:
         means = per_item(judged)
-        outputs = [comparison.items[number].candidate for number in means]
+        outputs = [item.candidate for item in comparison.items]  # its lengths are of all, judged or not
         result["alpaca_eval"] = winrates.alpaca_eval_figures(list(means.values()), outputs)
         if args.official_lc:
             result["alpaca_eval"] |= alpaca_eval_official.length_controlled(comparison, means)
@@ -178,7 +178,8 @@ def percent(result: dict[str, Any], name: str) -> str:
 def show_pairs(results: list[dict[str, Any]], board: list[dict[str, Any]]) -> None:
     """Print the figures as tables."""
     for result in results:
-        title = f"{result['total']} verdicts on {result['prompts']} prompts by {result['judge']}"
+        by = "recorded" if result["judge"] == "recorded" else f"by {result['judge']}"
+        title = f"{result['total']} verdicts on {result['prompts']} prompts, {by}"
         table = Table("", "wins", "mean words", "mean characters", title=escape(title))
         for side in (result["candidate"], result["baseline"]):
             words = f"{np.mean(side['lengths']):.1f}"

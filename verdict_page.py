@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import datetime
 from html import escape
 from typing import Any
 
@@ -21,7 +22,9 @@ def page(
     if len(results) > 1:
         title = f"{len(results)} comparisons"
     data = [listed(result, one, those) for result, one, those in zip(results, comparisons, verdicts)]
-    subtitle = f"judged by {results[0]['judge']}, protocol {results[0]['protocol']}, {results[0]['date']}"
+    judge, protocol, date = (results[0][key] for key in ("judge", "protocol", "date"))
+    by = "verdicts as the files record them" if judge == "recorded" else f"judged by {judge}, protocol {protocol}"
+    subtitle = f"{by}, {datetime.fromisoformat(date):%Y-%m-%d %H:%M}"
     places = {
         "title": escape(title),
         "subtitle": escape(subtitle),
@@ -75,7 +78,8 @@ def figures_table(results: list[dict[str, Any]]) -> str:
             escape(two["name"]),
             rate(result, "win_rate"),
             rate(result, "length_controlled_win_rate"),
-            f"{one['wins']} / {result['ties']} / {two['wins']}",
+            f"{one['wins']} / {result['ties']} / {two['wins']} <span class=dim>{result['total']} verdicts, "
+            f"{result['prompts']} prompts</span>",
             f"{result['sign_test_p']:.2g}",
             words,
             share(result["first_shown"]),
