@@ -158,7 +158,7 @@ def spent(judge: Any, budget: Budget) -> dict[str, Any]:
 def rate_answers(args: argparse.Namespace, template: PromptTemplate) -> None:
     """Have single answers graded, append a line for each set of answers to the results file, and show the figures."""
     paths = [*args.file, *([args.against] if args.against else [])]
-    files = [read(args, path) for path in paths]
+    files = answers.named_apart([read(args, path) for path in paths])
     sets = [(file, args.candidate_key) for file in files]
     if args.baseline_key and not args.against:
         sets += [(file, args.baseline_key) for file in files]
