@@ -78,6 +78,23 @@ def test_a_line_of_results(tmp_path: Path, server: Server) -> None:
     assert result["orders_agree"] is None
 
 
+def test_the_lines_own_command(tmp_path: Path, server: Server) -> None:
+    """As it is typed; only OpenAI's address is ours."""
+    (tmp_path / "samples").mkdir()
+    write_samples(tmp_path / "samples", 5, "my_experiment.json", "my_experiment")
+    typed = ["-f", "samples/my_experiment.json", "-mc", "512", "-bk", "chosen", "-ck", "policy", "-r", "results.jsonl"]
+    environment = os.environ | {"OPENAI_BASE_URL": server.url}
+    subprocess.run([sys.executable, REPO / "compare.py", *typed], cwd=tmp_path, env=environment, check=True)
+    (line,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert (line["judge"], line["exp_name"], line["win_rate"]) == ("gpt-4.1", "my_experiment", 1)
+    assert line["cost"] == pytest.approx((500 * 2 + 50 * 8) / 1e6)
+    assert sorted(path.name for path in tmp_path.glob("results*")) == [
+        "results.html",
+        "results.jsonl",
+        "results.verdicts.jsonl",
+    ]
+
+
 def test_both_orders_and_a_judge_who_likes_a_place(tmp_path: Path, server: Server) -> None:
     server.rule = lambda _: completion("Response 1")
     samples = write_samples(tmp_path, 12)
@@ -622,6 +639,25 @@ def test_the_official_length_control_is_the_packages(tmp_path: Path, monkeypatch
     assert {"win_rate", "length_controlled_winrate", "lc_standard_error"} <= package.keys() & ours.keys()
     assert {key: ours[key] for key in package} == pytest.approx({k: float(v) for k, v in package.items()}, abs=1e-6)
     assert ours["length_controlled_winrate"] != ours["win_rate"]
+
+
+@with_the_extra
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+def test_the_boards_figures_are_the_packages_where_preferences_are_missing(tmp_path: Path) -> None:
+    import pandas
+    from alpaca_eval.metrics.winrate import get_winrate
+
+    rows = json.loads(gzip.decompress((ANNOTATIONS / "gemma-7b-it.json.gz").read_bytes()))
+    for number, value in enumerate((None, -1, 0, 1.5, 1, 2, 3.5)):
+        for row in rows[number::40]:
+            row["preference"] = value
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(rows))
+    compare.main(["-f", str(path), "-j", "recorded", "-r", str(tmp_path / "r.jsonl")])
+    ours = json.loads((tmp_path / "r.jsonl").read_text())["alpaca_eval"]
+    package = get_winrate(pandas.DataFrame(rows).astype({"preference": float}))
+    assert {key: ours[key] for key in package} == pytest.approx({key: float(value) for key, value in package.items()})
+    assert ours["n_total"] < 805
 
 
 @with_the_extra

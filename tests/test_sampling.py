@@ -355,7 +355,7 @@ def test_805_prompts_give_805_samples(tmp_path, alpaca, size):
 
 
 @real_data
-def test_arena_hard(tmp_path):
+def test_arena_hard(tmp_path, capsys):
     content = write(tmp_path, "++mode=arenahard", f"data_dir={DATA}", "++max_new_tokens=2")
     lines = [json.loads(line) for line in (tmp_path / "arena-hard-v0.1/model_answer/tiny.jsonl").open()]
     questions = [json.loads(line) for line in (DATA / "arena_hard/question.jsonl").open()]
@@ -366,6 +366,7 @@ def test_arena_hard(tmp_path):
         assert user == {"role": "user", "content": question["prompt"]}
         assert assistant == {"role": "assistant", "content": {"answer": entry["policy"]}}
     assert len({line["ans_id"] for line in lines}) > 100
+    assert f"-f {tmp_path}/arena-hard-v0.1/model_answer/tiny.jsonl -p arenahard --against" in capsys.readouterr().out
 
 
 @real_data
