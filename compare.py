@@ -25,7 +25,7 @@ from judging import Budget, OpenAIJudge, Tokens, Verdict, VerdictLog
 from protocols import PROTOCOLS, PromptTemplate, Shown
 from servers import Server
 from utils import UserError, console, named_class, suggest, write_text
-from verdict_page import page
+from verdict_page import grades_page, page
 
 # -------------------------------------------------------------------------------------------------------- what to judge
 
@@ -101,7 +101,6 @@ def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
     write_text(args.page, page(lines, found, verdicts, board))
     results.show_pairs(lines, board)
     show_end(args, judge, budget)
-    console.print(f"the verdicts to read: {args.page}", markup=False)
 
 
 def judge_for(
@@ -173,15 +172,15 @@ def rate_answers(args: argparse.Namespace, template: PromptTemplate) -> None:
     judge, budget = judge_for(args, template, [one for these in shown for one in these])
     if args.dry_run:
         return
-    lines = []
-    for (file, key), those, these in zip(sets, rows, shown):
+    lines, grades = [], [judging.ask_all(these, judge, args.concurrency) for these in shown]
+    for (file, key), those, these, given in zip(sets, rows, shown, grades):
         name = file.name if len(files) > 1 or set(those[0].answers) == {answers.ONLY} else key
-        grades = judging.ask_all(these, judge, args.concurrency)
-        lines.append(results.grade_figures(args, file, name, those, these, grades))
-        for number, grade in enumerate(grades if args.verbose else []):
+        lines.append(results.grade_figures(args, file, name, those, these, given))
+        for number, grade in enumerate(given if args.verbose else []):
             console.print(f"{number}: {grade.value or grade.status}: {grade.text}", markup=False)
     for line, (file, _) in zip(lines, sets):
         judging.append_line(args.results_file, line | spent(judge, budget) | {"config": file.config})
+    write_text(args.page, grades_page(lines, shown, grades))
     results.show_grades(lines)
     show_end(args, judge, budget)
 
@@ -198,7 +197,7 @@ def show_end(args: argparse.Namespace, judge: Any, budget: Budget) -> None:
         cost = "" if budget.cost is None else f", ${budget.cost:.4f}{price_note(args, budget.prices)}"
         tokens = f"{budget.spent.input:,} tokens in, {budget.spent.output:,} out"
         console.print(f"paid for now: {budget.requests:,} requests, {tokens}{cost}", markup=False)
-    console.print(f"appended to {args.results_file}", markup=False)
+    console.print(f"appended to {args.results_file}; the verdicts to read: {args.page}", markup=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- command

@@ -214,21 +214,32 @@ def show_pairs(results: list[dict[str, Any]], board: list[dict[str, Any]]) -> No
         console.print(table)
 
 
-def show_grades(results: list[dict[str, Any]]) -> None:
-    """Print the scores as a table with a column for each set of answers."""
-    names = [Column(escape(result["candidate"]["name"]), overflow="fold") for result in results]
-    table = Table("", *names, title=f"scores from 1 to 10 by {escape(results[0]['judge'])}")
+def grade_rows(results: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The figures of graded answers: for each its name, and a text for each of the results."""
 
     def mean(part: float | None) -> str:
         return "-" if part is None else f"{part:.2f}"
 
-    table.add_row("score", *(mean(result["score"]) for result in results))
     bounds = [[mean(result[f"score_{end}"]) for end in ("low", "high")] for result in results]
-    table.add_row("95 % interval", *(" to ".join(pair) for pair in bounds))
-    for kind, title in (("turns", "turn "), ("categories", "")):
-        for part in sorted({part for result in results for part in result[kind]}):
-            table.add_row(f"{title}{escape(part)}", *(mean(result[kind].get(part)) for result in results))
-    table.add_row("mean words", *(f"{np.mean(result['candidate']['lengths']):.1f}" for result in results))
+    parts = [
+        (f"{title}{part}", [mean(result[kind].get(part)) for result in results])
+        for kind, title in (("turns", "turn "), ("categories", ""))
+        for part in sorted({part for result in results for part in result[kind]})
+    ]
+    return [
+        ("score, 1 to 10", [mean(result["score"]) for result in results]),
+        ("95 % interval", [" to ".join(pair) for pair in bounds]),
+        *parts,
+        ("mean words", [f"{np.mean(result['candidate']['lengths']):.1f}" for result in results]),
+    ]
+
+
+def show_grades(results: list[dict[str, Any]]) -> None:
+    """Print the scores as a table with a column for each set of answers."""
+    names = [Column(escape(result["candidate"]["name"]), overflow="fold") for result in results]
+    table = Table("", *names, title=f"grades by {escape(results[0]['judge'])}")
+    for name, values in grade_rows(results):
+        table.add_row(escape(name), *values)
     console.print(table)
     for result in results:
         counts = ", ".join(f"{result[key]} {key}" for key in ("malformed", "refused", "failed", "skipped"))

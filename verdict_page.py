@@ -8,6 +8,8 @@ from typing import Any
 
 from answers import Comparison
 from judging import Verdict
+from protocols import Answer, Shown
+from results import grade_rows
 from utils import REPO
 
 
@@ -18,17 +20,39 @@ def page(
     board: list[dict[str, Any]],
 ) -> str:
     """The page's HTML: `results` are the lines of the results file, `board` the leaderboard, [] without one."""
-    title = f"{results[0]['candidate']['name']} against {results[0]['baseline']['name']}"
-    if len(results) > 1:
-        title = f"{len(results)} comparisons"
     data = [listed(result, one, those) for result, one, those in zip(results, comparisons, verdicts)]
+    return framed(results, "comparisons", f"{figures_table(results)}{bars(results)}{board_table(board)}", data)
+
+
+def grades_page(results: list[dict[str, Any]], shown: list[list[Shown]], grades: list[list[Answer]]) -> str:
+    """The page of single answers' grades: of each line of `results`, what was shown and what the judge said to it."""
+    data = [
+        {
+            "name": result["candidate"]["name"],
+            "candidate": result["candidate"]["name"],
+            "items": [graded(one, grade) for one, grade in zip(these, those)],
+        }
+        for result, these, those in zip(results, shown, grades)
+    ]
+    heads = "".join(f"<th>{escape(result['candidate']['name'])}</th>" for result in results)
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
+        for name, values in grade_rows(results)
+    )
+    figures = f'<div class="scroll"><table class="narrow"><tr><th></th>{heads}</tr>{rows}</table></div>'
+    return framed(results, "sets of answers", figures, data)
+
+
+def framed(results: list[dict[str, Any]], several: str, figures: str, data: list[dict[str, Any]]) -> str:
+    """The whole page: HTML of figures, and what the reader lists."""
+    title = data[0]["name"] if len(data) == 1 else f"{len(data)} {several}"
     judge, protocol, date = (results[0][key] for key in ("judge", "protocol", "date"))
     by = "verdicts as the files record them" if judge == "recorded" else f"judged by {judge}, protocol {protocol}"
     subtitle = f"{by}, {datetime.fromisoformat(date):%Y-%m-%d %H:%M}"
     places = {
         "title": escape(title),
         "subtitle": escape(subtitle),
-        "figures": f"{figures_table(results)}{bars(results)}{board_table(board)}",
+        "figures": figures,
         "data": json.dumps(data).replace("<", "\\u003c"),  # a text cannot end the script element
     }
     frame = (REPO / "verdict_page.html").read_text()
@@ -51,7 +75,16 @@ def listed(result: dict[str, Any], comparison: Comparison, verdicts: list[Verdic
                 "text": verdict.text,
             }
         )
-    return {"candidate": result["candidate"]["name"], "baseline": result["baseline"]["name"], "items": items}
+    one, two = (result[side]["name"] for side in ("candidate", "baseline"))
+    return {"name": f"{one} against {two}", "candidate": one, "baseline": two, "items": items}
+
+
+def graded(shown: Shown, grade: Answer) -> dict[str, Any]:
+    """A single answer, whose grade stands where a pair's outcome does."""
+    outcome = grade.status if grade.value is None else f"grade {grade.value:g}"
+    verdict = {"outcome": outcome, "preference": None, "weight": 1, "first": None, "text": grade.text}
+    (response,) = shown.responses
+    return {"messages": shown.messages, "reference": shown.reference, "candidate": response, "verdicts": [verdict]}
 
 
 def rate(result: dict[str, Any], name: str) -> str:

@@ -527,6 +527,10 @@ def test_mt_bench_grades_turns_and_categories(
     assert result["score_low"] == result["score_high"] == 7  # questions are the units, and all have the same mean
     assert result["candidate"]["name"] == "mine"
     assert "mine: 10 answers graded, 0 of them beside a reference answer" in capsys.readouterr().out
+    (graded,) = data_of((tmp_path / "results.html").read_text())
+    assert [item["candidate"] for item in graded["items"]] == [str(n) for n in range(6) for _ in range(2)]
+    outcomes = [verdict["outcome"] for item in graded["items"] for verdict in item["verdicts"]]
+    assert outcomes == ["grade 6", "grade 8"] * 5 + ["malformed"] * 2
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
@@ -672,6 +676,11 @@ def test_the_official_prompt_is_the_packages() -> None:
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
+def data_of(page: str) -> list[dict[str, Any]]:
+    """What the page's reader lists."""
+    return json.loads(page.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+
+
 def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, server: Server) -> None:
     path = tmp_path / "samples.json"
     hostile = "</script><script>alert('good')</script> {{data}} <b>&amp;"
@@ -682,8 +691,7 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, server: Server) -
     page = (tmp_path / "results.html").read_text()
     assert page.count("<script") == page.count("</script>") == 2  # the data, the reader
     assert not [word for word in ("http://", "https://", "src=", "@import", "url(") if word in page]
-    embedded = page.split('<script id="data" type="application/json">')[1].split("</script>")[0]
-    (listed,) = json.loads(embedded)
+    (listed,) = data_of(page)
     assert listed["items"][0]["candidate"] == hostile
     assert [verdict["outcome"] for verdict in listed["items"][0]["verdicts"]].count("win") == 1
 
