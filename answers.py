@@ -314,9 +314,9 @@ def recorded_annotations(path: Path, rows: list[dict[str, Any]]) -> Comparison:
 
 
 def words_of(completion: Any) -> str:
-    """The judge's reply in any of the forms that AlpacaEval has kept it in; "" where it has not."""
+    """The judge's reply in any of the forms that the two have kept it in; "" where they have not."""
     match completion:
-        case str(words) | {"text": str(words)} | {"message": {"content": str(words)}}:
+        case str(words) | {"text": str(words)} | {"message": {"content": str(words)}} | {"answer": str(words)}:
             return words
     return ""
 
@@ -342,11 +342,11 @@ def recorded_games(path: Path, rows: list[dict[str, Any]]) -> Comparison:
         items.append(Item(user(str((games[0] or {}).get("user_prompt") or f"question {question}")), "", ""))
         for game, candidate_first in zip(games, (False, True)):
             value, weight = arena_score(str((game or {}).get("score")))
-            said = str((game or {}).get("judgment") or "")
+            said = words_of((game or {}).get("judgment"))
             if value is None:
                 verdicts.append(Verdict(number, "malformed", None, 1, candidate_first, said))
             else:
                 preference = value if candidate_first else 1 - value
                 verdicts.append(Verdict(number, "judged", preference, weight, candidate_first, said))
-    name = str(rows[0].get("model", stem(path)))
-    return Comparison(name, {}, name, "baseline", items, [question_id(row, path) for row in rows], 0, verdicts)
+    name, baseline = str(rows[0].get("model", stem(path))), str(rows[0].get("baseline", "baseline"))
+    return Comparison(name, {}, name, baseline, items, [question_id(row, path) for row in rows], 0, verdicts)

@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--concurrency", type=positive, default=8, help="requests at a time (8)")
     add("-st", "--sleep_time", type=float, default=0, help="seconds between the starts of two requests: 0.2 sends at "
         "most 300 a minute (0)")  # fmt: skip
-    add("--timeout", type=float, default=60, help="seconds to wait for a reply (60)")
+    add("--timeout", type=float, help="seconds to wait for a reply (60, and 0.1 for each of --max_tokens)")
     add("--max_tokens", "--max-tokens", type=positive, help="bound of a reply (256; alpacaeval 1, arenahard 4096, "
         "mtbench 2048)")  # fmt: skip
     add("--prices", type=float, nargs=2, metavar=("IN", "OUT"), help="US dollars per million tokens")
@@ -260,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.official_lc and not args.alpaca_eval:
             raise UserError("--official_lc is for AlpacaEval's preferences: -p alpacaeval, or -j recorded")
         args.both_orders = template.both_orders if args.both_orders is None else args.both_orders
+        args.timeout = args.timeout or 60 + template.max_tokens / 10
         args.prices = tuple(args.prices) if args.prices else None
         args.page = args.page or args.results_file.with_suffix(".html")
         compare(args, template)

@@ -550,7 +550,12 @@ def test_recorded_verdicts_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_recorded_verdicts_of_arena_hard(tmp_path: Path) -> None:
     games = [[("A>>B", "A>>B")], [("B>A", "A>B")], [("A=B", None)]]  # the model is B, then A
     rows = [
-        {"question_id": n, "model": "m", "judge": "j", "games": [{"score": one}, {"score": two}]}
+        {
+            "uid": n,
+            "model": "m",
+            "baseline": "b",
+            "games": [{"score": one, "judgment": {"answer": "So."}}, {"score": two}],
+        }
         for n, ((one, two),) in enumerate(games)
     ]
     path = tmp_path / "judgment.jsonl"
@@ -559,6 +564,8 @@ def test_recorded_verdicts_of_arena_hard(tmp_path: Path) -> None:
     line = json.loads((tmp_path / "r.jsonl").read_text())
     assert (line["candidate"]["wins"], line["baseline"]["wins"], line["ties"], line["malformed"]) == (3, 1, 1, 1)
     assert line["win_rate"] == pytest.approx((3 + 1 + 1 + 0.5) / 9)
+    assert line["baseline"]["name"] == "b"
+    assert data_of((tmp_path / "r.html").read_text())[0]["items"][0]["verdicts"][0]["text"] == "So."
     assert line["length_controlled_win_rate"] is None
 
 
