@@ -33,7 +33,7 @@ class Server:
     def __init__(self, base_url: str | None, key: str, *, timeout: float, pause: float = 0) -> None:
         """Raises UserError for an address that is none, or that has a password in it."""
         address = urlsplit(base_url or "")
-        if base_url is not None and (address.scheme not in ("http", "https") or address.username or address.query):
+        if base_url is not None and (address.scheme not in ("http", "https") or "@" in address.netloc or address.query):
             raise UserError(
                 "a server is named as base_url=http://HOST:PORT/v1, without a key or a password in it; "
                 "a key belongs into OPENAI_API_KEY"
@@ -83,5 +83,8 @@ class Server:
         return self.redact(f"{error}{cause}")
 
     def redact(self, text: str) -> str:
-        """Servers quote the key in error messages, and may in anything."""
-        return text.replace(self._key, "[key]") if self._key else text
+        """The text without the key: servers quote it in error messages, and may in anything.
+
+        Keys that open something are long; a short one (`EMPTY`, `x`) is a placeholder, and may be a word of an answer.
+        """
+        return text.replace(self._key, "[key]") if len(self._key) >= 16 else text

@@ -179,10 +179,20 @@ def test_the_key_is_in_no_file_and_on_no_terminal(
 
 def test_a_password_in_the_address_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    for address in ("http://me:hunter2@host/v1", "https://host/v1?key=hunter2", "host:8000/v1"):
+    for address in (
+        "http://me:hunter2@host/v1",
+        "http://:hunter2@host/v1",
+        "https://host/v1?key=hunter2",
+        "host:8000/v1",
+    ):
         said = refusal("-f", write_samples(tmp_path, 2), "-r", tmp_path / "r.jsonl", "--base-url", address)
         assert "base_url=http://HOST:PORT/v1" in said
         assert "hunter2" not in said
+
+
+def test_a_placeholder_for_a_key_is_no_secret(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "1")  # would cut the verdict out of "Response 1"
+    assert run(write_samples(tmp_path, 6), server)["total"] == 6
 
 
 def test_ctrl_c_says_that_nothing_is_lost(
