@@ -111,8 +111,8 @@ def figures_table(results: list[dict[str, Any]]) -> str:
             escape(two["name"]),
             rate(result, "win_rate"),
             rate(result, "length_controlled_win_rate"),
-            f"{one['wins']} / {result['ties']} / {two['wins']} <span class=dim>{result['total']} verdicts, "
-            f"{result['prompts']} prompts</span>",
+            f"{one['wins']} / {result['ties']} / {two['wins']} <span class=dim>{result['total']} verdicts</span>"
+            f"<span class=dim>{result['prompts']} prompts</span>",
             f"{result['sign_test_p']:.2g}",
             words,
             share(result["first_shown"]),
@@ -126,25 +126,26 @@ def figures_table(results: list[dict[str, Any]]) -> str:
 
 def bars(results: list[dict[str, Any]]) -> str:
     """Win rates with their intervals, drawn on a line from 0 to 1."""
-    rows = []
+    rows, one_baseline = [], len({result["baseline"]["name"] for result in results}) == 1
     for number, result in enumerate(results):
         y = 26 * number + 18
         for name, colour, shift in (("win_rate", "var(--win)", 0), ("length_controlled_win_rate", "var(--dim)", 8)):
             value, low, high = (result[f"{name}{end}"] for end in ("", "_low", "_high"))
             if value is not None:
-                x1, x2, x = (200 + 560 * one for one in (low, high, value))
+                x1, x2, x = (350 + 420 * one for one in (low, high, value))
                 rows.append(
                     f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y + shift}" y2="{y + shift}" stroke="{colour}" '
                     f'stroke-width="2"/><circle cx="{x:.1f}" cy="{y + shift}" r="4" fill="{colour}"/>'
                 )
-        label = result["candidate"]["name"]
-        label = label if len(label) <= 26 else f"{label[:25]}…"
-        rows.append(f'<text x="190" y="{y + 7}" text-anchor="end">{escape(label)}</text>')
+        one, two = result["candidate"]["name"], result["baseline"]["name"]
+        label = one if one_baseline else f"{one} against {two}"
+        label = label if len(label) <= 50 else f"{label[:49]}…"
+        rows.append(f'<text x="335" y="{y + 8}" text-anchor="end">{escape(label)}</text>')
     height = 26 * len(results) + 34
     ticks = "".join(
         f'<line x1="{x}" x2="{x}" y1="6" y2="{height - 22}"/>'
         f'<text x="{x}" y="{height - 6}" text-anchor="middle">{at} %</text>'
-        for at, x in ((at, 200 + 5.6 * at) for at in (0, 25, 50, 75, 100))
+        for at, x in ((at, 350 + 4.2 * at) for at in (0, 25, 50, 75, 100))
     )
     drawing = f'<g class="grid">{ticks}</g>{"".join(rows)}'
     legend = '<b class="dot w"></b> win rate <b class="dot d"></b> at equal lengths (fitted on this comparison alone)'
