@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from judging import Item, Verdict
 from protocols import Message, arena_score
-from utils import UserError, fingerprint, suggest
+from utils import UserError, console, fingerprint, suggest
 
 ONLY = ""  # the key of an answer in a file that has one answer a row
 
@@ -322,14 +322,16 @@ def words_of(completion: Any) -> str:
 
 
 def one_name(rows: list[dict[str, Any]], side: int, path: Path) -> str:
-    """Whose answers `output_<side>` are. Raises UserError where they are several models'."""
-    names = list(dict.fromkeys(str(row.get(f"generator_{side}", f"output_{side}")) for row in rows))
+    """Whose answers `output_<side>` are; where the rows differ in that, the most frequent name, and a line says so."""
+    names = Counter(str(row.get(f"generator_{side}", f"output_{side}")) for row in rows)
+    name = max(names, key=lambda name: names[name])
     if len(names) > 1:
-        raise UserError(
-            f"{path}: `generator_{side}` names {len(names)} models, such as {names[0]} and {names[1]}; a "
-            "file has to compare two, so make one of each pair"
+        console.print(
+            f"{path}: `generator_{side}` names {len(names)} models; all its answers count as {name}'s",
+            style="yellow",
+            markup=False,
         )
-    return names[0]
+    return name
 
 
 def recorded_games(path: Path, rows: list[dict[str, Any]]) -> Comparison:

@@ -584,8 +584,6 @@ def test_recorded_verdicts_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps([row | {"preference": "m"}]))
     assert "row 0: `preference` is 'm', not a number" in refusal("-f", path, "-j", "recorded")
-    path.write_text(json.dumps([row | {"preference": 1, "generator_2": name} for name in ("one", "two")]))
-    assert "`generator_2` names 2 models, such as one and two" in refusal("-f", path, "-j", "recorded")
     path.write_text(json.dumps([row | {"preference": 1}]))
     assert "2 of the files have verdicts on output_2 against output_1" in refusal("-f", path, path, "-j", "recorded")
     assert "holds no recorded verdicts" in refusal("-f", write_samples(tmp_path, 1), "-j", "recorded")
@@ -595,15 +593,19 @@ def test_recorded_verdicts_that_are_none(tmp_path: Path) -> None:
     ("completion", "words"),
     [("m", "m"), ({"text": "M", "logprobs": {}}, "M"), ({"message": {"content": "M"}}, "M"), (None, ""), ([], "")],
 )
-def test_recorded_preferences_as_alpaca_eval_keeps_them(completion: Any, words: str, tmp_path: Path) -> None:
+def test_recorded_preferences_as_alpaca_eval_keeps_them(
+    completion: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """0 for a tie; nothing, NaN or -1 where the judge gave none, which counts in no rate, though the length does."""
-    row = {"instruction": "q", "output_1": "a", "output_2": "bb", "raw_completion": completion}
+    row = {"instruction": "q", "output_1": "a", "output_2": "bb", "raw_completion": completion, "generator_2": "mine"}
     rows = [row | {"preference": value} for value in (1.0, 0, None, 2.0, 1.25, -1, float("nan"))]
     path = tmp_path / "annotations.json"
-    path.write_text(json.dumps([*rows, row | {"output_2": "b" * 10}]))
+    path.write_text(json.dumps([*rows, row | {"output_2": "b" * 10, "generator_2": "mine-v2"}]))
     found = answers.read_recorded(path)
     assert [v.preference for v in found.verdicts or ()] == [0, 0.5, None, 1, 0.25, None, None, None]
     assert {v.text for v in found.verdicts or ()} == {words}
+    assert (found.candidate, found.baseline) == ("mine", "output_1")
+    assert "`generator_2` names 2 models; all its answers count as mine's" in capsys.readouterr().out
     compare.main(["-f", str(path), "-j", "recorded", "-r", str(tmp_path / "r.jsonl")])
     line = json.loads((tmp_path / "r.jsonl").read_text())
     assert (line["total"], line["malformed"]) == (4, 4)
