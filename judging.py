@@ -311,7 +311,8 @@ class OpenAIJudge:
                 self.budget.settle(reserved, tokens)
         reply = self.log.replies[key]
         answer = self.template.read(reply)
-        if reply.cut and answer.status == "malformed" and not self._said_that_replies_are_cut:
+        too_short = reply.cut and answer.status == "malformed" and not self.template.logprobs
+        if too_short and not self._said_that_replies_are_cut:
             self._said_that_replies_are_cut = True
             console.print(
                 f"{self.model}: a reply without a verdict was cut at --max_tokens {self.template.max_tokens}; "
