@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from judging import Item, Verdict
 from protocols import Message, arena_score
-from utils import UserError, fingerprint, suggest
+from utils import UserError, console, fingerprint, suggest
 
 ONLY = ""  # the key of an answer in a file that has one answer a row
 
@@ -216,6 +216,12 @@ def check_key(file: AnswerFile, key: str) -> None:
         raise UserError(f"no sample of {file.path} has the key {key!r}{suggest(key, known)}; their keys are {known}")
 
 
+def named_apart(files: Sequence[AnswerFile]) -> list[AnswerFile]:
+    """The same files; those that share a name have their path for one."""
+    names = Counter(file.name for file in files)
+    return [file if names[file.name] == 1 else file._replace(name=str(file.path)) for file in files]
+
+
 def within(file: AnswerFile, candidate: str, baseline: str) -> Comparison:
     """Two keys of one file against each other."""
     if file.rows[0].answers.keys() == {ONLY}:
@@ -228,7 +234,7 @@ def within(file: AnswerFile, candidate: str, baseline: str) -> Comparison:
     items = [Item(row.messages, row.answers[candidate], row.answers[baseline]) for row in both]
     questions = [row.question for row in both]
     skipped = len(file.rows) - len(both)
-    return Comparison(file.name, file.config, candidate, baseline, items, questions, skipped)
+    return Comparison(exp_name(file), file.config, candidate, baseline, items, questions, skipped)
 
 
 def against(file: AnswerFile, other: AnswerFile, candidate: str, baseline: str) -> Comparison:
@@ -255,9 +261,12 @@ def against(file: AnswerFile, other: AnswerFile, candidate: str, baseline: str) 
             questions.append(row.question)
     if not items:
         raise UserError(f"{file.path} and {other.path} have answers to no prompt in common")
-    names = (file.name, other.name) if file.name != other.name else (str(file.path), str(other.path))
     skipped = len(file.rows) - len(items)
-    return Comparison(file.name, file.config, names[0], names[1], items, questions, skipped)
+    return Comparison(exp_name(file), file.config, file.name, other.name, items, questions, skipped)
+
+
+def exp_name(file: AnswerFile) -> str:
+    return str(file.config.get("exp_name", file.name))
 
 
 # ---------------------------------------------------------------------------------------------- verdicts that are there
@@ -266,7 +275,8 @@ def against(file: AnswerFile, other: AnswerFile, candidate: str, baseline: str) 
 def read_recorded(path: Path) -> Comparison:
     """Verdicts that someone else's judge gave: AlpacaEval's annotations or Arena-Hard's judgments.
 
-    AlpacaEval's `preference` is 1 to 2, 2 for `output_2`, the candidate; 0 is a tie, and none a malformed verdict.
+    AlpacaEval's `preference` is 1 to 2, 2 for `output_2`, the candidate; 0 is a tie. Anything else (none, or the -1
+    that it writes for none) is a malformed verdict, which its board leaves out of `n_total` as well.
     Arena-Hard shows the candidate as B in the first game and as A in the second. Raises UserError on other files.
     """
     content = read_json(path)
@@ -288,21 +298,40 @@ def recorded_annotations(path: Path, rows: list[dict[str, Any]]) -> Comparison:
     for number, row in enumerate(rows):
         first, second = text(row, "output_1", path, number), text(row, "output_2", path, number)
         items.append(Item(user(text(row, "instruction", path, number)), second, first))
-        said = str(row.get("raw_completion") or "")
+        said = words_of(row.get("raw_completion"))
         try:
             value = float("nan") if row.get("preference") is None else float(row["preference"])
         except (TypeError, ValueError):
             raise UserError(f"{path}, row {number}: `preference` is {row['preference']!r}, not a number") from None
         value = 1.5 if value == 0 else value
-        if value != value:
-            verdicts.append(Verdict(number, "malformed", None, 1, None, said))
-        elif 1 <= value <= 2:
-            verdicts.append(Verdict(number, "judged", value - 1, 1, None, said))
-        else:
-            raise UserError(f"{path}, row {number}: a preference of {value:g}, not within 1 and 2")
-    candidate, baseline = (str(rows[0].get(f"generator_{n}", f"output_{n}")) for n in (2, 1))
+        known = 1 <= value <= 2
+        verdicts.append(
+            Verdict(number, "judged" if known else "malformed", value - 1 if known else None, 1, None, said)
+        )
+    candidate, baseline = (one_name(rows, n, path) for n in (2, 1))
     questions = [fingerprint(item.messages) for item in items]
     return Comparison(candidate, {}, candidate, baseline, items, questions, 0, verdicts)
+
+
+def words_of(completion: Any) -> str:
+    """The judge's reply in any of the forms that the two have kept it in; "" where they have not."""
+    match completion:
+        case str(words) | {"text": str(words)} | {"message": {"content": str(words)}} | {"answer": str(words)}:
+            return words
+    return ""
+
+
+def one_name(rows: list[dict[str, Any]], side: int, path: Path) -> str:
+    """Whose answers `output_<side>` are; where the rows differ in that, the most frequent name, and a line says so."""
+    names = Counter(str(row.get(f"generator_{side}", f"output_{side}")) for row in rows)
+    name = max(names, key=lambda name: names[name])
+    if len(names) > 1:
+        console.print(
+            f"{path}: `generator_{side}` names {len(names)} models; all its answers count as {name}'s",
+            style="yellow",
+            markup=False,
+        )
+    return name
 
 
 def recorded_games(path: Path, rows: list[dict[str, Any]]) -> Comparison:
@@ -315,11 +344,11 @@ def recorded_games(path: Path, rows: list[dict[str, Any]]) -> Comparison:
         items.append(Item(user(str((games[0] or {}).get("user_prompt") or f"question {question}")), "", ""))
         for game, candidate_first in zip(games, (False, True)):
             value, weight = arena_score(str((game or {}).get("score")))
-            said = str((game or {}).get("judgment") or "")
+            said = words_of((game or {}).get("judgment"))
             if value is None:
                 verdicts.append(Verdict(number, "malformed", None, 1, candidate_first, said))
             else:
                 preference = value if candidate_first else 1 - value
                 verdicts.append(Verdict(number, "judged", preference, weight, candidate_first, said))
-    name = str(rows[0].get("model", stem(path)))
-    return Comparison(name, {}, name, "baseline", items, [question_id(row, path) for row in rows], 0, verdicts)
+    name, baseline = str(rows[0].get("model", stem(path))), str(rows[0].get("baseline", "baseline"))
+    return Comparison(name, {}, name, baseline, items, [question_id(row, path) for row in rows], 0, verdicts)

@@ -5,12 +5,10 @@ come: by the place of their request, in whatever groups and order.
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import openai
 import torch
@@ -22,13 +20,14 @@ from transformers.distributed import DistributedConfig
 import attention
 import models
 import parallel
+import servers
 import tokenise
 from sampling import Request, Sample, Settings, before_stop, sample_batches
+from servers import GIVE_UP_AFTER
 from sharding import DTYPES
 from utils import UserError, console
 from weights import find_weights
 
-GIVE_UP_AFTER = 20  # failed requests in a row: the server or the key is at fault, not the prompt
 BACKENDS = ("transformers", "vllm", "openai")
 
 
@@ -156,24 +155,12 @@ class ServerBackend:
     """A server that speaks OpenAI's protocol, `model.eval_batch_size` requests at a time.
 
     With template=chat it is sent the conversation (/chat/completions), which it renders and cuts itself; else the
-    prompt as text (/completions). The key is OPENAI_API_KEY's; nothing here prints or keeps it. The client tries rate
-    limits, time-outs and server errors again by itself, five times with growing waits.
+    prompt as text (/completions).
     """
 
     def __init__(self, config: DictConfig, timeout: float = 600) -> None:
         """Raises UserError for a server that cannot be asked."""
-        address = urlsplit(config.base_url or "")
-        if address.scheme not in ("http", "https") or address.username or address.query:
-            raise UserError(
-                "backend=openai needs base_url=http://HOST:PORT/v1, without a key or a password in it; "
-                "a key belongs into OPENAI_API_KEY"
-            )
-        self._key = os.environ.get("OPENAI_API_KEY", "")
-        if not re.fullmatch(r"[!-~]*", self._key):
-            raise UserError("OPENAI_API_KEY holds a space, a line break or a character outside ASCII; no key does")
-        self._client = openai.OpenAI(
-            api_key=self._key or "none", base_url=config.base_url, max_retries=5, timeout=timeout
-        )
+        self._server = servers.Server(config.base_url or "", servers.api_key(), timeout=timeout)
         self.config = config
         self.model = config.served_model or self._only_model()
 
@@ -232,33 +219,37 @@ class ServerBackend:
         }
         try:
             if self.config.template == "chat":
-                choice: Any = self._client.chat.completions.create(messages=messages, **body).choices[0]
+                choice: Any = self._server.chat(body | {"messages": messages}, optional(body)).choices[0]
                 text = choice.message.content
             else:
-                choice = self._client.completions.create(prompt=request.prompt, **body).choices[0]
+                choice = self._server.client.completions.create(prompt=request.prompt, **body).choices[0]
                 text = choice.text
             reason = choice.finish_reason
         except openai.OpenAIError as error:
-            cause = f" ({error.__cause__})" if error.__cause__ else ""
-            return self._redact(f"{error}{cause}")
+            return self._server.reason(error)
         except (AttributeError, IndexError, TypeError, ValueError):  # the client does not check what a server sends
             return "what it sent is not a completion"
         if not isinstance(text, str) or reason not in ("stop", "length"):
             return f"it sent no text (finish_reason: {reason})"
-        return Sample(before_stop(self._redact(text), settings.stop)[0].strip(), [], reason)
+        return Sample(before_stop(self._server.redact(text), settings.stop)[0].strip(), [], reason)
 
     def _only_model(self) -> str:
         try:
-            names = [model.id for model in self._client.with_options(max_retries=1).models.list().data]
+            names = [model.id for model in self._server.client.with_options(max_retries=1).models.list().data]
         except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self.config.base_url} does not say which models it has ({self._redact(str(error))}); name one with "
-                "served_model="
+                f"{self.config.base_url} does not say which models it has ({self._server.redact(str(error))}); "
+                "name one with served_model="
             ) from None
         if len(names) != 1:
             raise UserError(f"served_model= has to name one of {self.config.base_url}'s models: {', '.join(names)}")
         return names[0]
 
-    def _redact(self, text: str) -> str:
-        """Servers quote the key in error messages."""
-        return text.replace(self._key, "[key]") if self._key else text
+
+def optional(body: dict[str, Any]) -> dict[str, str]:
+    """Parameters that a reasoning model may refuse without anything else being drawn, and what that means."""
+    neutral = [name for name in ("temperature", "top_p") if body[name] == 1]
+    return {
+        "max_tokens": "max_completion_tokens is sent in its place, and bounds its reasoning too",
+        **dict.fromkeys(neutral, "it is left out, being 1"),
+    }

@@ -10,6 +10,7 @@ computed.
 
 import argparse
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ import results
 from answers import AnswerFile, Comparison
 from judging import Budget, OpenAIJudge, Tokens, Verdict, VerdictLog
 from protocols import PROTOCOLS, PromptTemplate, Shown
+from servers import Server
 from utils import UserError, console, named_class, suggest, write_text
-from verdict_page import page
+from verdict_page import grades_page, page
 
 # -------------------------------------------------------------------------------------------------------- what to judge
 
@@ -33,27 +35,24 @@ def comparisons(args: argparse.Namespace) -> list[Comparison]:
     if args.judge == "recorded":
         found = [answers.read_recorded(path) for path in args.file]
     else:
-        files = [read(args, path) for path in args.file]
+        paths = [*args.file, *([args.against] if args.against else [])]
+        files = answers.named_apart([read(args, path) for path in paths])
         if args.against:
-            other, key = read(args, args.against), args.baseline_key or args.candidate_key
+            other, key = files.pop(), args.baseline_key or args.candidate_key
             found = [answers.against(file, other, args.candidate_key, key) for file in files]
         elif args.round_robin and len(files) > 1:
             found = []
         else:
             found = [answers.within(file, args.candidate_key, args.baseline_key or "chosen") for file in files]
+            if len(files) > 1:  # a key names nobody among several files; the run that it was sampled from does
+                found = [one._replace(candidate=file.name) for one, file in zip(found, files)]
         if args.round_robin:
             key = args.candidate_key
             found += [answers.against(one, two, key, key) for one, two in itertools.combinations(files, 2)]
-        if len(files) > 1:
-            # a key names nobody among several files; the run that it was sampled from does
-            key = args.candidate_key
-            found = [one._replace(candidate=one.exp_name) if one.candidate == key else one for one in found]
-    found = [limited(comparison, args.max_comparisons) for comparison in found]
-    if len({(one.candidate, one.baseline) for one in found}) < len(found):
-        raise UserError(
-            "two of the files have answers of the same name, so that a leaderboard could not tell them apart"
-        )
-    return found
+    (pair, times), *_ = Counter((one.candidate, one.baseline) for one in found).most_common(1)
+    if times > 1:
+        raise UserError(f"{times} of the files have verdicts on {pair[0]} against {pair[1]}: give one of them")
+    return [limited(comparison, args.max_comparisons) for comparison in found]
 
 
 def read(args: argparse.Namespace, path: Path) -> AnswerFile:
@@ -99,10 +98,9 @@ def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
         line |= {"leaderboard": board} if board else {}
         line |= spent(judge, budget) | {"config": one.config}
         judging.append_line(args.results_file, line)
-    results.show_pairs(lines, board)
     write_text(args.page, page(lines, found, verdicts, board))
+    results.show_pairs(lines, board)
     show_end(args, judge, budget)
-    console.print(f"the verdicts to read: {args.page}", markup=False)
 
 
 def judge_for(
@@ -117,16 +115,10 @@ def judge_for(
         if args.dry_run:
             console.print(f"{len(shown):,} verdicts by {args.judge}: nothing is sent")
         return judging.toy_judge, budget
-    judge = OpenAIJudge(
-        args.judge,
-        template,
-        VerdictLog(args.results_file.with_suffix(".verdicts.jsonl")),
-        budget,
-        key="" if args.dry_run else judging.api_key(args.judge, args.base_url),
-        base_url=args.base_url,
-        pause=args.sleep_time,
-        timeout=args.timeout,
-    )
+    key = "" if args.dry_run else judging.api_key(args.judge, args.base_url)
+    server = Server(args.base_url, key, timeout=args.timeout, pause=args.sleep_time)
+    log = VerdictLog(args.results_file.with_suffix(".verdicts.jsonl"))
+    judge = OpenAIJudge(args.judge, template, log, budget, server)
     missing = judge.missing(shown)
     expected = [judge.expected(one) for one in missing]
     total = Tokens(sum(one.input for one in expected), sum(one.output for one in expected))
@@ -158,14 +150,14 @@ def spent(judge: Any, budget: Budget) -> dict[str, Any]:
         "tokens_in": budget.spent.input,
         "tokens_out": budget.spent.output,
         "cost": budget.cost,
-        "refused_parameters": judge.refuses,
+        "refused_parameters": judge.server.refuses,
     }
 
 
 def rate_answers(args: argparse.Namespace, template: PromptTemplate) -> None:
     """Have single answers graded, append a line for each set of answers to the results file, and show the figures."""
     paths = [*args.file, *([args.against] if args.against else [])]
-    files = [read(args, path) for path in paths]
+    files = answers.named_apart([read(args, path) for path in paths])
     sets = [(file, args.candidate_key) for file in files]
     if args.baseline_key and not args.against:
         sets += [(file, args.baseline_key) for file in files]
@@ -180,15 +172,15 @@ def rate_answers(args: argparse.Namespace, template: PromptTemplate) -> None:
     judge, budget = judge_for(args, template, [one for these in shown for one in these])
     if args.dry_run:
         return
-    lines = []
-    for (file, key), those, these in zip(sets, rows, shown):
+    lines, grades = [], [judging.ask_all(these, judge, args.concurrency) for these in shown]
+    for (file, key), those, these, given in zip(sets, rows, shown, grades):
         name = file.name if len(files) > 1 or set(those[0].answers) == {answers.ONLY} else key
-        grades = judging.ask_all(these, judge, args.concurrency)
-        lines.append(results.grade_figures(args, file, name, those, these, grades))
-        for number, grade in enumerate(grades if args.verbose else []):
+        lines.append(results.grade_figures(args, file, name, those, these, given))
+        for number, grade in enumerate(given if args.verbose else []):
             console.print(f"{number}: {grade.value or grade.status}: {grade.text}", markup=False)
     for line, (file, _) in zip(lines, sets):
         judging.append_line(args.results_file, line | spent(judge, budget) | {"config": file.config})
+    write_text(args.page, grades_page(lines, shown, grades))
     results.show_grades(lines)
     show_end(args, judge, budget)
 
@@ -205,7 +197,7 @@ def show_end(args: argparse.Namespace, judge: Any, budget: Budget) -> None:
         cost = "" if budget.cost is None else f", ${budget.cost:.4f}{price_note(args, budget.prices)}"
         tokens = f"{budget.spent.input:,} tokens in, {budget.spent.output:,} out"
         console.print(f"paid for now: {budget.requests:,} requests, {tokens}{cost}", markup=False)
-    console.print(f"appended to {args.results_file}", markup=False)
+    console.print(f"appended to {args.results_file}; the verdicts to read: {args.page}", markup=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -251,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--concurrency", type=positive, default=8, help="requests at a time (8)")
     add("-st", "--sleep_time", type=float, default=0, help="seconds between the starts of two requests: 0.2 sends at "
         "most 300 a minute (0)")  # fmt: skip
-    add("--timeout", type=float, default=60, help="seconds to wait for a reply (60)")
+    add("--timeout", type=float, help="seconds to wait for a reply (60, and 0.1 for each of --max_tokens)")
     add("--max_tokens", "--max-tokens", type=positive, help="bound of a reply (256; alpacaeval 1, arenahard 4096, "
         "mtbench 2048)")  # fmt: skip
     add("--prices", type=float, nargs=2, metavar=("IN", "OUT"), help="US dollars per million tokens")
@@ -268,11 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.official_lc and not args.alpaca_eval:
             raise UserError("--official_lc is for AlpacaEval's preferences: -p alpacaeval, or -j recorded")
         args.both_orders = template.both_orders if args.both_orders is None else args.both_orders
+        args.timeout = args.timeout or 60 + template.max_tokens / 10
         args.prices = tuple(args.prices) if args.prices else None
         args.page = args.page or args.results_file.with_suffix(".html")
         compare(args, template)
     except (UserError, OSError) as error:
         parser.exit(2, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; every reply so far is kept, and the same command goes on\n")
 
 
 def template_of(args: argparse.Namespace) -> PromptTemplate:

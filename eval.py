@@ -55,10 +55,12 @@ def write_samples(config: DictConfig, path: Path, overrides: list[str]) -> None:
     with samples.sample_log(target, identity, writes) as log:
         backend = server or local_backend(config, policy, control)
         conversations = samples.converse(config, own, records, backend, log)
+        judged = f"-f {target}"
         if writes:
             if config.mode in handover.FILES:
                 handed = handover.write(config.mode, config.exp_name, conversations, log.sampled_at, target.parent)
                 console.print(f"for the benchmark's own tools: {handed}", markup=False)
+                judged = f"-f {handed} {handover.JUDGED[config.mode]}"
             write_json(
                 target,
                 {
@@ -70,7 +72,7 @@ def write_samples(config: DictConfig, path: Path, overrides: list[str]) -> None:
             )
     cut = sum(talk.answers[-1].finish_reason == "length" for talk in conversations)
     console.print(f"{len(conversations)} samples in {target}, {cut} of them cut at max_new_tokens", markup=False)
-    console.print(f"judge them: python compare.py -f {target}", markup=False)
+    console.print(f"judge them: python compare.py {judged}", markup=False)
 
 
 def is_there(target: Path, identity: dict[str, Any]) -> bool:

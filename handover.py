@@ -74,6 +74,14 @@ FILES: dict[str, tuple[str, Callable[[str, Sequence[Conversation], str], Any]]] 
 }
 
 
+# What compare.py needs to judge them as the benchmark does.
+JUDGED = {
+    "alpacaeval": "-p alpacaeval --against BASELINE.json",
+    "arenahard": "-p arenahard --against BASELINE.jsonl",
+    "mtbench": "-p mtbench --questions question.jsonl --references reference_answer_gpt-4.jsonl",
+}
+
+
 def write(mode: str, name: str, conversations: Sequence[Conversation], sampled_at: str, folder: Path) -> Path:
     """The hand-over file of a benchmark's samples."""
     pattern, layout = FILES[mode]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -11,13 +10,13 @@ from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import openai
-from rich.progress import track
 
+import servers
 import toy
 from protocols import Answer, Message, PromptTemplate, Reply, Shown, Status
-from utils import UserError, console, fingerprint
+from servers import GIVE_UP_AFTER, Server
+from utils import UserError, console, fingerprint, progress_bar
 
-GIVE_UP_AFTER = 20  # failed requests in a row: the server or the key is at fault, not the question
 GARBAGE_TRIES = 3  # requests for one reply where the server answers with something that is none
 
 Judge = Callable[[Shown], Answer]  # may raise JudgeError
@@ -78,14 +77,16 @@ def ask_all(shown: Sequence[Shown], judge: Judge, concurrency: int = 1) -> list[
     pool = ThreadPoolExecutor(concurrency)
     try:
         futures = {pool.submit(ask, one): key for key, one in dict(zip(keys, shown)).items()}
-        for future in track(as_completed(futures), "judging", len(futures), console=console, transient=True):
-            answer = answers[futures[future]] = future.result()
-            failed_in_a_row = failed_in_a_row + 1 if answer.status == "failed" else 0
-            if failed_in_a_row == min(GIVE_UP_AFTER, len(futures)):
-                raise UserError(
-                    f"{failed_in_a_row} requests to the judge failed in a row, the last: {answer.text}\n"
-                    "Check the server, the model's name and OPENAI_API_KEY; a rerun asks only what is missing."
-                )
+        with progress_bar("judging", len(futures), 0) as advance:
+            for future in as_completed(futures):
+                answer = answers[futures[future]] = future.result()
+                advance(len(answers), None)
+                failed_in_a_row = failed_in_a_row + 1 if answer.status == "failed" else 0
+                if failed_in_a_row == min(GIVE_UP_AFTER, len(futures)):
+                    raise UserError(
+                        f"{failed_in_a_row} requests to the judge failed in a row, the last: {answer.text}\n"
+                        "Check the server, the model's name and OPENAI_API_KEY; a rerun asks only what is missing."
+                    )
     finally:
         pool.shutdown(cancel_futures=True)
     return [answers[key] for key in keys]
@@ -129,6 +130,10 @@ PRICES = {  # US dollars per million tokens, (input, output): third parties' lis
     "gpt-4.1-nano": (0.1, 0.4),
     "gpt-4o": (2.5, 10.0),
     "gpt-4o-mini": (0.15, 0.6),
+    "gpt-4-turbo": (10.0, 30.0),
+    "gpt-4-1106-preview": (10.0, 30.0),
+    "gpt-4": (30.0, 60.0),
+    "gpt-4-0613": (30.0, 60.0),
     "gpt-5": (1.25, 10.0),
     "gpt-5-mini": (0.25, 2.0),
     "gpt-5-nano": (0.05, 0.4),
@@ -192,7 +197,7 @@ class Budget:
 
 
 class VerdictLog:
-    """The replies paid for so far, one JSON line each: key, model, messages, reply, refused, alternatives, tokens.
+    """The replies paid for so far, one JSON line each: key, model, messages, reply, refused, alternatives, cut, tokens.
 
     A line that is not whole (its run was killed) is reported and asked again.
     """
@@ -206,7 +211,8 @@ class VerdictLog:
             for line in file:
                 try:
                     record = json.loads(line)
-                    self.replies[record["key"]] = Reply(record["reply"], record["refused"], record["alternatives"])
+                    reply = Reply(record["reply"], record["refused"], record["alternatives"], record["cut"])
+                    self.replies[record["key"]] = reply
                 except (ValueError, KeyError, TypeError):
                     damaged += 1
         if damaged:
@@ -215,7 +221,8 @@ class VerdictLog:
     def add(self, key: str, model: str, messages: list[Message], reply: Reply, tokens: Tokens) -> None:
         """Keep a reply, on disk first."""
         record: dict[str, Any] = {"key": key, "model": model, "messages": messages, "reply": reply.text}
-        record |= {"refused": reply.refused, "alternatives": reply.alternatives, "tokens": list(tokens)}
+        record |= {"refused": reply.refused, "alternatives": reply.alternatives, "cut": reply.cut}
+        record["tokens"] = list(tokens)
         with self._lock:
             append_line(self.path, record)
             self.replies[key] = reply
@@ -238,42 +245,32 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def api_key(model: str, base_url: str | None) -> str:
-    """OPENAI_API_KEY's value; "" for a server of one's own that asks for none. Raises UserError where it cannot do."""
-    key = os.environ.get("OPENAI_API_KEY", "")
+    """The key; "" for a server of one's own that asks for none. Raises UserError where it cannot do."""
+    key = servers.api_key()
     if not key and not base_url:
         raise UserError(
             f"judge {model!r} needs an API key: set OPENAI_API_KEY, or name a server that asks for none with "
             "--base_url http://HOST:PORT/v1, or judge the toy language offline with -j toy"
         )
-    if not re.fullmatch(r"[!-~]*", key):
-        raise UserError("OPENAI_API_KEY holds a space, a line break or a character outside ASCII; no key does")
     return key
+
+
+OPTIONAL = {  # parameters that reasoning models do not take
+    "max_tokens": "max_completion_tokens is sent in its place, and bounds its reasoning too (--max_tokens)",
+    "temperature": "it judges at its own temperature, so that its verdicts may differ from run to run",
+}
 
 
 class OpenAIJudge:
     """A chat model behind OpenAI's API or a server that speaks it; raises JudgeError when a request fails for good.
 
-    The client tries rate limits, time-outs, lost connections and server errors again, five times with growing waits;
-    a reply that is no chat completion is asked for again twice.
+    A reply that is no chat completion is asked for again twice. Two equal answers are a tie that nobody is asked about,
+    as in AlpacaEval.
     """
 
-    def __init__(
-        self,
-        model: str,
-        template: PromptTemplate,
-        log: VerdictLog,
-        budget: Budget,
-        *,
-        key: str,
-        base_url: str | None = None,
-        pause: float = 0,
-        timeout: float = 60,
-    ) -> None:
-        self.model, self.template, self.log, self.budget = model, template, log, budget
-        self._key, self._pause, self._next_start = key, pause, 0.0
-        self._client = openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=5, timeout=timeout)
-        self._lock = Lock()
-        self.refuses: list[str] = []  # parameters that the model turned out not to take
+    def __init__(self, model: str, template: PromptTemplate, log: VerdictLog, budget: Budget, server: Server) -> None:
+        self.model, self.template, self.log, self.budget, self.server = model, template, log, budget, server
+        self._said_that_replies_are_cut = False
 
     def request(self, shown: Shown) -> dict[str, Any]:
         """What is asked, in the API's words."""
@@ -289,16 +286,19 @@ class OpenAIJudge:
 
     def key(self, shown: Shown) -> str:
         """The reply's name in the log."""
-        return fingerprint(str(self._client.base_url), self.request(shown))
+        return fingerprint(str(self.server.client.base_url), self.request(shown))
 
     def missing(self, shown: Sequence[Shown]) -> list[Shown]:
-        """Those that the log has no reply to, each once."""
-        return list({key: one for one in shown if (key := self.key(one)) not in self.log.replies}.values())
+        """Those that have to be asked, each once: they differ, and the log has no reply to them."""
+        asked = [one for one in shown if not even(one)]
+        return list({key: one for one in asked if (key := self.key(one)) not in self.log.replies}.values())
 
     def expected(self, shown: Shown) -> Tokens:
         return expected_tokens(self.template.messages(shown), self.template.max_tokens)
 
     def __call__(self, shown: Shown) -> Answer:
+        if even(shown):
+            return Answer(0.5, "")
         key = self.key(shown)
         if key not in self.log.replies:
             request = self.request(shown)
@@ -309,7 +309,18 @@ class OpenAIJudge:
                 self.log.add(key, self.model, request["messages"], reply, tokens)
             finally:
                 self.budget.settle(reserved, tokens)
-        return self.template.read(self.log.replies[key])
+        reply = self.log.replies[key]
+        answer = self.template.read(reply)
+        too_short = reply.cut and answer.status == "malformed" and not self.template.logprobs
+        if too_short and not self._said_that_replies_are_cut:
+            self._said_that_replies_are_cut = True
+            console.print(
+                f"{self.model}: a reply without a verdict was cut at --max_tokens {self.template.max_tokens}; "
+                "a judge that reasons at length needs more",
+                style="yellow",
+                markup=False,
+            )
+        return answer
 
     def _ask(self, request: dict[str, Any]) -> tuple[Reply, Tokens]:
         for attempt in range(GARBAGE_TRIES):
@@ -318,53 +329,24 @@ class OpenAIJudge:
             except openai.APIResponseValidationError:
                 pass
             except openai.OpenAIError as error:
-                cause = f" ({error.__cause__})" if error.__cause__ else ""
-                raise JudgeError(self._redact(f"{error}{cause}")) from None
+                raise JudgeError(self.server.reason(error)) from None
             except (AttributeError, IndexError, TypeError, ValueError):  # the client does not check what it is sent
                 pass
             time.sleep(0.2 * 2**attempt)
         raise JudgeError("what the server sent is not a chat completion")
 
     def _create(self, request: dict[str, Any]) -> Any:
-        """Send it. A model that refuses `max_tokens` or another temperature than its own is asked without; `refuses`
-        and a line on the terminal say so. Raises UserError where the server has no log-probabilities to give."""
-        while True:
-            refused = list(self.refuses)
-            adapted = {name: value for name, value in request.items() if name not in refused}
-            if "max_tokens" in refused:
-                adapted["max_completion_tokens"] = request["max_tokens"]
-            self._wait_for_a_turn()
-            try:
-                return self._client.chat.completions.create(**adapted)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                message = self._redact(str(error))
-                if self.template.logprobs and "logprobs" in message:
-                    raise UserError(
-                        f"judge {self.model!r} gives no log-probabilities, which this protocol reads: {message}\n"
-                        "Name another model or server, or judge with -p pairwise."
-                    ) from None
-                named = [name for name in ("max_tokens", "temperature") if f"'{name}'" in message]
-                if not named or "nsupported" not in message or set(named) <= set(refused):
-                    raise
-                self._leave_out(named[0])
-
-    def _leave_out(self, name: str) -> None:
-        instead = {
-            "max_tokens": "max_completion_tokens is sent in its place, and bounds its reasoning too (--max_tokens)",
-            "temperature": "it judges at its own temperature, so that its verdicts may differ from run to run",
-        }
-        with self._lock:
-            if name not in self.refuses:
-                self.refuses.append(name)
-                console.print(f"{self.model} does not take {name}: {instead[name]}", style="yellow", markup=False)
-
-    def _wait_for_a_turn(self) -> None:
-        """Requests start at least `pause` seconds apart."""
-        with self._lock:
-            now = time.monotonic()
-            start = max(now, self._next_start)
-            self._next_start = start + self._pause
-        time.sleep(start - now)
+        """Send it. Raises UserError where the server has no log-probabilities to give."""
+        try:
+            return self.server.chat(request, OPTIONAL)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            message = self.server.redact(str(error))
+            if self.template.logprobs and "logprobs" in message:
+                raise UserError(
+                    f"judge {self.model!r} gives no log-probabilities, which this protocol reads: {message}\n"
+                    "Name another model or server, or judge with -p pairwise."
+                ) from None
+            raise
 
     def _reply(self, completion: Any, request: dict[str, Any]) -> tuple[Reply, Tokens]:
         choice = completion.choices[0]
@@ -385,8 +367,9 @@ class OpenAIJudge:
         known = usage is not None and isinstance(usage.prompt_tokens, int) and isinstance(usage.completion_tokens, int)
         expected = expected_tokens(request["messages"], request["max_tokens"])
         tokens = Tokens(usage.prompt_tokens, usage.completion_tokens) if known else expected
-        return Reply(self._redact(text), refused, alternatives), tokens
+        return Reply(self.server.redact(text), refused, alternatives, choice.finish_reason == "length"), tokens
 
-    def _redact(self, text: str) -> str:
-        """Servers quote the key in error messages."""
-        return text.replace(self._key, "[key]") if self._key else text
+
+def even(shown: Shown) -> bool:
+    """Whether there is nothing to choose between."""
+    return len(shown.responses) == 2 and shown.responses[0] == shown.responses[1]

@@ -48,7 +48,7 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
     """
     file, own = (path / "config.yaml" if path.is_dir() else path).resolve(), []
     if not file.is_file() and (path / "config.json").is_file():
-        name = path.resolve().name
+        name = path.absolute().name
         file = REPO / "config" / "config.yaml"
         own = ["loss=sft", "model=base", f"model.name='{name}'", f"model.name_or_path='{path}'", f"exp_name='{name}'"]
     if not file.is_file():

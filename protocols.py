@@ -22,11 +22,12 @@ class Shown(NamedTuple):
 
 class Reply(NamedTuple):
     """What a model sent back. `alternatives`: log-probabilities of the likeliest candidates for its first token.
-    `refused`: the service itself says that there is no answer."""
+    `refused`: the service itself says that there is no answer. `cut`: it reached its bound of tokens."""
 
     text: str
     refused: bool = False
     alternatives: dict[str, float] | None = None
+    cut: bool = False
 
 
 class Answer(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 import alpaca_eval_official
 import winrates
@@ -69,7 +69,7 @@ def figures(args: argparse.Namespace, comparison: Comparison, verdicts: list[Ver
     }
     if args.alpaca_eval and with_text:
         means = per_item(judged)
-        outputs = [comparison.items[number].candidate for number in means]
+        outputs = [item.candidate for item in comparison.items]  # its lengths are of all, judged or not
         result["alpaca_eval"] = winrates.alpaca_eval_figures(list(means.values()), outputs)
         if args.official_lc:
             result["alpaca_eval"] |= alpaca_eval_official.length_controlled(comparison, means)
@@ -178,8 +178,9 @@ def percent(result: dict[str, Any], name: str) -> str:
 def show_pairs(results: list[dict[str, Any]], board: list[dict[str, Any]]) -> None:
     """Print the figures as tables."""
     for result in results:
-        title = f"{result['total']} verdicts on {result['prompts']} prompts by {result['judge']}"
-        table = Table("", "wins", "mean words", "mean characters", title=escape(title))
+        by = "recorded" if result["judge"] == "recorded" else f"by {result['judge']}"
+        title = f"{result['total']} verdicts on {result['prompts']} prompts, {by}"
+        table = Table(Column(overflow="fold"), "wins", "mean words", "mean characters", title=escape(title))
         for side in (result["candidate"], result["baseline"]):
             words = f"{np.mean(side['lengths']):.1f}"
             table.add_row(escape(side["name"]), str(side["wins"]), words, f"{side['characters']:.0f}")
@@ -205,26 +206,40 @@ def show_pairs(results: list[dict[str, Any]], board: list[dict[str, Any]]) -> No
         counts = ", ".join(f"{result[key]} {key}" for key in ("malformed", "refused", "failed", "skipped"))
         console.print(f"not in the total: {counts}")
     if board:
-        table = Table(
-            "", "rating", "95 % interval", f"win rate against {escape(board[0]['anchor'])}", title="leaderboard"
-        )
+        against = f"win rate against {escape(board[0]['anchor'])}"
+        table = Table(Column(overflow="fold"), "rating", "95 % interval", against, title="leaderboard")
         for place in board:
             span = f"{place['rating_low']:+.0f} to {place['rating_high']:+.0f}"
             table.add_row(escape(place["name"]), f"{place['rating']:+.0f}", span, f"{place['win_rate']:.1%}")
         console.print(table)
 
 
+def grade_rows(results: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The figures of graded answers: for each its name, and a text for each of the results."""
+
+    def mean(part: float | None) -> str:
+        return "-" if part is None else f"{part:.2f}"
+
+    bounds = [[mean(result[f"score_{end}"]) for end in ("low", "high")] for result in results]
+    parts = [
+        (f"{title}{part}", [mean(result[kind].get(part)) for result in results])
+        for kind, title in (("turns", "turn "), ("categories", ""))
+        for part in sorted({part for result in results for part in result[kind]})
+    ]
+    return [
+        ("score, 1 to 10", [mean(result["score"]) for result in results]),
+        ("95 % interval", [" to ".join(pair) for pair in bounds]),
+        *parts,
+        ("mean words", [f"{np.mean(result['candidate']['lengths']):.1f}" for result in results]),
+    ]
+
+
 def show_grades(results: list[dict[str, Any]]) -> None:
-    turns = sorted({turn for result in results for turn in result["turns"]})
-    groups = sorted({group for result in results for group in result["categories"]})
-    columns = ["score", "95 % interval", *(f"turn {turn}" for turn in turns), *groups, "mean words"]
-    table = Table("", *columns, title=f"scores from 1 to 10 by {escape(results[0]['judge'])}")
-    for result in results:
-        parts = [result["turns"].get(turn) for turn in turns] + [result["categories"].get(group) for group in groups]
-        span = "-" if result["score_low"] is None else f"{result['score_low']:.2f} to {result['score_high']:.2f}"
-        words = f"{np.mean(result['candidate']['lengths']):.1f}"
-        cells = [f"{result['score']:.2f}", span, *("-" if part is None else f"{part:.2f}" for part in parts), words]
-        table.add_row(escape(result["candidate"]["name"]), *cells)
+    """Print the scores as a table with a column for each set of answers."""
+    names = [Column(escape(result["candidate"]["name"]), overflow="fold") for result in results]
+    table = Table("", *names, title=f"grades by {escape(results[0]['judge'])}")
+    for name, values in grade_rows(results):
+        table.add_row(escape(name), *values)
     console.print(table)
     for result in results:
         counts = ", ".join(f"{result[key]} {key}" for key in ("malformed", "refused", "failed", "skipped"))

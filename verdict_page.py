@@ -2,11 +2,14 @@
 
 import json
 import re
+from datetime import datetime
 from html import escape
 from typing import Any
 
 from answers import Comparison
 from judging import Verdict
+from protocols import Answer, Shown
+from results import grade_rows
 from utils import REPO
 
 
@@ -17,15 +20,39 @@ def page(
     board: list[dict[str, Any]],
 ) -> str:
     """The page's HTML: `results` are the lines of the results file, `board` the leaderboard, [] without one."""
-    title = f"{results[0]['candidate']['name']} against {results[0]['baseline']['name']}"
-    if len(results) > 1:
-        title = f"{len(results)} comparisons"
     data = [listed(result, one, those) for result, one, those in zip(results, comparisons, verdicts)]
-    subtitle = f"judged by {results[0]['judge']}, protocol {results[0]['protocol']}, {results[0]['date']}"
+    return framed(results, "comparisons", f"{figures_table(results)}{bars(results)}{board_table(board)}", data)
+
+
+def grades_page(results: list[dict[str, Any]], shown: list[list[Shown]], grades: list[list[Answer]]) -> str:
+    """The page of single answers' grades: of each line of `results`, what was shown and what the judge said to it."""
+    data = [
+        {
+            "name": result["candidate"]["name"],
+            "candidate": result["candidate"]["name"],
+            "items": [graded(one, grade) for one, grade in zip(these, those)],
+        }
+        for result, these, those in zip(results, shown, grades)
+    ]
+    heads = "".join(f"<th>{escape(result['candidate']['name'])}</th>" for result in results)
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
+        for name, values in grade_rows(results)
+    )
+    figures = f'<div class="scroll"><table class="narrow"><tr><th></th>{heads}</tr>{rows}</table></div>'
+    return framed(results, "sets of answers", figures, data)
+
+
+def framed(results: list[dict[str, Any]], several: str, figures: str, data: list[dict[str, Any]]) -> str:
+    """The whole page: HTML of figures, and what the reader lists."""
+    title = data[0]["name"] if len(data) == 1 else f"{len(data)} {several}"
+    judge, protocol, date = (results[0][key] for key in ("judge", "protocol", "date"))
+    by = "verdicts as the files record them" if judge == "recorded" else f"judged by {judge}, protocol {protocol}"
+    subtitle = f"{by}, {datetime.fromisoformat(date):%Y-%m-%d %H:%M}"
     places = {
         "title": escape(title),
         "subtitle": escape(subtitle),
-        "figures": f"{figures_table(results)}{bars(results)}{board_table(board)}",
+        "figures": figures,
         "data": json.dumps(data).replace("<", "\\u003c"),  # a text cannot end the script element
     }
     frame = (REPO / "verdict_page.html").read_text()
@@ -48,7 +75,16 @@ def listed(result: dict[str, Any], comparison: Comparison, verdicts: list[Verdic
                 "text": verdict.text,
             }
         )
-    return {"candidate": result["candidate"]["name"], "baseline": result["baseline"]["name"], "items": items}
+    one, two = (result[side]["name"] for side in ("candidate", "baseline"))
+    return {"name": f"{one} against {two}", "candidate": one, "baseline": two, "items": items}
+
+
+def graded(shown: Shown, grade: Answer) -> dict[str, Any]:
+    """A single answer, whose grade stands where a pair's outcome does."""
+    outcome = grade.status if grade.value is None else f"grade {grade.value:g}"
+    verdict = {"outcome": outcome, "preference": None, "weight": 1, "first": None, "text": grade.text}
+    (response,) = shown.responses
+    return {"messages": shown.messages, "reference": shown.reference, "candidate": response, "verdicts": [verdict]}
 
 
 def rate(result: dict[str, Any], name: str) -> str:
@@ -75,7 +111,8 @@ def figures_table(results: list[dict[str, Any]]) -> str:
             escape(two["name"]),
             rate(result, "win_rate"),
             rate(result, "length_controlled_win_rate"),
-            f"{one['wins']} / {result['ties']} / {two['wins']}",
+            f"{one['wins']} / {result['ties']} / {two['wins']} <span class=dim>{result['total']} verdicts</span>"
+            f"<span class=dim>{result['prompts']} prompts</span>",
             f"{result['sign_test_p']:.2g}",
             words,
             share(result["first_shown"]),
@@ -89,25 +126,26 @@ def figures_table(results: list[dict[str, Any]]) -> str:
 
 def bars(results: list[dict[str, Any]]) -> str:
     """Win rates with their intervals, drawn on a line from 0 to 1."""
-    rows = []
+    rows, one_baseline = [], len({result["baseline"]["name"] for result in results}) == 1
     for number, result in enumerate(results):
         y = 26 * number + 18
         for name, colour, shift in (("win_rate", "var(--win)", 0), ("length_controlled_win_rate", "var(--dim)", 8)):
             value, low, high = (result[f"{name}{end}"] for end in ("", "_low", "_high"))
             if value is not None:
-                x1, x2, x = (200 + 560 * one for one in (low, high, value))
+                x1, x2, x = (350 + 420 * one for one in (low, high, value))
                 rows.append(
                     f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y + shift}" y2="{y + shift}" stroke="{colour}" '
                     f'stroke-width="2"/><circle cx="{x:.1f}" cy="{y + shift}" r="4" fill="{colour}"/>'
                 )
-        label = result["candidate"]["name"]
-        label = label if len(label) <= 26 else f"{label[:25]}…"
-        rows.append(f'<text x="190" y="{y + 7}" text-anchor="end">{escape(label)}</text>')
+        one, two = result["candidate"]["name"], result["baseline"]["name"]
+        label = one if one_baseline else f"{one} against {two}"
+        label = label if len(label) <= 50 else f"{label[:49]}…"
+        rows.append(f'<text x="335" y="{y + 8}" text-anchor="end">{escape(label)}</text>')
     height = 26 * len(results) + 34
     ticks = "".join(
         f'<line x1="{x}" x2="{x}" y1="6" y2="{height - 22}"/>'
         f'<text x="{x}" y="{height - 6}" text-anchor="middle">{at} %</text>'
-        for at, x in ((at, 200 + 5.6 * at) for at in (0, 25, 50, 75, 100))
+        for at, x in ((at, 350 + 4.2 * at) for at in (0, 25, 50, 75, 100))
     )
     drawing = f'<g class="grid">{ticks}</g>{"".join(rows)}'
     legend = '<b class="dot w"></b> win rate <b class="dot d"></b> at equal lengths (fitted on this comparison alone)'

@@ -78,6 +78,23 @@ def test_a_line_of_results(tmp_path: Path, server: Server) -> None:
     assert result["orders_agree"] is None
 
 
+def test_the_lines_own_command(tmp_path: Path, server: Server) -> None:
+    """As it is typed; only OpenAI's address is ours."""
+    (tmp_path / "samples").mkdir()
+    write_samples(tmp_path / "samples", 5, "my_experiment.json", "my_experiment")
+    typed = ["-f", "samples/my_experiment.json", "-mc", "512", "-bk", "chosen", "-ck", "policy", "-r", "results.jsonl"]
+    environment = os.environ | {"OPENAI_BASE_URL": server.url}
+    subprocess.run([sys.executable, REPO / "compare.py", *typed], cwd=tmp_path, env=environment, check=True)
+    (line,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert (line["judge"], line["exp_name"], line["win_rate"]) == ("gpt-4.1", "my_experiment", 1)
+    assert line["cost"] == pytest.approx((500 * 2 + 50 * 8) / 1e6)
+    assert sorted(path.name for path in tmp_path.glob("results*")) == [
+        "results.html",
+        "results.jsonl",
+        "results.verdicts.jsonl",
+    ]
+
+
 def test_both_orders_and_a_judge_who_likes_a_place(tmp_path: Path, server: Server) -> None:
     server.rule = lambda _: completion("Response 1")
     samples = write_samples(tmp_path, 12)
@@ -160,6 +177,37 @@ def test_the_key_is_in_no_file_and_on_no_terminal(
     assert not any(KEY in text for text in written)
 
 
+def test_a_password_in_the_address_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for address in (
+        "http://me:hunter2@host/v1",
+        "http://:hunter2@host/v1",
+        "https://host/v1?key=hunter2",
+        "host:8000/v1",
+    ):
+        said = refusal("-f", write_samples(tmp_path, 2), "-r", tmp_path / "r.jsonl", "--base-url", address)
+        assert "base_url=http://HOST:PORT/v1" in said
+        assert "hunter2" not in said
+
+
+def test_a_placeholder_for_a_key_is_no_secret(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "1")  # would cut the verdict out of "Response 1"
+    assert run(write_samples(tmp_path, 6), server)["total"] == 6
+
+
+def test_ctrl_c_says_that_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "compare", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["-f", str(write_samples(tmp_path, 2))])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "stopped; every reply so far is kept, and the same command goes on\n"
+
+
 def test_without_a_key_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     samples = write_samples(tmp_path, 2)
@@ -168,6 +216,71 @@ def test_without_a_key_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 # -------------------------------------------------------------------------------------------------------------- costs
+
+
+def test_equal_answers_are_a_tie_that_nobody_is_asked_about(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = write_samples(tmp_path, 4)
+    samples.write_text(samples.read_text().replace("good 1", "bad 1"))
+    result = run(samples, server, "--both_orders")
+    assert (result["candidate"]["wins"], result["ties"], result["total"]) == (6, 2, 8)
+    assert (result["requests"], len(server.requests)) == (6, 6)
+    assert "6 requests to m (2 verdicts need none)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (["--both_orders", "--max_cost", "1", "--dry_run"], ["--both-orders", "--max-cost", "1", "--dry-run"]),
+        (
+            ["-ck", "policy", "-bk", "chosen", "-hk", "prompt", "-mc", "3", "-st", "0", "-s", "0", "-l", "12", "-v"],
+            [
+                "--candidate_key",
+                "policy",
+                "--baseline_key",
+                "chosen",
+                "--history_key",
+                "prompt",
+                "--max_comp",
+                "3",
+                "--sleep_time",
+                "0",
+                "--seed",
+                "0",
+                "--labels",
+                "12",
+                "--verbose",
+            ],
+        ),
+        (["--max_comparisons", "3"], ["-mc", "3"]),
+    ],
+)
+def test_flags_have_the_lines_spelling_and_the_usual_one(
+    one: list[str], two: list[str], tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, said = write_samples(tmp_path, 4), []
+    for options in (one, two):
+        results = tmp_path / "results.jsonl"
+        compare.main(
+            [
+                "--file",
+                str(samples),
+                "--results_file",
+                str(results),
+                "--judge",
+                "m",
+                "--base-url",
+                server.url,
+                "--prices",
+                "1",
+                "1",
+                *options,
+            ]
+        )
+        said.append(capsys.readouterr().out.split("about ")[1].split(" tokens in")[0])
+        results.with_suffix(".verdicts.jsonl").unlink(missing_ok=True)
+    assert said[0] == said[1]
 
 
 def test_a_dry_run_asks_nothing_and_needs_no_key(
@@ -230,6 +343,21 @@ def test_two_runs_against_each_other_and_the_data(tmp_path: Path, server: Server
     result = run(one, server, "--against", str(two))
     assert (result["candidate"]["name"], result["baseline"]["name"]) == ("first", "second")
     assert (result["total"], result["win_rate"], result["skipped"]) == (6, 1, 0)
+
+
+def test_runs_of_one_name_go_by_their_paths(tmp_path: Path, server: Server) -> None:
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path in paths:
+        write_samples(tmp_path, 3, path.name)
+    for options in (["--round_robin"], ["-bk", "chosen"]):
+        compare.main(
+            ["-f", *map(str, paths), "-r", str(tmp_path / "r.jsonl"), "-j", "m", "--base-url", server.url, *options]
+        )
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    names = [(line["candidate"]["name"], line["baseline"]["name"]) for line in lines]
+    one, two = map(str, paths)
+    assert names == [(one, two), (one, "chosen"), (two, "chosen")]
+    assert {line["exp_name"] for line in lines} == {"run"}
 
 
 def rank(request: dict[str, Any]) -> dict[str, Any]:
@@ -409,6 +537,10 @@ def test_mt_bench_grades_turns_and_categories(
     assert result["score_low"] == result["score_high"] == 7  # questions are the units, and all have the same mean
     assert result["candidate"]["name"] == "mine"
     assert "mine: 10 answers graded, 0 of them beside a reference answer" in capsys.readouterr().out
+    (graded,) = data_of((tmp_path / "results.html").read_text())
+    assert [item["candidate"] for item in graded["items"]] == [str(n) for n in range(6) for _ in range(2)]
+    outcomes = [verdict["outcome"] for item in graded["items"] for verdict in item["verdicts"]]
+    assert outcomes == ["grade 6", "grade 8"] * 5 + ["malformed"] * 2
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
@@ -428,7 +560,12 @@ def test_recorded_verdicts_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_recorded_verdicts_of_arena_hard(tmp_path: Path) -> None:
     games = [[("A>>B", "A>>B")], [("B>A", "A>B")], [("A=B", None)]]  # the model is B, then A
     rows = [
-        {"question_id": n, "model": "m", "judge": "j", "games": [{"score": one}, {"score": two}]}
+        {
+            "uid": n,
+            "model": "m",
+            "baseline": "b",
+            "games": [{"score": one, "judgment": {"answer": "So."}}, {"score": two}],
+        }
         for n, ((one, two),) in enumerate(games)
     ]
     path = tmp_path / "judgment.jsonl"
@@ -437,18 +574,43 @@ def test_recorded_verdicts_of_arena_hard(tmp_path: Path) -> None:
     line = json.loads((tmp_path / "r.jsonl").read_text())
     assert (line["candidate"]["wins"], line["baseline"]["wins"], line["ties"], line["malformed"]) == (3, 1, 1, 1)
     assert line["win_rate"] == pytest.approx((3 + 1 + 1 + 0.5) / 9)
+    assert line["baseline"]["name"] == "b"
+    assert data_of((tmp_path / "r.html").read_text())[0]["items"][0]["verdicts"][0]["text"] == "So."
     assert line["length_controlled_win_rate"] is None
 
 
 def test_recorded_verdicts_that_are_none(tmp_path: Path) -> None:
     row = {"instruction": "q", "output_1": "a", "output_2": "b"}
     path = tmp_path / "annotations.json"
-    path.write_text(json.dumps([row | {"preference": value} for value in (1.0, 0, None, 2.0, 1.25)]))
-    found = answers.read_recorded(path)
-    assert [v.preference for v in found.verdicts or ()] == [0, 0.5, None, 1, 0.25]
-    path.write_text(json.dumps([row | {"preference": 3}]))
-    assert "row 0: a preference of 3" in refusal("-f", path, "-j", "recorded")
+    path.write_text(json.dumps([row | {"preference": "m"}]))
+    assert "row 0: `preference` is 'm', not a number" in refusal("-f", path, "-j", "recorded")
+    path.write_text(json.dumps([row | {"preference": 1}]))
+    assert "2 of the files have verdicts on output_2 against output_1" in refusal("-f", path, path, "-j", "recorded")
     assert "holds no recorded verdicts" in refusal("-f", write_samples(tmp_path, 1), "-j", "recorded")
+
+
+@pytest.mark.parametrize(
+    ("completion", "words"),
+    [("m", "m"), ({"text": "M", "logprobs": {}}, "M"), ({"message": {"content": "M"}}, "M"), (None, ""), ([], "")],
+)
+def test_recorded_preferences_as_alpaca_eval_keeps_them(
+    completion: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0 for a tie; nothing, NaN or -1 where the judge gave none, which counts in no rate, though the length does."""
+    row = {"instruction": "q", "output_1": "a", "output_2": "bb", "raw_completion": completion, "generator_2": "mine"}
+    rows = [row | {"preference": value} for value in (1.0, 0, None, 2.0, 1.25, -1, float("nan"))]
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps([*rows, row | {"output_2": "b" * 10, "generator_2": "mine-v2"}]))
+    found = answers.read_recorded(path)
+    assert [v.preference for v in found.verdicts or ()] == [0, 0.5, None, 1, 0.25, None, None, None]
+    assert {v.text for v in found.verdicts or ()} == {words}
+    assert (found.candidate, found.baseline) == ("mine", "output_1")
+    assert "`generator_2` names 2 models; all its answers count as mine's" in capsys.readouterr().out
+    compare.main(["-f", str(path), "-j", "recorded", "-r", str(tmp_path / "r.jsonl")])
+    line = json.loads((tmp_path / "r.jsonl").read_text())
+    assert (line["total"], line["malformed"]) == (4, 4)
+    board = {"n_wins": 1, "n_wins_base": 2, "n_draws": 1, "n_total": 4, "avg_length": 3}
+    assert board.items() <= line["alpaca_eval"].items()
 
 
 # ----------------------------------------------------------------------------------------------- AlpacaEval's package
@@ -503,6 +665,25 @@ def test_the_official_length_control_is_the_packages(tmp_path: Path, monkeypatch
 
 
 @with_the_extra
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+def test_the_boards_figures_are_the_packages_where_preferences_are_missing(tmp_path: Path) -> None:
+    import pandas
+    from alpaca_eval.metrics.winrate import get_winrate
+
+    rows = json.loads(gzip.decompress((ANNOTATIONS / "gemma-7b-it.json.gz").read_bytes()))
+    for number, value in enumerate((None, -1, 0, 1.5, 1, 2, 3.5)):
+        for row in rows[number::40]:
+            row["preference"] = value
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(rows))
+    compare.main(["-f", str(path), "-j", "recorded", "-r", str(tmp_path / "r.jsonl")])
+    ours = json.loads((tmp_path / "r.jsonl").read_text())["alpaca_eval"]
+    package = get_winrate(pandas.DataFrame(rows).astype({"preference": float}))
+    assert {key: ours[key] for key in package} == pytest.approx({key: float(value) for key, value in package.items()})
+    assert ours["n_total"] < 805
+
+
+@with_the_extra
 def test_the_official_prompt_is_the_packages() -> None:
     shown = alpaca_eval_official.Shown([{"role": "user", "content": "Hi {output_1}"}], ("FIRST {output_2}", "SECOND"))
     system, request = alpaca_eval_official.OfficialPrompt().messages(shown)
@@ -512,6 +693,11 @@ def test_the_official_prompt_is_the_packages() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
+
+
+def data_of(page: str) -> list[dict[str, Any]]:
+    """What the page's reader lists."""
+    return json.loads(page.split('<script id="data" type="application/json">')[1].split("</script>")[0])
 
 
 def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, server: Server) -> None:
@@ -524,26 +710,53 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, server: Server) -
     page = (tmp_path / "results.html").read_text()
     assert page.count("<script") == page.count("</script>") == 2  # the data, the reader
     assert not [word for word in ("http://", "https://", "src=", "@import", "url(") if word in page]
-    embedded = page.split('<script id="data" type="application/json">')[1].split("</script>")[0]
-    (listed,) = json.loads(embedded)
+    (listed,) = data_of(page)
     assert listed["items"][0]["candidate"] == hostile
     assert [verdict["outcome"] for verdict in listed["items"][0]["verdicts"]].count("win") == 1
 
 
+BY_HAND = """<script>
+function act(id, event, value) {
+  at(id).value = value;
+  at(id).dispatchEvent(new Event(event));
+  log(at('count').textContent);
+}
+function log(text) { document.body.append(document.createElement('hr'), '[' + text + ']'); }
+act('filter', 'change', 'orders disagree');
+act('search', 'input', 'QUESTION 2');
+act('filter', 'change', 'all');
+act('search', 'input', '');
+at('more').click();
+log(document.querySelectorAll('article').length + ' shown');
+</script></body>"""
+
+
 def test_the_page_in_a_browser(tmp_path: Path, server: Server) -> None:
-    """Chromium runs the page's own script and prints what came out."""
+    """Chromium runs the page's own script, and a hand at its controls, and prints what came out."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no Chromium to look at the page with")
-    server.faults = [reply("Neither.")]
-    run(write_samples(tmp_path, 30), server, "--concurrency", "1")
-    page = (tmp_path / "results.html").resolve().as_uri()
+    server.faults = [reply("Neither."), reply("I'm sorry, I can't."), reply("Response 1"), reply("Response 1")]
+    run(write_samples(tmp_path, 30), server, "--concurrency", "1", "--both_orders")
+    page = tmp_path / "results.html"
     arguments = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser", "--dump-dom"]
-    done = subprocess.run([browser, *arguments, page], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.count("<article>") == 25
-    assert "30 of 30 items" in done.stdout
-    assert '<option value="malformed">malformed (1)</option>' in done.stdout
-    assert "policy · 2 words · preferred" in done.stdout
+
+    def shown() -> str:
+        uri = page.resolve().as_uri()
+        return subprocess.run(
+            [browser, *arguments, uri], capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+
+    found = shown()
+    assert found.count("<article>") == 25
+    assert "30 of 30 items" in found
+    assert '<option value="malformed">malformed (1)</option>' in found
+    assert '<option value="orders disagree">orders disagree (1)</option>' in found
+    assert "policy · 2 words · preferred" in found
+    page.write_text(page.read_text().replace("</body>", BY_HAND))
+    found = shown()
+    counts = [part.split("]")[0] for part in found.split("<hr>[")[1:]]
+    assert counts == ["1 of 30 items", "0 of 30 items", "11 of 30 items", "30 of 30 items", "30 shown"]
 
 
 # ------------------------------------------------------------------------------------------------------ a real server

@@ -22,6 +22,7 @@ from judging import (
     toy_judge,
 )
 from protocols import AlpacaEval, Answer, ArenaHard, MTBench, PromptTemplate, Reply, Shown, arena_score
+from servers import Server as Address
 from utils import UserError
 
 
@@ -257,9 +258,8 @@ def server() -> Iterator[Server]:
 
 def client(server: Server, folder: Path, template: PromptTemplate | None = None, **options: Any) -> OpenAIJudge:
     budget = options.pop("budget", None) or Budget(None)
-    log = VerdictLog(folder / "log.jsonl")
-    template = template or PromptTemplate()
-    return OpenAIJudge("m", template, log, budget, key=KEY, base_url=server.url, **options)
+    address = Address(server.url, KEY, **{"timeout": 60, **options})
+    return OpenAIJudge("m", template or PromptTemplate(), VerdictLog(folder / "log.jsonl"), budget, address)
 
 
 @pytest.mark.parametrize(
@@ -307,9 +307,8 @@ def test_a_server_that_is_all_garbage_fails_those_and_no_more(tmp_path: Path, se
 
 def test_no_server_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
-    judge = OpenAIJudge(
-        "m", PromptTemplate(), VerdictLog(tmp_path / "l"), Budget(None), key=KEY, base_url="http://127.0.0.1:9/v1"
-    )
+    nobody = Address("http://127.0.0.1:9/v1", KEY, timeout=60)
+    judge = OpenAIJudge("m", PromptTemplate(), VerdictLog(tmp_path / "l"), Budget(None), nobody)
     with pytest.raises(UserError, match="2 requests to the judge failed in a row"):
         judge_pairs(items(2), judge)
 
@@ -392,13 +391,25 @@ def test_a_model_that_takes_no_temperature_is_asked_without_and_that_is_said(
         "messages": server.requests[-1]["messages"],
         "max_completion_tokens": 256,
     }
-    assert judge.refuses == ["max_tokens", "temperature"]
+    assert judge.server.refuses == ["max_tokens", "temperature"]
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("m does not take max_tokens: max_completion_tokens is sent in its place") == 1
     assert said.count("m does not take temperature: it judges at its own temperature") == 1
     again = client(server, tmp_path)  # knows nothing of this yet, and still finds what was paid for
     assert outcomes(judge_pairs(items(5), again)) == ["win"] * 5
     assert len(server.requests) == 7
+
+
+def test_a_reply_that_is_cut_before_its_verdict_is_said_once(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.rule = lambda _: completion("", finish_reason="length")
+    for _ in range(2):  # the second one reads it from the log
+        assert outcomes(judge_pairs(items(3), client(server, tmp_path))) == ["malformed"] * 3
+        assert capsys.readouterr().out.count("m: a reply without a verdict was cut at --max_tokens 256") == 1
+    server.rule = lambda _: completion("Response 1", finish_reason="length")
+    assert "malformed" not in outcomes(judge_pairs(items(9)[3:], client(server, tmp_path)))
+    assert "was cut" not in capsys.readouterr().out
 
 
 def log_probabilities(request: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import TopPLogitsWarper as TopP
 import eval as evaluation
 import samples
 import toy
-from backends import LocalPrompts
+from backends import LocalPrompts, VLLMBackend
 from policies import read_config
 from sampling import DrawTokens, Request, Settings, sample
 from utils import UserError
@@ -313,6 +314,42 @@ def test_prompts_that_are_cut_are_counted(tiny, capsys):
     assert "1 of 1 prompts are cut to model.max_prompt_length=5" in capsys.readouterr().out
 
 
+class SamplingParams:
+    """Of vLLM's, the arguments that it documents (vllm/sampling_params.py)."""
+
+    def __init__(self, *, temperature, top_p, top_k, max_tokens, stop, seed, logit_bias):
+        assert top_k >= -1 and 0 <= seed < 2**63 and logit_bias is None
+        assert (temperature, top_p, stop) == (0.0, 0.95, [])
+        self.max_tokens = max_tokens
+
+
+class LLM:
+    """vLLM's offline engine as its documentation has it, over transformers' greedy decoding."""
+
+    def __init__(self, *, model, dtype, seed, tensor_parallel_size):
+        assert (dtype, seed, tensor_parallel_size) == ("float32", 1, 1)
+        self.model, self.tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+
+    def generate(self, prompts, sampling_params, *, use_tqdm):
+        assert not use_tqdm
+        return [self.one(prompt["prompt_token_ids"], own) for prompt, own in zip(prompts, sampling_params, strict=True)]
+
+    def one(self, ids, parameters):
+        limits = {"max_new_tokens": parameters.max_tokens, "do_sample": False}
+        (drawn,) = self.model.generate(torch.tensor([ids]), **limits)[:, len(ids) :].tolist()
+        reason = "stop" if drawn[-1] == self.tokenizer.eos_token_id else "length"
+        text = self.tokenizer.decode(drawn, skip_special_tokens=True)
+        return SimpleNamespace(outputs=[SimpleNamespace(text=text, token_ids=tuple(drawn), finish_reason=reason)])
+
+
+def test_vllm_is_asked_for_the_same(tmp_path, monkeypatch):
+    """What we hand to it and make of what comes back; vLLM itself cannot be installed here."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
+    monkeypatch.setattr(VLLMBackend, "CHUNK", 7)
+    here, there = (write(tmp_path / name, f"++backend={name}", "++temperature=0") for name in ("transformers", "vllm"))
+    assert there["samples"] == here["samples"] and len(there["samples"]) == 24
+
+
 @pytest.mark.slow
 def test_tensor_parallel_gives_the_same_samples(tmp_path):
     """One model over two processes: transformers' tp_plan, here on CPUs."""
@@ -355,7 +392,7 @@ def test_805_prompts_give_805_samples(tmp_path, alpaca, size):
 
 
 @real_data
-def test_arena_hard(tmp_path):
+def test_arena_hard(tmp_path, capsys):
     content = write(tmp_path, "++mode=arenahard", f"data_dir={DATA}", "++max_new_tokens=2")
     lines = [json.loads(line) for line in (tmp_path / "arena-hard-v0.1/model_answer/tiny.jsonl").open()]
     questions = [json.loads(line) for line in (DATA / "arena_hard/question.jsonl").open()]
@@ -366,6 +403,7 @@ def test_arena_hard(tmp_path):
         assert user == {"role": "user", "content": question["prompt"]}
         assert assistant == {"role": "assistant", "content": {"answer": entry["policy"]}}
     assert len({line["ans_id"] for line in lines}) > 100
+    assert f"-f {tmp_path}/arena-hard-v0.1/model_answer/tiny.jsonl -p arenahard --against" in capsys.readouterr().out
 
 
 @real_data

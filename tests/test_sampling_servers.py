@@ -75,6 +75,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults, self.requests, self.models = [], [], ["m"]
+        self.rule = lambda _: None  # the fault that a request meets, if any
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -88,7 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
         said = "To " + " ".join(asked.split())
         choice = {"text": said, "message": {"role": "assistant", "content": said}, "finish_reason": "stop", "index": 0}
-        fault = self.server.faults.pop(0) if self.server.faults else None
+        fault = self.server.faults.pop(0) if self.server.faults else self.server.rule(request)
         if fault == "late":
             time.sleep(1.0)
         elif fault is not None:
@@ -195,6 +196,25 @@ def test_what_is_asked(tmp_path, server):
     for request in server.requests:
         assert request["path"] == "/v1/chat/completions" and [m["role"] for m in request["messages"]] == ["user"]
         assert "top_k" not in request and "stop" not in request
+
+
+def reasoning(request):
+    """What a reasoning model of OpenAI's says to parameters that it does not take."""
+    for name in ("max_tokens", "temperature", "top_p"):
+        if name in request:
+            said = {"message": f"Unsupported parameter: '{name}' is not supported with this model."}
+            return 400, json.dumps({"error": said}).encode()
+    return None
+
+
+def test_a_model_that_takes_no_settings_is_asked_without_those_that_change_nothing(tmp_path, server, capsys):
+    server.rule = reasoning
+    content = served(server, tmp_path, "template=chat", "++top_p=1.0", "++model.eval_batch_size=1")
+    assert len(content["samples"]) == 24 and len(server.requests) == 27  # three were refused, once each
+    assert server.requests[-1].keys() == {"model", "messages", "seed", "max_completion_tokens", "key", "path"}
+    assert capsys.readouterr().out.count("it is left out, being 1") == 2
+    with pytest.raises(UserError, match="'top_p' is not supported"):  # 0.95 would be another distribution
+        served(server, tmp_path / "other", "template=chat")
 
 
 def test_the_servers_only_model_needs_no_name(tmp_path, server):
