@@ -216,6 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
         return int(text)
 
+    def truth(text: str) -> bool:
+        if text not in ("True", "False"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
+        return text == "True"
+
     parser = argparse.ArgumentParser(
         description="Judge two sets of answers against each other, or grade single answers.",
         epilog="The API key is OPENAI_API_KEY's. A rerun asks only what <results_file>.verdicts.jsonl does not hold.",
@@ -251,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--dry_run", "--dry-run", action="store_true", help="say what would be asked and its cost; ask nothing")
     add("--official_lc", "--official-lc", action="store_true", help="AlpacaEval's own length-controlled win rate too; "
         "needs the extra `alpaca-eval`, its data from the Hub and all 805 answers")  # fmt: skip
-    add("-v", "--verbose", action="store_true", help="print every verdict")
+    add("-v", "--verbose", nargs="?", type=truth, const=True, default=False, metavar="True", help="print every verdict")
     args = parser.parse_args(arguments)
     try:
         template = template_of(args)

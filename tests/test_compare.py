@@ -253,7 +253,7 @@ def test_equal_answers_are_a_tie_that_nobody_is_asked_about(
                 "--verbose",
             ],
         ),
-        (["--max_comparisons", "3"], ["-mc", "3"]),
+        (["--max_comparisons", "3", "-v", "True"], ["-mc", "3", "-v"]),
     ],
 )
 def test_flags_have_the_lines_spelling_and_the_usual_one(
