@@ -323,6 +323,7 @@ class BasicTrainer:
 
     def refuse_step(self, step: int, suspects: list[Batch], wrong: Tensor) -> NoReturn:
         """Raise the UserError for a loss, or a gradient, that is not finite, naming the examples of all ranks."""
+        self.run.finish_saving()
         rows = self.loaders["train"].rows
         found: list[Any] = [None] * parallel.world_size()
         own = (bool(wrong.any()), [rows[i]["source"] for batch in suspects for i in batch.index])

@@ -2,7 +2,7 @@
 
 Makes a checkpoint of a Llama-shaped model with random weights (`--gigabytes`), loads it on so many ranks of this
 machine, and prints what all ranks together held at their peak beyond what they held before (interpreter, libraries),
-as a multiple of the checkpoint. Beside it: what `from_pretrained` on every rank would hold.
+as a multiple of the checkpoint.
 """
 
 import argparse
@@ -35,11 +35,10 @@ def memory(field: str) -> int:
     raise KeyError(field)
 
 
-def load(folder: Path, how: str) -> None:
+def load(folder: Path) -> None:
     """On each rank: load, and let rank 0 print the figures of all together."""
     import torch
     from hydra import compose, initialize_config_dir
-    from transformers import LlamaForCausalLM
 
     import assembly
     import parallel
@@ -49,10 +48,7 @@ def load(folder: Path, how: str) -> None:
     parallel.wait_for_all()
     Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
     before, started = memory("VmRSS"), time.monotonic()
-    if how == "ours":
-        model = assembly.load_model(settings, "sdpa", folder)
-    else:
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = assembly.load_model(settings, "sdpa", folder)
     seconds = parallel.max_over_ranks(time.monotonic() - started)
     figures = torch.tensor([memory("VmHWM") - before, memory("VmRSS") - before], dtype=torch.float64)
     peak, after = parallel.sum_over_ranks(figures).tolist()
@@ -63,26 +59,25 @@ def load(folder: Path, how: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.2)
-    parser.add_argument("--load", nargs=3, metavar=("FOLDER", "RANKS", "HOW"), help=argparse.SUPPRESS)
+    parser.add_argument("--load", nargs=2, metavar=("FOLDER", "RANKS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
         import parallel
 
-        folder, ranks, how = arguments.load
-        parallel.run(lambda: load(Path(folder), how), int(ranks))
+        folder, ranks = arguments.load
+        parallel.run(lambda: load(Path(folder)), int(ranks))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_checkpoint(folder, arguments.gigabytes)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         print(f"checkpoint: {size / 1e9:.2f} GB, fp32\n")
-        print("| | ranks | peak memory of all ranks / checkpoint | afterwards | seconds |\n|---|---|---|---|---|")
-        for how, counts in (("ours", (1, 2, 4)), ("from_pretrained", (1, 2))):
-            for ranks in counts:
-                command = [sys.executable, __file__, "--load", str(folder), str(ranks), how]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                found = json.loads(done.stdout.splitlines()[-1])
-                peak, after = found["peak"] / size, found["after"] / size
-                print(f"| {how} | {ranks} | {peak:.2f} | {after:.2f} | {found['seconds']:.1f} |", flush=True)
+        print("| ranks | peak memory of all ranks / checkpoint | afterwards | seconds |\n|---|---|---|---|")
+        for ranks in (1, 2, 4):
+            command = [sys.executable, __file__, "--load", str(folder), str(ranks)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            peak, after = found["peak"] / size, found["after"] / size
+            print(f"| {ranks} | {peak:.2f} | {after:.2f} | {found['seconds']:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
