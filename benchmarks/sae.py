@@ -6,8 +6,8 @@ Both see the same activations of the built-in model (layer 2) in the same order 
 and have 1,024 latents, k = 16; a latent is dead after 100,000 silent tokens. Ours is `loss=sae` as it comes, but for
 sizes and a warm-up that fits so short a run. SAELens's is its `BatchTopKTrainingSAE` under its `SAETrainer`, with the
 defaults of both (learning rate 3e-4, auxiliary coefficient 1, decoder rows of norm 0.1 at the start, no warm-up) and
-what its tutorial adds: inputs scaled by their average norm, learning rate down to 0 over the last fifth. A second row gives it
-our learning rate.
+what its tutorial adds: inputs scaled by their average norm, learning rate down to 0 over the last fifth. A second row
+gives it our learning rate.
 
 The two set their thresholds differently, so all are measured twice: as they are saved, and at the same L0, with the
 threshold set for every one of them as this repo does it, to 16 active latents a token on 16 steps of training data.
