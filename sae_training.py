@@ -247,14 +247,15 @@ class SAETrainer(BasicTrainer):
         It is what BatchTopK comes down to on steps of the block in the buffer, a mean over them. (The paper's running
         mean over training lags behind the weights, by much in a short run, and L0 is then not k.)
         """
-        steps = self.stream.in_buffer(SAMPLE_STEPS)
-        found = [torch.zeros(len(steps)) for _ in self.autoencoders]
-        for n, step in enumerate(steps):
-            for smallest, own, x in zip(found, self.autoencoders, self.by_layer(step.x)):
-                smallest[n] = own.smallest_kept(own.preactivations(x * own.scale), step.tokens)
-        for smallest, own in zip(found, self.autoencoders):
-            if steps:  # none where a run is resumed that was at its end
-                own.threshold.copy_(smallest.mean())
+        found = [
+            [
+                own.smallest_kept(own.preactivations(x * own.scale), step.tokens)
+                for own, x in zip(self.autoencoders, self.by_layer(step.x))
+            ]
+            for step in self.stream.in_buffer(SAMPLE_STEPS)
+        ]
+        for own, smallest in zip(self.autoencoders, zip(*found)):  # none where a finished run is resumed
+            own.threshold.copy_(torch.stack(smallest).mean())
 
     def save(self, step: int, examples: int) -> None:
         self.set_thresholds()

@@ -1,16 +1,16 @@
 """This repo's autoencoders beside those of SAELens's own BatchTopK trainer: error and cross-entropy at the same L0.
 
-    python benchmarks/sae.py         3 seeds, 3 sparsities: 30 minutes on 2 cores; writes docs/sae-training.md's tables
+    python benchmarks/sae.py         3 seeds, 10 minutes on 2 cores; writes docs/sae-training.md's tables
 
 Both see the same activations of the built-in model (layer 2) in the same order and steps, 403 of about 1,024 tokens,
-and have 1,024 latents; a latent is dead after 100,000 silent tokens. Ours is `loss=sae` as it comes, but for sizes and
-a warm-up that fits so short a run. SAELens's is its `BatchTopKTrainingSAE` under its `SAETrainer`, with the defaults of
-both (learning rate 3e-4, auxiliary coefficient 1, decoder rows of norm 0.1 at the start, no warm-up) and what its
-tutorial adds: inputs scaled by their average norm, learning rate down to 0 over the last fifth. A second row gives it
-our learning rate.
+and have 1,024 latents, k = 16; a latent is dead after 100,000 silent tokens. Ours is `loss=sae` as it comes, but for
+sizes and a warm-up that fits so short a run. SAELens's is its `BatchTopKTrainingSAE` under its `SAETrainer`, with the
+defaults of both (learning rate 3e-4, auxiliary coefficient 1, decoder rows of norm 0.1 at the start, no warm-up) and
+what its tutorial adds: inputs scaled by their average norm, learning rate down to 0 over the last fifth. A second row
+gives it our learning rate.
 
 The two set their thresholds differently, so all are measured twice: as they are saved, and at the same L0, with the
-threshold set for every one of them as this repo does it, to k active latents a token on 16 steps of training data.
+threshold set for every one of them as this repo does it, to 16 active latents a token on 16 steps of training data.
 """
 
 import argparse
@@ -28,27 +28,27 @@ sys.path.insert(0, str(REPO))
 
 OUTPUT = REPO / "outputs" / "sae-benchmark"
 PAGE = REPO / "docs" / "sae-training.md"
-SEEDS, SPARSITIES, STEP, LATENTS, DEAD_AFTER = (1, 2, 3), (8, 16, 32), 1024, 1024, 100_000
+SEEDS, K, STEP, LATENTS, DEAD_AFTER = (1, 2, 3), 16, 1024, 1024, 100_000
 OUR_LR = 8e-4  # 2e-4 / sqrt(1024 / 2^14)
 TRAINERS = {"this repo": OUR_LR, "SAELens": 3e-4, "SAELens at our rate": OUR_LR}
 MEASURES = {"l0": "L0", "fvu": "FVU", "ce_recovered": "CE recovered", "dead": "dead"}
 
 
-def overrides(k: int, seed: int, lr: float) -> list[str]:
-    sizes = f"loss.layer=2 loss.d_sae={LATENTS} loss.k={k} loss.batch_tokens={STEP} loss.dead_after={DEAD_AFTER}"
+def overrides(seed: int, lr: float) -> list[str]:
+    sizes = f"loss.layer=2 loss.d_sae={LATENTS} loss.k={K} loss.batch_tokens={STEP} loss.dead_after={DEAD_AFTER}"
     run = f"n_examples=30000 lr={lr} warmup_steps=50 seed={seed} cache_dir={OUTPUT} log_every=50 n_eval_examples=512"
     return f"loss=sae model=tiny datasets=[toy_sft] {sizes} {run} do_first_eval=false save_every=null".split()
 
 
-def measure(trainer: str, k: int, seed: int) -> dict[str, dict[str, float]]:
-    """Train one autoencoder, and measure it as it is saved and at the L0 of k."""
+def measure(trainer: str, seed: int) -> dict[str, dict[str, float]]:
+    """Train one autoencoder, and measure it as it is saved and at the same L0."""
     from hydra import compose, initialize_config_dir
 
     import assembly
     import settings
     from checkpoint import Run
 
-    name, arguments = f"{trainer.replace(' ', '-')}-{k}-{seed}", overrides(k, seed, TRAINERS[trainer])
+    name, arguments = f"{trainer.replace(' ', '-')}-{seed}", overrides(seed, TRAINERS[trainer])
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", overrides=[*arguments, f"exp_name={name}", "resume=never"])
         parts = settings.check(config, arguments)
@@ -60,7 +60,7 @@ def measure(trainer: str, k: int, seed: int) -> dict[str, dict[str, float]]:
         if trainer == "this repo":
             own.train()
             return dict.fromkeys(("as saved", "same L0"), figures(own, own.last_evaluation))
-        own.exported = [train_saelens(own, k, TRAINERS[trainer], run.folder, seed)]
+        own.exported = [train_saelens(own, TRAINERS[trainer], run.folder, seed)]
         as_saved = figures(own, own.evaluate())
         set_threshold(own)
         return {"as saved": as_saved, "same L0": figures(own, own.evaluate())}
@@ -72,7 +72,7 @@ def figures(own, evaluation: dict[str, float]) -> dict[str, float]:
     return {name: evaluation.get(f"sae_eval/{name}", dead) for name in MEASURES}
 
 
-def train_saelens(own, k: int, lr: float, folder: Path, seed: int):
+def train_saelens(own, lr: float, folder: Path, seed: int):
     """SAELens's trainer on the steps of ours; gives what it saved, and tells ours which latents are dead."""
     import torch
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
@@ -83,7 +83,7 @@ def train_saelens(own, k: int, lr: float, folder: Path, seed: int):
 
     torch.manual_seed(seed)
     stream, for_scale = own.stream, 20
-    config = BatchTopKTrainingSAEConfig(d_in=128, d_sae=LATENTS, k=k, normalize_activations="expected_average_only_in")
+    config = BatchTopKTrainingSAEConfig(d_in=128, d_sae=LATENTS, k=K, normalize_activations="expected_average_only_in")
     training = SAETrainerConfig(
         total_training_samples=stream.tokens,
         train_batch_size_samples=STEP,
@@ -116,12 +116,12 @@ def set_threshold(own) -> None:
     sae.threshold.fill_(torch.stack(limits).mean())
 
 
-def in_a_process(k: int, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+def in_a_process(seed: int) -> dict[str, dict[str, dict[str, float]]]:
     """What `measure` gives for each trainer, in a process with one thread; kept, so that a killed benchmark goes on."""
-    kept = OUTPUT / f"{k}-{seed}.json"
+    kept = OUTPUT / f"{seed}.json"
     if not kept.exists():
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--one", str(k), str(seed)]
+        command = [sys.executable, __file__, "--one", str(seed)]
         done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{command}\n{done.stdout}{done.stderr}")
@@ -129,37 +129,33 @@ def in_a_process(k: int, seed: int) -> dict[str, dict[str, dict[str, float]]]:
     return json.loads(kept.read_text())
 
 
-def table(found: dict[tuple[int, int], dict[str, dict[str, dict[str, float]]]], which: str) -> list[str]:
+def table(found: dict[int, dict[str, dict[str, dict[str, float]]]], which: str) -> list[str]:
     """Means over the seeds, and the standard deviation."""
-    lines = [f"| k | trainer | {' | '.join(MEASURES.values())} |", "|---" * (len(MEASURES) + 2) + "|"]
-    for k in SPARSITIES:
-        for trainer in TRAINERS:
-            cells = []
-            for name in MEASURES:
-                values = [found[k, seed][trainer][which][name] for seed in SEEDS]
-                cells.append(f"{mean(values):.4f} ± {stdev(values):.4f}" if name != "l0" else f"{mean(values):.2f}")
-            lines.append(f"| {k} | {trainer} | {' | '.join(cells)} |")
+    lines = [f"| trainer | {' | '.join(MEASURES.values())} |", "|---" * (len(MEASURES) + 1) + "|"]
+    for trainer in TRAINERS:
+        cells = []
+        for name in MEASURES:
+            values = [found[seed][trainer][which][name] for seed in SEEDS]
+            cells.append(f"{mean(values):.4f} ± {stdev(values):.4f}")
+        lines.append(f"| {trainer} | {' | '.join(cells)} |")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--one", nargs=2, type=int, metavar=("K", "SEED"), help="one autoencoder of each trainer, as JSON"
-    )
-    one = parser.parse_args().one
-    if one:
+    parser.add_argument("--one", type=int, metavar="SEED", help="one autoencoder of each trainer, as JSON")
+    seed = parser.parse_args().one
+    if seed:
         import torch.distributed as dist
 
         import parallel
 
         parallel.join(0, 1, dist.HashStore())
-        print(json.dumps({trainer: measure(trainer, *one) for trainer in TRAINERS}))
+        print(json.dumps({trainer: measure(trainer, seed) for trainer in TRAINERS}))
         return
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    runs = [(k, seed) for seed in SEEDS for k in SPARSITIES]
     with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(runs, pool.map(in_a_process, *zip(*runs))))
+        found = dict(zip(SEEDS, pool.map(in_a_process, SEEDS)))
     text = "\n".join(["At the same L0:", "", *table(found, "same L0"), "", "As saved:", "", *table(found, "as saved")])
     print(text)
     head, mark, _ = PAGE.read_text().partition("<!-- benchmarks/sae.py -->\n")
