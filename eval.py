@@ -3,7 +3,8 @@
     python eval.py --config-path=outputs/my_run                     writes samples/my_run.json
     python eval.py --config-path=outputs/my_run ++mode=alpacaeval   a benchmark's questions; also arenahard, mtbench
     python eval.py --config-path=outputs/my_run ++mode=eval         the metrics of the evaluation set, diversity, KL
-    python eval.py --config-path=outputs/my_run ++mode=features ++probe=[a.jsonl,b.jsonl]   features that tell them apart
+    python eval.py --config-path=outputs/my_run ++mode=features ++probe=[a,b]   the SAE's features that tell two data
+                                                                    sets apart, and weights for loss.feature_weights
 
 --config-path is a run directory, a config.yaml that a run wrote, or a model in the Hub's format; any key of the
 configuration can be changed. Killed, the same command goes on where it was.

@@ -91,11 +91,13 @@ def check(config: DictConfig) -> None:
     """Raises UserError for settings of the probe that cannot be."""
     problems = settings.Problems()
     for key in ("probe_texts", "probe_features"):
-        problems.expect(isinstance(config[key], int) and config[key] > 0, f"{key}={config[key]}: a whole number above 0")
+        value = config[key]
+        problems.expect(isinstance(value, int) and value > 0, f"{key}={value}: has to be a whole number above 0")
     for key, low, high in (("probe_min_auc", 0.5, 1), ("probe_weight", 0, inf), ("probe_others", 0, inf)):
         value = config[key]
         fits = isinstance(value, int | float) and low <= value <= high and value < inf
-        problems.expect(fits, f"{key}={value}: has to be a number of at least {low}" + f", at most {high}" * (high < inf))
+        limits = f"at least {low}" if high == inf else f"{low} to {high}"
+        problems.expect(fits, f"{key}={value}: has to be a number, {limits}")
     problems.tell()
 
 

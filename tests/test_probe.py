@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 import torch
-from conftest import REPO, metrics, random_sae
+from conftest import REPO, random_sae
 from omegaconf import OmegaConf
 from scipy.stats import mannwhitneyu
 from test_training import run
@@ -116,8 +116,8 @@ def test_an_attribute_has_features_in_the_built_in_model(tmp_path, attribute, ca
     weights = json.loads((folder / f"probe-{attribute}.json").read_text())
     assert weights[0] == {"index": "others", "weight": 0}
     assert [entry["index"] for entry in weights[1:]][:1] == table["feature"][:1]
-    out = capsys.readouterr().out
-    assert " or ".join(f"{value} (120{' texts' * first})" for value, first in zip(toy.ATTRIBUTES[attribute], (1, 0))) in out
+    first, second = toy.ATTRIBUTES[attribute]
+    assert f"{first} (120 texts) or {second} (120)" in capsys.readouterr().out
 
 
 def test_two_data_sets_and_what_they_give_to_training(tmp_path):
@@ -127,17 +127,14 @@ def test_two_data_sets_and_what_they_give_to_training(tmp_path):
     def talk(row, side):
         return {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]}
 
-    files = [
-        jsonl(tmp_path / f"{side}.jsonl", [talk(row, side) for row in rows]) for side in ("first", "second")
-    ]
+    files = [jsonl(tmp_path / f"{side}.jsonl", [talk(row, side) for row in rows]) for side in ("first", "second")]
     folder = probed(tmp_path, f"++probe=[{files[0]},{files[1]}]")
     probed(tmp_path, "++probe=language", "++probe_texts=100")
     tables = [(folder / f"probe-{name}.parquet").read_bytes() for name in ("first-vs-second", "language")]
     assert tables[0] == tables[1]
-    options = ["loss=fpo", "loss.alpha=5", f"loss.feature_weights={folder}/probe-first-vs-second.json"]
-    run(tmp_path / "held", *options)
-    run(tmp_path / "free", *options[:2])
-    held, free = (metrics(tmp_path / name / "run") for name in ("held", "free"))
+    options = ["loss=fpo", "loss.alpha=5"]
+    held = run(tmp_path, *options, f"loss.feature_weights={folder}/probe-first-vs-second.json", "exp_name=held")
+    free = run(tmp_path, *options, "exp_name=free")
     assert held[0] == free[0]  # no drift yet
     assert held[-1]["loss/eval"] != free[-1]["loss/eval"]
 
@@ -161,9 +158,9 @@ def test_no_feature_knows_what_is_right(tmp_path):
         (["++probe=[toy,toyy]"], r"no data set 'toyy' \(did you mean 'toy'"),
         (["++probe=[FILES/bad.jsonl,toy]"], r"bad\.jsonl has no demonstrations"),
         (["++probe=[FILES/one.jsonl,toy]"], r"one\.jsonl has 1 texts, too few"),
-        (["++probe=tone", "++probe_texts=0"], "probe_texts=0: a whole number above 0"),
-        (["++probe=tone", "++probe_min_auc=0.3"], r"probe_min_auc=0\.3: has to be a number of at least 0\.5, at most 1"),
-        (["++probe=tone", "++probe_weight=-1"], "probe_weight=-1: has to be a number of at least 0"),
+        (["++probe=tone", "++probe_texts=0"], "probe_texts=0: has to be a whole number above 0"),
+        (["++probe=tone", "++probe_min_auc=0.3"], r"probe_min_auc=0\.3: has to be a number, 0\.5 to 1"),
+        (["++probe=tone", "++probe_weight=-1"], "probe_weight=-1: has to be a number, at least 0"),
         (["++probe=tone", "sae.path=/no/params.npz"], r"sae\.path=/no/params\.npz: no such file"),
         (["++probe=tone", "sae.layer=4"], r"sae\.layer=4: tiny has layers 0 to 3"),
     ],
