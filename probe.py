@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import assembly
 import attention
@@ -29,11 +30,12 @@ import tokenise
 import toy
 from batch import collate
 from policies import find_policy, refuse_what_writes_no_text
-from sae import OTHERS, pooled_features
+from sae import OTHERS, SAE, ResidualTap, pooled_features
 from sharding import DTYPES
 from utils import UserError, appears_whole, console, progress_bar, write_json
 
 SHOWN = 20  # lines of the table on the terminal
+COLUMNS = 4096  # features ranked at once, each of which takes some numbers for each text
 Records = list[dict[str, Any]]
 
 
@@ -47,9 +49,8 @@ def write_probe(config: DictConfig, path: Path, overrides: list[str]) -> None:
     policy = find_policy(path, config, overrides)
     refuse_what_writes_no_text(config, policy)
     sources = settings.sae_sources(config)
-    architecture = models.load_config(policy.folder)
-    tokenizer = models.load_tokenizer(policy.tokenizer)
     name, kinds = texts_of(config)
+    tokenizer = models.load_tokenizer(policy.tokenizer)
     template = tokenise.make_template(config, tokenizer)
     limits = {"max_length": config.model.max_length, "max_prompt_length": config.model.max_prompt_length}
     rows = [list(tokenise.tokenise(records, tokenizer, template, **limits)[0]) for records in kinds.values()]
@@ -58,33 +59,37 @@ def write_probe(config: DictConfig, path: Path, overrides: list[str]) -> None:
         if min(half.sum(), (1 - half).sum()) < 2:
             raise UserError(f"probe: {kind} has {len(half)} texts, too few to rank features on one half of the prompts")
 
+    architecture = models.load_config(policy.folder)
     sae, places = assembly.read_saes(sources, config.model, architecture)
     device, dtype = parallel.device(), config.model.policy_dtype
     choice = (config.model.attn_implementation, config.model.layout, architecture, device, dtype)
     implementation, layout = attention.choose(*choice, pairs=False)
     model = models.load_model(policy.folder, implementation, device, policy.load_from, dtype=DTYPES[dtype])
     tap, sae = models.make_tap(model, places, config.model.block_name), sae.to(device)
-
-    pooled = []
-    for own in rows:
-        found = torch.empty(len(own), sae.d_sae)
-        order = sorted(range(len(own)), key=lambda i: len(own[i]["prompt_ids"]) + len(own[i]["completion_ids"][0]))
-        with progress_bar("probing", len(own), 0) as advance, torch.no_grad():
-            for start in range(0, len(own), config.model.eval_batch_size):
-                part = order[start : start + config.model.eval_batch_size]
-                ends = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
-                batch = collate([{**own[i], "index": i} for i in part], layout, **ends).to(device)
-                residual = models.score(model, batch, tap).residual
-                assert residual is not None
-                found[part] = pooled_features(sae, residual, batch.content_lengths).cpu()
-                advance(start + len(part), None)
-        pooled.append(found)
-
-    table = ranking(*pooled, *halves)
+    how = {"layout": layout, "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+    table = ranking(*(pooled(model, tap, sae, own, config.model.eval_batch_size, **how) for own in rows), *halves)
     weights = weights_of(table, config)
     if parallel.rank() == 0:
         folder = (policy.run or Path(config.cache_dir) / config.exp_name) / "features"
         publish(table, weights, list(kinds), [len(own) for own in rows], folder / f"probe-{name}", config)
+
+
+@torch.no_grad()
+def pooled(
+    model: PreTrainedModel, tap: ResidualTap, sae: SAE, rows: Sequence[dict[str, Any]], batch_size: int, **how: Any
+) -> Tensor:
+    """Pooled features [S, F], on the CPU, of tokenised texts; `how` goes to `batch.collate`."""
+    found = torch.empty(len(rows), sae.d_sae)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]) + len(rows[i]["completion_ids"][0]))
+    with progress_bar("probing", len(rows), 0) as advance:
+        for start in range(0, len(rows), batch_size):
+            part = order[start : start + batch_size]
+            batch = collate([{**rows[i], "index": i} for i in part], **how).to(parallel.device())
+            residual = models.score(model, batch, tap).residual
+            assert residual is not None
+            found[part] = pooled_features(sae, residual, batch.content_lengths).cpu()
+            advance(start + len(part), None)
+    return found
 
 
 def check(config: DictConfig) -> None:
@@ -147,10 +152,12 @@ def half_of(prompt: str) -> int:
 def auc(a: Tensor, b: Tensor) -> Tensor:
     """For each feature [F], of values a [A, F] and b [B, F]: the probability that it is larger in a text of a than in
     one of b, ties half (the Mann-Whitney U statistic over A * B)."""
-    ordered = b.T.sort(dim=1).values.contiguous()
-    each = a.T.contiguous()
-    below, up_to = (torch.searchsorted(ordered, each, right=right) for right in (False, True))
-    return (below + up_to).double().mean(1) / (2 * len(b))
+    parts = []
+    for own, other in zip(a.split(COLUMNS, dim=1), b.split(COLUMNS, dim=1)):
+        ordered, each = other.T.sort(dim=1).values.contiguous(), own.T.contiguous()
+        below, up_to = (torch.searchsorted(ordered, each, right=right) for right in (False, True))
+        parts.append((below + up_to).double().mean(1) / (2 * len(b)))
+    return torch.cat(parts)
 
 
 def cohens_d(a: Tensor, b: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def jsonl(path, rows):
 # ------------------------------------------------------------------------------------------------------- the figures
 
 
-def test_auc_is_the_mann_whitney_statistic():
+def test_auc_is_the_mann_whitney_statistic(monkeypatch):
     """Ties included: features are zero in most texts."""
     generator = torch.Generator().manual_seed(0)
     a = (torch.randint(-3, 4, (23, 9), generator=generator) + torch.arange(9) / 3).floor().clamp(min=0)
@@ -46,6 +46,8 @@ def test_auc_is_the_mann_whitney_statistic():
     torch.testing.assert_close(probe.auc(a, b), torch.from_numpy(expected))
     torch.testing.assert_close(probe.auc(b, a), 1 - probe.auc(a, b))
     assert probe.auc(torch.zeros(4, 1), torch.zeros(5, 1)).item() == 0.5
+    monkeypatch.setattr(probe, "COLUMNS", 4)
+    torch.testing.assert_close(probe.auc(a, b), torch.from_numpy(expected))
 
 
 def test_effect_size_by_hand():
