@@ -42,14 +42,21 @@ START = REPO / "assets/tiny"
 SAE_FILE, LAYER = OUTPUT / "sae" / "params.npz", 3  # the last layer's, as in the paper
 PICTURE = REPO / "docs" / "control.svg"
 SEEDS = (1, 2, 3)
-EVERY, PAIRS = 600, 1200  # pairs between two measurements, and in all
+EVERY, PAIRS = 400, 800  # pairs between two measurements, and in all
 PROMPTS = 400
 WANTED = {"format": "list", "language": "spanish", "tone": "friendly"}
-PUSHED = ("format", "language")  # each beside tone
-WEIGHTS = (100, 1000, 10_000, 100_000)  # tried at one seed,
-WEIGHT = 100_000  # and what the comparison has
+WEIGHTS = (1000, 10_000, 100_000)  # tried at one seed
+PUSHED: dict[str, list[tuple[str, str, int]]] = {  # beside tone; and the losses that hold something, what, its weight
+    "format": [
+        ("fpo", "probe format", 100_000),
+        ("fpo", "moved format", 100_000),
+        ("fpo", "moved tone", 100_000),
+        ("both sides", "moved format", 10_000),
+    ],
+    "language": [("fpo", "probe language", 100_000)],
+}
 TOKENIZER = models.load_tokenizer(START)
-WHY = [
+WHY = [  # the head of a table
     "attribute",
     "decided after",
     "pooled",
@@ -96,9 +103,9 @@ class Case:
 
 def methods(pushed: str) -> list[Case]:
     """What is compared on the pairs that push `pushed` and tone."""
-    plain = [Case(pushed, loss) for loss in ("dpo", "simpo", "tdpo2", "fpo")]
-    held = [Case(pushed, "fpo", kind, WEIGHT) for kind in (f"probe {pushed}", f"moved {pushed}", "moved tone")]
-    return [*plain, *held, Case(pushed, "both sides", f"moved {pushed}", 10_000)]
+    return [Case(pushed, loss) for loss in ("dpo", "simpo", "tdpo2", "fpo")] + [
+        Case(pushed, *held) for held in PUSHED[pushed]
+    ]
 
 
 SWEEP = [Case("format", loss, "moved format", weight) for loss in ("fpo", "fpo-mse") for weight in WEIGHTS]
@@ -154,13 +161,13 @@ def train_sae() -> None:
 def train(name: str, data: str, count: int, *options: str) -> None:
     """One run, by the command that a user would type; an earlier one of the same configuration is kept."""
     arguments = f"""model=tiny datasets=[{OUTPUT}/{data}-train.jsonl] eval_datasets=[{OUTPUT}/{data}-test.jsonl]
-        n_examples={count} optimizer=AdamW lr=2e-4 lr_schedule=linear warmup_steps=20 eval_every=null save_every={EVERY}
+        n_examples={count} optimizer=AdamW lr=3e-4 lr_schedule=linear warmup_steps=5 eval_every=null save_every={EVERY}
         intermediate_checkpoints=true n_eval_examples=256 log_every=10 cache_dir={OUTPUT} exp_name={name}"""
     command("train.py", *arguments.split(), *options)
 
 
 def run(case: Case) -> list[dict[str, float]]:
-    """The shares of samples after every EVERY pairs, trained and measured where that has not been done."""
+    """The shares of samples after every `EVERY` pairs, trained and measured where that has not been done."""
     file = OUTPUT / case.name / "shares.json"
     if not file.is_file():
         torch.set_num_threads(1)
@@ -214,7 +221,7 @@ def find_features() -> dict[str, list[int]]:
         command("eval.py", f"--config-path={START}", *options, f"++cache_dir={OUTPUT}")
         listed = json.loads((OUTPUT / "tiny" / "features" / f"probe-{attribute}.json").read_text())
         found[f"probe {attribute}"] = [entry["index"] for entry in listed]
-        train(f"alone-{attribute}", f"alone-{attribute}", EVERY, *Case("", "fpo").options)
+        train(f"alone-{attribute}", f"alone-{attribute}", PAIRS, *Case("", "fpo").options)
         before, after = (pooled(weights, alone(attribute, "test", 256)) for weights in (START, latest(attribute)))
         moved = (after - before).abs().mean(0).topk(len(found[f"probe {attribute}"]))
         found[f"moved {attribute}"] = sorted(moved.indices.tolist())
@@ -292,7 +299,7 @@ def logit(share: float) -> float:
 
 
 def shifts(curves: list[list[dict[str, float]]], start: dict[str, float], pushed: str) -> list[tuple[float, float]]:
-    """After every EVERY pairs, the log-odds that tone and the pushed attribute have gained: means over the seeds."""
+    """After every `EVERY` pairs, the log-odds that tone and the pushed attribute have gained: means over the seeds."""
     return [
         (
             mean(logit(at["tone"]) - logit(start["tone"]) for at in points),
@@ -379,7 +386,7 @@ def main() -> None:
         for split, count in (("train", PAIRS), ("test", 256)):
             write_rows(f"{pushed}-{split}", pairs(pushed, split, count))
     for attribute in WANTED:
-        for split, count in (("train", EVERY), ("test", 256)):
+        for split, count in (("train", PAIRS), ("test", 256)):
             write_rows(f"alone-{attribute}-{split}", alone(attribute, split, count))
     if not SAE_FILE.is_file():
         train_sae()
