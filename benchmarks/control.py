@@ -361,14 +361,17 @@ def picture(panels: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
             for place in places[1:]:
                 x, y = place.split(",")
                 parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>')
-    names = [label.replace(next(iter(panels)), "the pushed attribute") for label in next(iter(panels.values()))]
+    names = [
+        label.replace("`", "").replace(next(iter(panels)), "the pushed attribute")
+        for label in next(iter(panels.values()))
+    ]
     top = size + 105
     for number, (colour, name) in enumerate(zip(COLOURS, names)):
         x, y = gap + (number % 2) * (size + gap), top + number // 2 * 20
         parts.append(
             f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{colour}"/><text x="{x + 12}" y="{y}" class="key">{name}</text>'
         )
-    width, height = gap + len(panels) * (size + gap), top + 20 * (len(names) // 2) + 10
+    width, height = 2 * gap + len(panels) * (size + gap), top + 20 * (len(names) // 2) + 10
     style = (
         "text{font:13px sans-serif;text-anchor:middle;fill:#222}.title{font-size:15px}.key{text-anchor:start}"
         ".axis{stroke:#222;fill:none}polyline{fill:none;stroke-width:1.8}"
