@@ -1,6 +1,7 @@
 """Which features tell two kinds of text apart, and the weights that come of it."""
 
 import json
+from math import exp, log
 
 import datasets
 import pytest
@@ -14,9 +15,10 @@ import models
 import probe
 import settings
 import toy
+import trainers
 from policies import read_config
 from sae import feature_drift, pooled_features, read_feature_weights
-from utils import UserError
+from utils import UserError, named_class
 
 TINY = REPO / "assets/tiny"
 
@@ -195,3 +197,13 @@ def test_contrasts_differ_in_their_attribute_alone(attribute):
         assert sides[0] == sides[1]
         seen.add(tuple(sides[0].values()))
     assert len(seen) > 40  # the others vary
+
+
+def test_both_sides_by_hand():
+    """The benchmark's trainer: the two drifts are added to the loss, with gradient into both."""
+    trainer = named_class("benchmarks/both_sides.py:BothSidesTrainer", trainers, "loss.trainer")
+    logps = [torch.tensor([value]) for value in (-1.0, -3.0, -2.0, -2.5)]  # rewards 2 * 1 and 2 * -0.5
+    drifts = [torch.tensor([value], requires_grad=True) for value in (0.25, 0.5)]
+    losses, *_ = trainer.loss(None, *logps, *drifts, beta=2.0, alpha=4.0)
+    assert losses.item() == pytest.approx(log(1 + exp(-3)) + 4 * 0.75)
+    assert [float(gradient) for gradient in torch.autograd.grad(losses.sum(), drifts)] == [4, 4]
