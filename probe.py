@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets as hf_datasets
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -123,7 +123,7 @@ def texts_of(config: DictConfig) -> tuple[str, dict[str, Records]]:
                 example.sft_targets.append(example.add_generation(text))
         name, data = chosen, list(kinds.values())
     else:
-        entries = [str(entry) for entry in chosen]
+        entries = [str(entry) for entry in chosen] if OmegaConf.is_list(chosen) else []
         if len(set(entries)) != 2 or len(entries) != 2:
             known = ", ".join(toy.ATTRIBUTES)
             raise UserError(f"probe={chosen}: has to be two different data sets, [a,b], or one of {known}")

@@ -158,6 +158,7 @@ def test_no_feature_knows_what_is_right(tmp_path):
     [
         (["++probe=langage"], r"no attribute 'langage' \(did you mean 'language'\?\); it has language, tone"),
         (["++probe=[a.jsonl]"], r"has to be two different data sets, \[a,b\], or one of language, tone"),
+        (["++probe=5"], "probe=5: has to be two different data sets"),
         (["++probe=[toy,toy]"], "has to be two different data sets"),
         (["++probe=[toy,toyy]"], r"no data set 'toyy' \(did you mean 'toy'"),
         (["++probe=[FILES/bad.jsonl,toy]"], r"bad\.jsonl has no demonstrations"),
