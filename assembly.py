@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 import adapters
 import attention
@@ -17,8 +17,8 @@ import parallel
 import settings
 from checkpoint import Run
 from reference import LiveReference, Records, Reference, load_or_build
-from sae import drift_options
-from sae_formats import load_sources
+from sae import SAE, drift_options
+from sae_formats import Source, load_sources
 from sharding import DTYPES, shard
 from trainers import BasicTrainer, Setup
 from utils import UserError, fingerprint
@@ -37,17 +37,10 @@ def prepare(
     `cached` names the splits whose records the loss will see, and so have to be in the reference cache.
     """
     binding, model = parts.binding, config.model
-    sae, places = load_sources(sources.saes) if sources.saes else None, [(s.layer, s.hook) for s in sources.saes]
     architecture = models.load_config(sources.model)
-    if sae is not None:
-        width = architecture.get_text_config().hidden_size
-        for found, member in zip(sources.saes, sae.members):
-            if member.d_in != width:
-                raise UserError(f"{found.path}: reads vectors of {member.d_in} numbers, but {model.name} has {width}")
-        structure = models.skeleton(architecture)
-        models.make_tap(structure, places, model.block_name)  # raises where the model is not built as it has to be
-        if "feature_drift" in binding.options:
-            binding.options["feature_drift"] |= drift_options(sae, **binding.options["feature_drift"])
+    sae, places = read_saes(sources.saes, model, architecture) if sources.saes else (None, [])
+    if sae is not None and "feature_drift" in binding.options:
+        binding.options["feature_drift"] |= drift_options(sae, **binding.options["feature_drift"])
 
     tokenizer = models.load_tokenizer(sources.tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": list(parts.trainer.control_tokens)})
@@ -121,6 +114,22 @@ def prepare(
 
     setup = Setup(config, binding, run, policy, tokenizer, loaders, load, sae, tap, references)
     return parts.trainer(setup, **binding.options["init"])
+
+
+def read_saes(
+    sources: Sequence[Source], model: DictConfig, architecture: PretrainedConfig
+) -> tuple[SAE, list[tuple[int, str]]]:
+    """The SAEs of a run, as one, and where each reads, (layer, hook), for `models.make_tap`.
+
+    Raises UserError where they do not fit the model, whose weights are not needed for that.
+    """
+    sae, places = load_sources(sources), [(source.layer, source.hook) for source in sources]
+    width = architecture.get_text_config().hidden_size
+    for found, member in zip(sources, sae.members):
+        if member.d_in != width:
+            raise UserError(f"{found.path}: reads vectors of {member.d_in} numbers, but {model.name} has {width}")
+    models.make_tap(models.skeleton(architecture), places, model.block_name)  # raises where it cannot be read
+    return sae, places
 
 
 def load_model(

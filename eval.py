@@ -3,6 +3,8 @@
     python eval.py --config-path=outputs/my_run                     writes samples/my_run.json
     python eval.py --config-path=outputs/my_run ++mode=alpacaeval   a benchmark's questions; also arenahard, mtbench
     python eval.py --config-path=outputs/my_run ++mode=eval         the metrics of the evaluation set, diversity, KL
+    python eval.py --config-path=outputs/my_run ++mode=features ++probe=[a,b]   the SAE's features that tell two data
+                                                                    sets apart, and weights for loss.feature_weights
 
 --config-path is a run directory, a config.yaml that a run wrote, or a model in the Hub's format; any key of the
 configuration can be changed. Killed, the same command goes on where it was.
@@ -24,8 +26,10 @@ import diversity
 import handover
 import models
 import parallel
+import probe
 import samples
 import settings
+import toy
 from checkpoint import Run
 from policies import Policy, find_policy, read_config, refuse_what_writes_no_text, trainer_class
 from utils import UserError, console, write_json
@@ -121,17 +125,25 @@ def write_metrics(config: DictConfig, path: Path, overrides: list[str]) -> None:
     console.print(f"written to {policy.run / 'eval.json'}", markup=False)
 
 
+def write_features(config: DictConfig, path: Path, overrides: list[str]) -> None:
+    """What the SAE's features say: of a probe, which of them tell two kinds of text apart."""
+    if config.probe is None:
+        raise UserError(f"mode=features: set probe to two data sets, [a,b], or one of {', '.join(toy.ATTRIBUTES)}")
+    probe.write_probe(config, path, overrides)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-path", required=True, type=Path, help="a run directory, a YAML file, or a model")
     parser.add_argument("overrides", nargs="*", help="++key=value, of the run's config.yaml (mode, n_samples, ...)")
     arguments = parser.parse_args()
+    arguments.overrides = [spelled for argument in arguments.overrides for spelled in settings.spelled_out(argument)]
     try:
         config = read_config(arguments.config_path, arguments.overrides)
     except (UserError, HydraException) as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(2)
-    work = write_metrics if config.mode == "eval" else write_samples
+    work = {"eval": write_metrics, "features": write_features}.get(config.mode, write_samples)
     ranks = config.nproc if config.mode == "eval" else parallel.ranks_given() or 1  # a sampler splits only if told to
     parallel.run(lambda: work(config, arguments.config_path, arguments.overrides), ranks)
 

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, list[str]] = {
     "eval": ["++temperature=1.0", "++top_p=1.0", "++top_k=0"],  # the policy's own distribution: unbiased entropy and KL
     "alpacaeval": ["eval_datasets=[alpacaeval]", "eval_split=test"],
     "arenahard": ["eval_datasets=[arenahard]", "eval_split=test"],
+    "features": [],
     "mtbench": ["eval_datasets=[mtbench]", "eval_split=test", "++temperature=null"],
 }
 

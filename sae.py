@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from utils import UserError, local_path
 
 ENCODE_ELEMENTS = 1 << 24  # activations held at once while encoding: 64 MiB in fp32
+OTHERS = "others"  # as an index in feature weights: all features that are not listed
 SHARE_FLOOR = 1e-6  # added to every share of the KL drift, so that a feature that went silent costs a finite amount
 
 
@@ -324,8 +325,8 @@ def drift_options(sae: SAE, *, divergence: str, k: int, feature_weights: Any = N
 def read_feature_weights(source: Any, d_sae: int) -> Tensor | None:
     """Weights [F] from `loss.feature_weights`: null, a list of {index, weight}, or a JSON file with such a list.
 
-    Features not in the list keep weight 1. Of several SAEs, the second one's features count on from the first one's.
-    Raises UserError for anything else.
+    Features not in the list weigh what an entry with the index `others` says, or 1. Of several SAEs, the second one's
+    features count on from the first one's. Raises UserError for anything else.
     """
     if source is None:
         return None
@@ -336,13 +337,19 @@ def read_feature_weights(source: Any, d_sae: int) -> Tensor | None:
             source = json.loads(local_path(source).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"loss.feature_weights: cannot read {source} as JSON ({error})") from error
-    weights = torch.ones(d_sae)
+    others, listed = 1.0, {}
     for entry in source:
         try:
-            index, weight = int(entry["index"]), float(entry["weight"])
+            weight = float(entry["weight"])
+            index = None if entry["index"] == OTHERS else int(entry["index"])
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{where}: {entry!r} is not {{index: a feature, weight: a number}}") from error
-        if not 0 <= index < d_sae or not 0 <= weight < float("inf"):
+            raise UserError(f"{where}: {entry!r} is not {{index: a feature or {OTHERS}, weight: a number}}") from error
+        if (index is not None and not 0 <= index < d_sae) or not 0 <= weight < float("inf"):
             raise UserError(f"{where}: {entry!r} needs an index in [0, {d_sae}) and a weight of 0 or more")
-        weights[index] = weight
+        if index is None:
+            others = weight
+        else:
+            listed[index] = weight
+    weights = torch.full((d_sae,), others)
+    weights[list(listed)] = torch.tensor(list(listed.values()))
     return weights

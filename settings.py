@@ -114,12 +114,27 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
         binding = bind(trainer, loader.records, dict(config.loss))
         parts = Parts(trainer, loader, binding)
         trainer.check(config, binding)
-        if "sae" in binding.needs and not sections(config):
-            known = sorted(path.stem for path in (Path(__file__).parent / "config/sae").glob("*.yaml"))
-            raise UserError(f"loss={config.loss.name} needs an SAE: sae={'|'.join(known)}, fitting the model")
+        if "sae" in binding.needs:
+            require_sae(config, f"loss={config.loss.name}")
     problems.tell()
     assert parts is not None
     return parts
+
+
+def require_sae(config: DictConfig, who: str) -> None:
+    """Raises UserError where the configuration has no SAE."""
+    if not sections(config):
+        known = sorted(path.stem for path in (Path(__file__).parent / "config/sae").glob("*.yaml"))
+        raise UserError(
+            f"{who} needs an SAE: sae={'|'.join(known)}, fitting the model, or ++sae.path=... ++sae.layer=..."
+        )
+
+
+def sae_sources(config: DictConfig) -> list[Source]:
+    """The SAEs that the configuration asks for, whatever its loss. Raises UserError where there is none, or where they
+    do not go with the model."""
+    require_sae(config, f"mode={config.mode}")
+    return find_sources(config, frozenset({"sae"})).saes
 
 
 def unknown_keys(overrides: Sequence[str], config_name: str = "config") -> list[str]:

@@ -25,6 +25,8 @@ from utils import UserError, appears_whole, console, suggest
 LANGUAGES = ("english", "spanish")
 TONES = ("friendly", "blunt")
 FORMATS = ("plain", "list")
+ANSWERS = ("right", "wrong")
+ATTRIBUTES = {"language": LANGUAGES, "tone": TONES, "format": FORMATS, "correct": ANSWERS}
 PREFERABLE = ("correct", "prompt_language", *LANGUAGES, *TONES, *FORMATS)
 DEFAULT = ("correct", "friendly")  # what is preferred, the most important first
 
@@ -249,10 +251,11 @@ def _completion(prompt: str, wrong: float, rng: random.Random) -> str:
     opening = rng.choice([opening for opening, own in OPENINGS.items() if own == style])
     if rng.random() < wrong:
         answer = _wrong(answer, TASKS[name], rng)
-    items = _spell(answer, language)
-    if rng.choice(FORMATS) == "list":
-        return opening + "".join(f"\n- {item}" for item in items)
-    return f"{opening} {', '.join(items)}"
+    return _write(opening, _spell(answer, language), rng.choice(FORMATS))
+
+
+def _write(opening: str, items: Sequence[str], form: str) -> str:
+    return opening + "".join(f"\n- {item}" for item in items) if form == "list" else f"{opening} {', '.join(items)}"
 
 
 def demonstrations(split: str, seed: int, count: int) -> list[dict[str, str]]:
@@ -278,6 +281,38 @@ def preferences(split: str, seed: int, count: int, prefer: Sequence[str] = DEFAU
         if verdict != "tie":
             chosen, rejected = (a, b) if verdict == "a" else (b, a)
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def contrasts(attribute: str, split: str, seed: int, count: int) -> list[dict[str, str]]:
+    """`count` rows {prompt, first, second}: two completions that differ in one of ATTRIBUTES alone, `first` having the
+    first of its values. The other attributes are drawn as the demonstrations' are. Raises UserError for a name that
+    isn't there.
+    """
+    if attribute not in ATTRIBUTES:
+        hint = suggest(attribute, ATTRIBUTES)
+        raise UserError(f"the toy language has no attribute {attribute!r}{hint}; it has {', '.join(ATTRIBUTES)}")
+    rng = random.Random(f"contrasts/{attribute}/{split}/{seed}")
+    rows = []
+    for prompt in islice(_prompts(split, rng), count):
+        prompt_language, name, answer = _read_prompt(prompt)
+        assert prompt_language and name
+        other = LANGUAGES[1 - LANGUAGES.index(prompt_language)]
+        drawn = {
+            "language": prompt_language if rng.random() < PROMPT_LANGUAGE else other,
+            "tone": rng.choice(TONES),
+            "format": rng.choice(FORMATS),
+            "correct": ANSWERS[rng.random() < WRONG_DEMONSTRATIONS],
+        }
+        answers = {"right": answer, "wrong": _wrong(answer, TASKS[name], rng)}
+        number = rng.randrange(2)  # of the openings of a language and a tone
+        sides = []
+        for value in ATTRIBUTES[attribute]:
+            own = {**drawn, attribute: value}
+            style = (own["language"], own["tone"])
+            opening = [opening for opening, its_style in OPENINGS.items() if its_style == style][number]
+            sides.append(_write(opening, _spell(answers[own["correct"]], own["language"]), own["format"]))
+        rows.append({"prompt": prompt, "first": sides[0], "second": sides[1]})
     return rows
 
 
