@@ -3,6 +3,7 @@
     python eval.py --config-path=outputs/my_run                     writes samples/my_run.json
     python eval.py --config-path=outputs/my_run ++mode=alpacaeval   a benchmark's questions; also arenahard, mtbench
     python eval.py --config-path=outputs/my_run ++mode=eval         the metrics of the evaluation set, diversity, KL
+    python eval.py --config-path=outputs/my_run ++mode=features     what training did to the features, as a page
 
 --config-path is a run directory, a config.yaml that a run wrote, or a model in the Hub's format; any key of the
 configuration can be changed. Killed, the same command goes on where it was.
@@ -21,6 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 import assembly
 import backends
 import diversity
+import feature_report
+import features
 import handover
 import models
 import parallel
@@ -119,6 +122,18 @@ def write_metrics(config: DictConfig, path: Path, overrides: list[str]) -> None:
     console.print(f"written to {policy.run / 'eval.json'}", markup=False)
 
 
+def write_features(config: DictConfig, path: Path, overrides: list[str]) -> None:
+    """What training did to the features, in `<run>/features/`: a page and a table."""
+    report, run = features.measure(config, path, overrides)
+    if parallel.rank() == 0:
+        feature_report.write(report, run / "features")
+    console.print(feature_report.finding(report), markup=False)
+    console.print(f"written to {run / 'features'}: report.html, drift.parquet", markup=False)
+
+
+WORK = {"eval": write_metrics, "features": write_features}  # by mode, where it is not sampling
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-path", required=True, type=Path, help="a run directory, a YAML file, or a model")
@@ -129,8 +144,8 @@ def main() -> None:
     except (UserError, HydraException) as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(2)
-    work = write_metrics if config.mode == "eval" else write_samples
-    ranks = config.nproc if config.mode == "eval" else parallel.ranks_given() or 1  # a sampler splits only if told to
+    work = WORK.get(config.mode, write_samples)
+    ranks = config.nproc if config.mode in WORK else parallel.ranks_given() or 1  # a sampler splits only if told to
     parallel.run(lambda: work(config, arguments.config_path, arguments.overrides), ranks)
 
 

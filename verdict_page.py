@@ -1,13 +1,11 @@
 """A page of figures and verdicts to read in a browser. One file; nothing is fetched from anywhere."""
 
-import json
-import re
 from html import escape
 from typing import Any
 
 from answers import Comparison
 from judging import Verdict
-from utils import REPO
+from utils import html_page
 
 
 def page(
@@ -26,10 +24,8 @@ def page(
         "title": escape(title),
         "subtitle": escape(subtitle),
         "figures": f"{figures_table(results)}{bars(results)}{board_table(board)}",
-        "data": json.dumps(data).replace("<", "\\u003c"),  # a text cannot end the script element
     }
-    frame = (REPO / "verdict_page.html").read_text()
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], frame)
+    return html_page("verdict_page.html", places, data)
 
 
 def listed(result: dict[str, Any], comparison: Comparison, verdicts: list[Verdict]) -> dict[str, Any]:
