@@ -3,6 +3,7 @@
     python eval.py --config-path=outputs/my_run                     writes samples/my_run.json
     python eval.py --config-path=outputs/my_run ++mode=alpacaeval   a benchmark's questions; also arenahard, mtbench
     python eval.py --config-path=outputs/my_run ++mode=eval         the metrics of the evaluation set, diversity, KL
+    python eval.py --config-path=outputs/my_run ++mode=features     what training did to the features, as a page
     python eval.py --config-path=outputs/my_run ++mode=features ++probe=[a,b]   the SAE's features that tell two data
                                                                     sets apart, and weights for loss.feature_weights
 
@@ -23,13 +24,14 @@ from omegaconf import DictConfig, OmegaConf
 import assembly
 import backends
 import diversity
+import feature_report
+import features
 import handover
 import models
 import parallel
 import probe
 import samples
 import settings
-import toy
 from checkpoint import Run
 from policies import Policy, find_policy, read_config, refuse_what_writes_no_text, trainer_class
 from utils import UserError, console, write_json
@@ -126,10 +128,19 @@ def write_metrics(config: DictConfig, path: Path, overrides: list[str]) -> None:
 
 
 def write_features(config: DictConfig, path: Path, overrides: list[str]) -> None:
-    """What the SAE's features say: of a probe, which of them tell two kinds of text apart."""
-    if config.probe is None:
-        raise UserError(f"mode=features: set probe to two data sets, [a,b], or one of {', '.join(toy.ATTRIBUTES)}")
-    probe.write_probe(config, path, overrides)
+    """What training did to the features, in `<run>/features/`: a page and a table. With a probe: which of them tell
+    two kinds of text apart."""
+    if config.probe is not None:
+        probe.write_probe(config, path, overrides)
+        return
+    report, run = features.measure(config, path, overrides)
+    if parallel.rank() == 0:
+        feature_report.write(report, run / "features")
+    console.print(feature_report.finding(report), markup=False)
+    console.print(f"written to {run / 'features'}: report.html, drift.parquet", markup=False)
+
+
+WORK = {"eval": write_metrics, "features": write_features}  # by mode, where it is not sampling
 
 
 def main() -> None:
@@ -143,8 +154,9 @@ def main() -> None:
     except (UserError, HydraException) as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(2)
-    work = {"eval": write_metrics, "features": write_features}.get(config.mode, write_samples)
-    ranks = config.nproc if config.mode == "eval" else parallel.ranks_given() or 1  # a sampler splits only if told to
+    work = WORK.get(config.mode, write_samples)
+    split = config.mode in WORK and config.probe is None
+    ranks = config.nproc if split else parallel.ranks_given() or 1  # a sampler and a probe split only if told to
     parallel.run(lambda: work(config, arguments.config_path, arguments.overrides), ranks)
 
 

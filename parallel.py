@@ -79,6 +79,15 @@ def max_over_ranks(value: float) -> float:
     return float(found)
 
 
+def gather_objects(value: T) -> list[T]:
+    """What each rank gives, by rank, on all of them."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def wait_for_all() -> None:
     """Go on when every rank has come here."""
     sum_over_ranks(torch.zeros(1))

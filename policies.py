@@ -13,13 +13,14 @@ import trainers
 from utils import REPO, UserError, named_class
 from weights import weights_digest
 
+OWN_DISTRIBUTION = ["++temperature=1.0", "++top_p=1.0", "++top_k=0"]  # of the policy: unbiased entropy, KL and means
 # What a mode sets before the keys of the command line do.
 DEFAULTS: dict[str, list[str]] = {
     "sample": [],
-    "eval": ["++temperature=1.0", "++top_p=1.0", "++top_k=0"],  # the policy's own distribution: unbiased entropy and KL
+    "eval": OWN_DISTRIBUTION,
+    "features": OWN_DISTRIBUTION,
     "alpacaeval": ["eval_datasets=[alpacaeval]", "eval_split=test"],
     "arenahard": ["eval_datasets=[arenahard]", "eval_split=test"],
-    "features": [],
     "mtbench": ["eval_datasets=[mtbench]", "eval_split=test", "++temperature=null"],
 }
 

@@ -215,9 +215,16 @@ class JointTap(ResidualTap):
         return torch.cat([tap.take() for tap in self.taps], dim=-1)
 
 
+def active(features: Tensor) -> Tensor:
+    """1 where a feature is active, else 0."""
+    return (features > 0).float()
+
+
 @torch.no_grad()
-def pooled_features(sae: SAE, residual: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Mean feature activations [S, F] of each sequence, without gradient.
+def pooled_features(
+    sae: SAE, residual: Tensor, lengths: Sequence[int], of: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Mean feature activations [S, F] of each sequence, without gradient; or means `of` what is made of them.
 
     `residual` [M, D] holds the sequences one after the other, `lengths` [S] how many tokens each has. Encoded in
     chunks: the dense [M, F] never exists. A sequence without tokens has all zeros.
@@ -228,7 +235,8 @@ def pooled_features(sae: SAE, residual: Tensor, lengths: Sequence[int]) -> Tenso
     sums = residual.new_zeros(len(lengths), sae.d_sae, dtype=torch.float32)
     chunk = max(1, ENCODE_ELEMENTS // sae.d_sae)
     for part, owner in zip(residual.split(chunk), sequence.split(chunk)):
-        sums.index_add_(0, owner, sae.encode(part))
+        features = sae.encode(part)
+        sums.index_add_(0, owner, features if of is None else of(features))
     return sums / counts.clamp(min=1).unsqueeze(1).to(residual.device, non_blocking=True)
 
 
@@ -254,11 +262,12 @@ def compared_latents(policy: Tensor, reference: Tensor, k: int) -> tuple[Tensor,
     return torch.cat([from_policy.indices, from_reference.indices], dim=1), member
 
 
-def kl_drift(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
-    """KL(reference || policy) [S] of pooled features [S, K] renormalised over the latents whose weight [S, K] > 0.
+def kl_terms(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
+    """KL(reference || policy) of pooled features [S, K] renormalised over the latents whose weight [S, K] > 0, as the
+    terms [S, K] that sum to it.
 
-    Written term by term as q log(q / p) - q + p. The terms are never negative, so weighting them is sound; with
-    equal weights the last two cancel in the sum, which is then the plain KL divergence.
+    A term is q log(q / p) - q + p. It is never negative, so weighting the terms is sound; with equal weights the last
+    two cancel in the sum, which is then the plain KL divergence.
     """
     member = weight > 0
 
@@ -269,16 +278,16 @@ def kl_drift(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
         return share / share.sum(1, keepdim=True).clamp(min=SHARE_FLOOR) + ~member
 
     p, q = normalised(policy), normalised(reference)
-    return ((q * (q / p).log() - q + p) * weight).sum(1)
+    return (q * (q / p).log() - q + p) * weight
 
 
-def mse_drift(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sum of squared differences [S] of pooled features [S, 2k], over k (FPO, 2411.07618 v4, Eq. 10)."""
+def mse_terms(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
+    """Weighted squared differences [S, 2k] of pooled features [S, 2k], over k (FPO, 2411.07618 v4, Eq. 10)."""
     k = policy.shape[1] // 2
-    return ((policy - reference).square() * weight).sum(1) / k
+    return (policy - reference).square() * weight / k
 
 
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {"kl": kl_drift, "mse": mse_drift}
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {"kl": kl_terms, "mse": mse_terms}
 
 
 def feature_drift(
@@ -308,8 +317,21 @@ def feature_drift(
         latents, is_member = compared_latents(pooled_features(member, x, lengths), before, k)
         policy = selected_features(member, x, lengths, latents)
         weight = is_member.float() if scale is None else is_member * scale[latents]
-        drifts.append(DIVERGENCES[divergence](policy, before.gather(1, latents), weight))
+        drifts.append(DIVERGENCES[divergence](policy, before.gather(1, latents), weight).sum(1))
     return torch.stack([share * drift for share, drift in zip(sae.shares, drifts)]).sum(0)
+
+
+@torch.no_grad()
+def drift_by_feature(sae: SAE, policy: Tensor, reference: Tensor, *, divergence: str, k: int) -> Tensor:
+    """What each feature adds to each sequence's `feature_drift`, all weights 1: [S, F] from pooled features [S, F] of
+    both."""
+    widths = [member.d_sae for member in sae.members]
+    parts = []
+    for share, own, before in zip(sae.shares, policy.split(widths, dim=1), reference.split(widths, dim=1)):
+        latents, is_member = compared_latents(own, before, k)
+        terms = DIVERGENCES[divergence](own.gather(1, latents), before.gather(1, latents), is_member.float())
+        parts.append(torch.zeros_like(own).scatter_add(1, latents, share * terms))
+    return torch.cat(parts, dim=1)
 
 
 def drift_options(sae: SAE, *, divergence: str, k: int, feature_weights: Any = None) -> dict[str, Any]:

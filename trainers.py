@@ -325,12 +325,8 @@ class BasicTrainer:
         """Raise the UserError for a loss, or a gradient, that is not finite, naming the examples of all ranks."""
         self.run.finish_saving()
         rows = self.loaders["train"].rows
-        found: list[Any] = [None] * parallel.world_size()
         own = (bool(wrong.any()), [rows[i]["source"] for batch in suspects for i in batch.index])
-        if parallel.world_size() > 1:
-            dist.all_gather_object(found, own)
-        else:
-            found = [own]
+        found = parallel.gather_objects(own)
         bad_loss = any(bad for bad, _ in found)
         sources = [source for bad, sources in found if bad == bad_loss for source in sources]
         raise UserError(

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -104,6 +105,13 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     with appears_whole(path) as part:
         part.write_text(text)
+
+
+def html_page(frame: str, places: dict[str, str], data: Any) -> str:
+    """A page of this repo: the frame with its {{places}} filled by pieces of HTML. {{style}} is page.css, and {{data}}
+    JSON that no text in it can end."""
+    places = places | {"style": (REPO / "page.css").read_text(), "data": json.dumps(data).replace("<", "\\u003c")}
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], (REPO / frame).read_text())
 
 
 def write_json(path: Path, value: Any) -> None:

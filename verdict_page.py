@@ -1,7 +1,5 @@
 """A page of figures and verdicts to read in a browser. One file; nothing is fetched from anywhere."""
 
-import json
-import re
 from datetime import datetime
 from html import escape
 from typing import Any
@@ -10,7 +8,7 @@ from answers import Comparison
 from judging import Verdict
 from protocols import Answer, Shown
 from results import grade_rows
-from utils import REPO
+from utils import html_page
 
 
 def page(
@@ -53,10 +51,8 @@ def framed(results: list[dict[str, Any]], several: str, figures: str, data: list
         "title": escape(title),
         "subtitle": escape(subtitle),
         "figures": figures,
-        "data": json.dumps(data).replace("<", "\\u003c"),  # a text cannot end the script element
     }
-    frame = (REPO / "verdict_page.html").read_text()
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], frame)
+    return html_page("verdict_page.html", places, data)
 
 
 def listed(result: dict[str, Any], comparison: Comparison, verdicts: list[Verdict]) -> dict[str, Any]:

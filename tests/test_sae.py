@@ -111,9 +111,9 @@ def test_drift_by_hand():
     policy, reference = torch.tensor([[3.0, 1.0, 0.0, 0.0]]), torch.tensor([[1.0, 1.0, 9.0, 9.0]])
     weight = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
     # shares: policy 3/4 1/4, reference 1/2 1/2: KL = log(2/3) / 2 + log(2) / 2
-    assert saes.kl_drift(policy, reference, weight).item() == pytest.approx(0.143841, abs=1e-5)
+    assert saes.kl_terms(policy, reference, weight).sum().item() == pytest.approx(0.143841, abs=1e-5)
     # k = 2: ((3 - 1)^2 + 0) / 2
-    assert saes.mse_drift(policy, reference, weight).item() == pytest.approx(2.0)
+    assert saes.mse_terms(policy, reference, weight).sum().item() == pytest.approx(2.0)
 
 
 def dense_drift(sae, residual, lengths, reference, divergence, k):
