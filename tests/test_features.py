@@ -247,7 +247,7 @@ def test_the_page_in_a_browser(runs, run, browser, tmp_path):
     for title in ["How few features hold the drift", "What rose and what fell"]:
         assert title in dom
     assert ("<h2>Drift over training</h2>" in dom.replace(' class=""', "")) == (run == "fpo")
-    assert ("Where the two runs differ most" in dom.split("<script")[0]) == (run == "dpo")
+    assert ("Where the two differ most" in dom.split("<script")[0]) == (run == "dpo")
 
 
 @pytest.mark.slow
