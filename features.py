@@ -276,7 +276,7 @@ class Reader:
         """The activations [M, K] of the features that are shown for its kind, of each of this rank's texts."""
         found: dict[int, Tensor] = {}
         for kind, _, own, lengths, residual in self.read(what, list(shown)):
-            latents = torch.tensor(shown[kind], device=residual.device)
+            latents = torch.tensor(shown[kind], dtype=torch.long, device=residual.device)
             parts = residual.split(max(1, ENCODE_ELEMENTS // self.sae.d_sae))
             values = torch.cat([self.sae.encode_latents(part, latents) for part in parts])
             found |= dict(zip(own, values.cpu().split(lengths)))

@@ -1,0 +1,329 @@
+"""The report on features: its numbers against plain dense computation, its page in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import EOS_ID, REPO, collate, command, pairs, random_sae, tiny_gemma
+
+import feature_report
+import features
+import models
+import neuronpedia
+from features import Context, Figures, Measured, Part, Reader, Report, Subject, Text
+from sae import JointSAE, feature_drift
+
+HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>{{data}}\u2028"
+FEW = ["++n_samples=8", "++n_eval_examples=12", "++max_new_tokens=12"]
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+
+def reader(model: Any, sae: Any, texts: list[Text], places: list[tuple[int, str]], **options: Any) -> Reader:
+    """A reader of a random model, as a trainer would give it one."""
+    loader = SimpleNamespace(
+        collate=lambda prompts, completions, index: collate(
+            [{"prompt_ids": p, "completion_ids": c, "index": i} for p, c, i in zip(prompts, completions, index)]
+        )
+    )
+    trainer: Any = SimpleNamespace(
+        sae=sae,
+        tap=models.make_tap(model, places),
+        policy=model,
+        device=torch.device("cpu"),
+        tokenizer=SimpleNamespace(eos_token_id=EOS_ID, decode=lambda ids, **_: " ".join(map(str, ids))),
+        loaders={"eval": loader},
+        config=SimpleNamespace(model=SimpleNamespace(eval_batch_size=4)),
+    )
+    return Reader(trainer, texts, **options)
+
+
+def texts_of(count: int) -> list[Text]:
+    return [
+        Text(kind, record["prompt_ids"], ids)
+        for record in pairs(count)
+        for kind, ids in zip(("chosen", "rejected"), record["completion_ids"])
+    ]
+
+
+@torch.no_grad()
+def residuals(model: Any, text: Text, layer: int) -> torch.Tensor:
+    """The residual stream [M, D] at the text tokens of one completion, as transformers gives it."""
+    ids = torch.tensor([[*text.prompt_ids, *text.completion_ids]])
+    hidden = model(ids, output_hidden_states=True).hidden_states[layer + 1][0, len(text.prompt_ids) :]
+    return hidden[torch.tensor(text.completion_ids) != EOS_ID]
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+@pytest.mark.parametrize("layers", [[1], [0, 1]])
+def test_figures_are_those_of_dense_computation(divergence, layers):
+    model, start = tiny_gemma(1), tiny_gemma(0)
+    members = [random_sae(seed=layer) for layer in layers]
+    sae = members[0] if len(members) == 1 else JointSAE(members, [1.0, 3.0])
+    texts, places = texts_of(7), [(layer, "residual") for layer in layers]
+    options = {"divergence": divergence, "k": 5}
+    before, pooled = reader(start, sae, texts, places, **options).measure("before", ["chosen", "rejected"])
+    after, _ = reader(model, sae, texts, places, **options).measure("after", ["chosen", "rejected"], pooled)
+    for kind in ("chosen", "rejected"):
+        own = [text for text in texts if text.kind == kind]
+        read = [[torch.cat([residuals(m, t, layer) for layer in layers], 1) for t in own] for m in (start, model)]
+        for figures, vectors in zip((before[kind], after[kind]), read):
+            acts = sae.encode(torch.cat(vectors))
+            assert figures.mean == pytest.approx(acts.mean(0).numpy(), rel=1e-3, abs=1e-4)
+            assert figures.rate == pytest.approx((acts > 0).double().mean(0).numpy(), abs=1e-6)
+        reference = torch.stack([sae.encode(x).mean(0) if len(x) else torch.zeros(sae.d_sae) for x in read[0]])
+        expected = feature_drift(sae, torch.cat(read[1]), [len(x) for x in read[1]], reference, **options)
+        assert after[kind].drift.sum() == pytest.approx(expected.mean().item(), rel=1e-3)
+        assert (after[kind].drift >= 0).all() and after[kind].drift.sum() > 0
+        assert not before[kind].drift.any()
+
+
+def test_the_same_policy_has_no_drift():
+    texts = texts_of(5)
+    one = reader(tiny_gemma(), random_sae(), texts, [(1, "residual")], divergence="kl", k=50)
+    before, pooled = one.measure("before", one.kinds)
+    after, _ = one.measure("after", one.kinds, pooled)
+    for kind in one.kinds:
+        assert not after[kind].drift.any()
+        assert np.array_equal(before[kind].mean, after[kind].mean)
+    assert features.most_changed(after["chosen"].mean - before["chosen"].mean) == []
+
+
+def test_contexts_are_the_strongest_ones():
+    texts, model, sae = texts_of(6), tiny_gemma(), random_sae()
+    one = reader(model, sae, texts, [(1, "residual")], divergence="kl", k=5)
+    shown = {"chosen": [3, 7], "rejected": []}
+    acts = one.activations("before", shown)
+    found = one.contexts(shown, acts, {i: 2 * values for i, values in acts.items()})
+    for latent in shown["chosen"]:
+        peaks = [sae.encode(residuals(model, t, 1))[:, latent] for t in texts if t.kind == "chosen"]
+        expected = sorted((2 * float(p.max()) for p in peaks if len(p) and p.max() > 0), reverse=True)[:3]
+        assert [context.strength for context in found["chosen"][latent]] == pytest.approx(expected, rel=1e-3)
+    assert found["rejected"] == {}
+
+
+def test_most_changed():
+    change = np.array([0.0, 2.0, -1.0, 3.0, -4.0])
+    assert features.most_changed(change) == [3, 1, 4, 2]
+
+
+def test_features_that_hold_a_share():
+    drift = np.array([1.0, 5.0, 0.0, 4.0])
+    assert [feature_report.holding(drift, share) for share in (0.5, 0.51, 0.9, 1.0)] == [1, 2, 2, 3]
+    assert feature_report.holding(np.zeros(3), 0.5) == 0
+
+
+def test_pieces_join_to_the_text():
+    tokenizer = models.load_tokenizer(REPO / "assets/tiny")
+    ids = tokenizer.encode("¡Encantado! ropa, comida\n- leche", add_special_tokens=False)
+    pieces = features.pieces(tokenizer, ids, 0, len(ids))
+    assert len(pieces) == len(ids) and "".join(pieces) == "¡Encantado! ropa, comida\n- leche"
+
+
+def test_unpaired_and_plain_data_are_named_as_they_are():
+    def named(rows):
+        return [t.kind for t in features.data_texts(SimpleNamespace(used=lambda: range(len(rows)), values=rows))]
+
+    row: dict = {"prompt_ids": [1], "completion_ids": [[5, 2]]}
+    assert named([{**row, "desirable": True}, {**row, "desirable": False}]) == ["desirable", "undesirable"]
+    assert named([row]) == ["demonstrated"]
+    assert named([{"prompt_ids": [1], "completion_ids": [[5], [6]]}]) == ["chosen", "rejected"]
+
+
+# -------------------------------------------------------------------------------------------------------- neuronpedia
+
+
+def test_neuronpedia_pages_are_those_of_saelens_index():
+    import sae_lens
+
+    index = yaml.safe_load((Path(sae_lens.__file__).parent / "pretrained_saes.yaml").read_text())
+    known: dict[str, set] = {}
+    for release in index.values():
+        for sae in release["saes"]:
+            known.setdefault(f"{release['repo_id']}/{sae['path']}", set()).add(sae.get("neuronpedia"))
+    found = {path: address for path in known if (address := neuronpedia.page(path))}
+    assert len(found) > 400
+    for path, address in found.items():
+        assert address.removeprefix("https://www.neuronpedia.org/") in known[path], path
+    assert neuronpedia.page("google/gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_116/params.npz")
+    assert not neuronpedia.page("google/gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55/params.npz")
+    assert not neuronpedia.page("assets/tiny-sae/params.npz")
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def train(folder: Path, loss: str, *more: str) -> Path:
+    options = [f"loss={loss}", "model=tiny", "datasets=[toy]", "n_examples=96", "n_eval_examples=12", "lr=1e-3"]
+    command("train.py", *options, "warmup_steps=1", f"cache_dir={folder}", f"exp_name={loss}", *more)
+    return folder / loss
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """A short FPO run with checkpoints, a DPO run and its report beside the first one's."""
+    folder = tmp_path_factory.mktemp("features")
+    fpo = train(folder, "fpo", "++intermediate_checkpoints=true", "save_every=32", "do_first_eval=false")
+    dpo = train(folder, "dpo", "do_first_eval=false")
+    for run, more in ((fpo, []), (dpo, [f"++compare_to={fpo}"])):
+        command("eval.py", f"--config-path={run}", "++mode=features", *FEW, *more)
+    return {"fpo": fpo, "dpo": dpo}
+
+
+def data_of(run: Path) -> dict:
+    text = (run / "features/report.html").read_text()
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def look_at(browser: str, page: Path, profile: Path) -> tuple[str, list[str]]:
+    """The page's DOM once its script has run, and what it said on the console."""
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={profile}"]
+    arguments += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    done = subprocess.run(
+        [browser, *arguments, "--dump-dom", page.resolve().as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.fixture
+def browser() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not found:
+        pytest.skip("no Chromium to look at the page with")
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_with_checkpoints(runs):
+    table = pq.read_table(runs["fpo"] / "features/drift.parquet")
+    assert table.num_rows == 3 * 1024
+    frame = table.to_pandas()
+    assert set(frame.text) == {"chosen", "rejected", "sampled"} and set(frame.run) == {"fpo"}
+    assert frame.change == pytest.approx(frame.policy_mean - frame.reference_mean)
+    data = data_of(runs["fpo"])
+    assert data["examples"] == [0, 32, 64, 96]
+    for kind in data["kinds"]:
+        total = frame[frame.text == kind["name"]].drift.sum()
+        assert kind["training"][0] == 0 < kind["training"][1] and kind["training"][-1] == pytest.approx(total)
+    evaluated = json.loads((runs["fpo"] / "metrics.jsonl").read_text().splitlines()[-1])
+    for kind in ("chosen", "rejected"):  # the drift that training itself reports on the same 12 records
+        assert frame[frame.text == kind].drift.sum() == pytest.approx(evaluated[f"feature_drift_eval/{kind}"], rel=1e-3)
+    assert not list(runs["fpo"].glob("*.partial*"))
+
+
+@pytest.mark.slow
+def test_two_runs_side_by_side(runs):
+    frame = pq.read_table(runs["dpo"] / "features/drift.parquet").to_pandas()
+    assert len(frame) == 2 * 3 * 1024
+    alone = pq.read_table(runs["fpo"] / "features/drift.parquet").to_pandas()
+    for kind in ("chosen", "rejected", "sampled"):  # of the other run, the same as in its own report
+        beside = frame[(frame.run == "fpo") & (frame.text == kind)]
+        own = alone[alone.text == kind]
+        assert beside.drift.to_numpy() == pytest.approx(own.drift.to_numpy(), rel=1e-3, abs=1e-6)
+    data = data_of(runs["dpo"])
+    assert data["runs"] == ["dpo", "fpo"]
+    assert all(-1 <= kind["correlation"] <= 1 and kind["points"] and kind["apart"] for kind in data["kinds"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["fpo", "dpo"])
+def test_the_page_in_a_browser(runs, run, browser, tmp_path):
+    dom, console = look_at(browser, runs[run] / "features/report.html", tmp_path / "profile")
+    assert console == []
+    assert dom.count("<article") == len(data_of(runs[run])["kinds"][-1]["shown"]) > 8
+    for title in ["How few features hold the drift", "What rose and what fell"]:
+        assert title in dom
+    assert ("<h2>Drift over training</h2>" in dom.replace(' class=""', "")) == (run == "fpo")
+    assert ("Where the two differ most" in dom.split("<script")[0]) == (run == "dpo")
+
+
+@pytest.mark.slow
+def test_unpaired_and_again(tmp_path):
+    run = train(tmp_path, "kto")
+    arguments = ["eval.py", f"--config-path={run}", "++mode=features", *FEW]
+    command(*arguments)
+    first = pq.read_table(run / "features/drift.parquet")
+    assert set(first["text"].to_pylist()) == {"desirable", "undesirable", "sampled"}
+    (run / "features/of-before").touch()
+    command(*arguments)
+    assert sorted(path.name for path in (run / "features").iterdir()) == ["drift.parquet", "report.html"]
+    assert pq.read_table(run / "features/drift.parquet").equals(first)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_measured_is_refused(runs, tmp_path):
+    def refused(run: Path, *more: str) -> str:
+        done = command("eval.py", f"--config-path={run}", "++mode=features", *FEW, *more, check=False)
+        assert done.returncode == 2, done.stdout + done.stderr
+        return done.stdout
+
+    assert "reads features through an SAE, and tiny has none" in refused(runs["dpo"], "++sae.path=null")
+    assert "no finished run there" in refused(runs["dpo"], f"++compare_to={tmp_path}")
+    moved = shutil.copytree(runs["dpo"], tmp_path / "moved", symlinks=True)
+    text = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(text.replace("load_from: null", f"load_from: {runs['fpo'] / 'LATEST'}"))
+    assert "did not start from the same weights" in refused(runs["dpo"], f"++compare_to={moved}")
+    (moved / "LATEST").unlink()
+    assert "has the run finished?" in refused(moved, f"++cache_dir={tmp_path}", "++exp_name=moved")
+
+
+# --------------------------------------------------------------------------------------------------------------- page
+
+
+def small_report(text: str) -> Report:
+    """A report on three features in which every text is `text`."""
+    context = Context(text, [text, "b"], [0.0, 1.0], [2.0, 0.5], starts=True, ends=False)
+    before = Figures(np.array([1.0, 1.0, 0.0]), np.array([0.5, 0.5, 0.0]), np.zeros(3))
+    after = Figures(np.array([2.0, 0.5, 0.0]), np.array([0.5, 0.5, 0.0]), np.array([0.3, 0.1, 0.0]))
+    run: Any = Subject(text, text, None)  # type: ignore[arg-type]
+    return Report(
+        model=text,
+        parts=[Part(text, text, text, 2, "https://www.neuronpedia.org/x"), Part("second", "b", "layer 1", 1, None)],
+        divergence="kl",
+        k=2,
+        settings={"temperature": 1.0, "top_p": 0.9, "top_k": 0, "max_new_tokens": 4, "seed": 1},
+        completions={"sampled": 1},
+        tokens={"sampled": 4},
+        runs=[Measured(run, {"sampled": before}, {"sampled": after})],
+        checkpoints={},
+        contexts={"sampled": {0: [context], 1: [context]}},
+    )
+
+
+def test_hostile_text_stays_text(tmp_path, browser):
+    feature_report.write(small_report(HOSTILE), tmp_path / "features")
+    text = (tmp_path / "features/report.html").read_text()
+    assert "<img" not in text and text.count("</script>") == 2
+    dom, console = look_at(browser, tmp_path / "features/report.html", tmp_path / "profile")
+    assert console == [] and "<img" not in dom and "<title>taken" not in dom
+    assert 'href="https://www.neuronpedia.org/x/0"' in dom and dom.count("<article") == 2
+
+
+def test_several_saes_count_their_own_features():
+    table = feature_report.table(small_report("first"))
+    assert table["sae"].to_pylist() == ["first", "first", "second"]
+    assert table["feature"].to_pylist() == [0, 1, 0]
+    about = json.loads(table.schema.metadata[b"features"])
+    assert about["k"] == 2 and about["divergence"] == "kl"
+    assert "first 0 rose most and first 1 fell most" in feature_report.finding(small_report("first")).replace(
+        "feature ", ""
+    )
+
+
+def test_nothing_on_the_page_comes_from_a_network():
+    text = feature_report.page(small_report("text"))
+    assert re.findall(r"""(?:src|href)\s*=\s*["']""", text) == []
+    assert "@import" not in text and "url(" not in text
