@@ -257,7 +257,7 @@ def test_two_processes_do_not_share_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["++mode=dream"], "mode=dream: not one of sample, eval, alpacaeval, arenahard, mtbench"),
+        (["++mode=dream"], "mode=dream: not one of sample, eval, features, alpacaeval, arenahard, mtbench"),
         (["++top_p=0"], "top_p=0: has to be above 0"),
         (["++samples=0", "++temperature=-1"], "samples=0: .*\ntemperature=-1: "),
         (["++temperature=null"], "temperature=None"),
