@@ -35,7 +35,7 @@ from sharding import reshard
 from utils import UserError, console, file_digest, flush_to_disk, write_text
 
 # All that a run leaves in its directory, and so all that starting over removes.
-OWN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "LATEST", "step-*", "state", "wandb")
+OWN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "LATEST", "step-*", "state", "wandb", "features")
 
 # Keys that may differ between a run and its resumption: none of them changes a step that is still to come.
 MAY_CHANGE = (

@@ -155,11 +155,11 @@ def data_texts(loader: DataLoader) -> list[Text]:
 def start_of(config: DictConfig) -> tuple[Path, str | None]:
     """The reference's weights, as `open_weights` takes them."""
     model = config.model
-    source, load_from = (model.reference_path, None) if model.reference_path else (model.name_or_path, model.load_from)
-    return models.fetch(source, [*models.CONFIG_FILES, *models.WEIGHT_FILES], "model.reference_path"), load_from
+    key, load_from = ("reference_path", None) if model.reference_path else ("name_or_path", model.load_from)
+    return models.fetch(model[key], [*models.CONFIG_FILES, *models.WEIGHT_FILES], f"model.{key}"), load_from
 
 
-def other_run(path: Path, start: tuple[Path, str | None]) -> Subject:
+def other_run(path: Path, own: Subject, start: tuple[Path, str | None]) -> Subject:
     """The run to be compared with. Raises UserError where it cannot be, feature by feature."""
     if not (path / "LATEST").exists():
         raise UserError(f"compare_to={path}: no finished run there (a run directory with LATEST)")
@@ -171,7 +171,8 @@ def other_run(path: Path, start: tuple[Path, str | None]) -> Subject:
             f"compare_to={path}: that run did not start from the same weights, so its features moved from elsewhere; "
             "++model.reference_path=... gives the run itself another reference"
         )
-    return Subject(path.resolve().name, config.loss.name, policy)
+    name = path.resolve().name
+    return Subject(str(path) if name == own.name else name, config.loss.name, policy)
 
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
@@ -359,7 +360,7 @@ def measure(config: DictConfig, path: Path, overrides: list[str]) -> tuple[Repor
         )
     start = start_of(config)
     own = Subject(policy.run.resolve().name, config.loss.name, policy)
-    other = None if config.compare_to is None else other_run(Path(config.compare_to), start)
+    other = None if config.compare_to is None else other_run(Path(config.compare_to), own, start)
     records = samples.records_to_sample(config)
     compared: Any = parts.binding.options.get("feature_drift") or OmegaConf.load(REPO / "config/loss/fpo.yaml")
     options = {name: compared[name] for name in ("divergence", "k")}

@@ -165,7 +165,7 @@ def test_neuronpedia_pages_are_those_of_saelens_index():
 
 def train(folder: Path, loss: str, *more: str) -> Path:
     options = [f"loss={loss}", "model=tiny", "datasets=[toy]", "n_examples=96", "n_eval_examples=12", "lr=1e-3"]
-    command("train.py", *options, "warmup_steps=1", f"cache_dir={folder}", f"exp_name={loss}", *more)
+    command("train.py", *options, "warmup_steps=0", f"cache_dir={folder}", f"exp_name={loss}", *more)
     return folder / loss
 
 
@@ -212,7 +212,7 @@ def test_a_run_with_checkpoints(runs):
     assert table.num_rows == 3 * 1024
     frame = table.to_pandas()
     assert set(frame.text) == {"chosen", "rejected", "sampled"} and set(frame.run) == {"fpo"}
-    assert frame.change == pytest.approx(frame.policy_mean - frame.reference_mean)
+    assert np.array_equal(frame.change, frame.policy_mean - frame.reference_mean)
     data = data_of(runs["fpo"])
     assert data["examples"] == [0, 32, 64, 96]
     for kind in data["kinds"]:
