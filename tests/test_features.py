@@ -251,16 +251,22 @@ def test_the_page_in_a_browser(runs, run, browser, tmp_path):
 
 
 @pytest.mark.slow
-def test_unpaired_and_again(tmp_path):
+def test_unpaired_and_again_on_two_ranks(tmp_path):
     run = train(tmp_path, "kto")
     arguments = ["eval.py", f"--config-path={run}", "++mode=features", *FEW]
     command(*arguments)
-    first = pq.read_table(run / "features/drift.parquet")
-    assert set(first["text"].to_pylist()) == {"desirable", "undesirable", "sampled"}
+    first = pq.read_table(run / "features/drift.parquet").to_pandas()
+    contexts = [kind["shown"] for kind in data_of(run)["kinds"]]
+    assert set(first.text) == {"desirable", "undesirable", "sampled"}
     (run / "features/of-before").touch()
-    command(*arguments)
+    command(*arguments, "++nproc=2")
     assert sorted(path.name for path in (run / "features").iterdir()) == ["drift.parquet", "report.html"]
-    assert pq.read_table(run / "features/drift.parquet").equals(first)
+    second = pq.read_table(run / "features/drift.parquet").to_pandas()
+    for column in ("reference_mean", "policy_mean", "policy_rate", "drift"):
+        assert second[column].to_numpy() == pytest.approx(first[column].to_numpy(), rel=1e-3, abs=1e-6)
+    strongest = [[f["contexts"][0]["tokens"] for f in shown if f["contexts"]] for shown in contexts]
+    again = [[f["contexts"][0]["tokens"] for f in kind["shown"] if f["contexts"]] for kind in data_of(run)["kinds"]]
+    assert again == strongest
 
 
 @pytest.mark.slow
