@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,22 @@ def metrics(run: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl, but for how fast it went."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in PACE} for line in lines]
+
+
+def look_at(browser: str, page: Path, profile: Path) -> tuple[str, list[str]]:
+    """The page's DOM once its script has run, and what it said on the console."""
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={profile}"]
+    arguments += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    done = subprocess.run(
+        [browser, *arguments, "--dump-dom", page.resolve().as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.fixture
+def browser() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not found:
+        pytest.skip("no Chromium to look at the page with")
+    return found

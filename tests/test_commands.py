@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, REPO, command, metrics
+from conftest import DATA, REPO, command, look_at, metrics
 from test_training import PAIRS
 
 import toy
@@ -136,6 +136,14 @@ def test_sample_and_judge(quickstart, tmp_path):
     result = json.loads(line)
     assert result["total"] == 40
     assert result["candidate"]["wins"] + result["baseline"]["wins"] + result["ties"] == 40
+
+
+def test_the_report_on_its_features_in_a_browser(quickstart, browser, tmp_path):
+    run, _, _ = quickstart
+    command("eval.py", f"--config-path={run}", "++mode=features", "++n_samples=64")
+    page, said = look_at(browser, run / "features/report.html", tmp_path / "browser")
+    assert said == []
+    assert "What fpo did to the features: quickstart" in page
 
 
 def test_eval_mode_gives_the_last_evaluations_metrics(quickstart):

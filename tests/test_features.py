@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import EOS_ID, REPO, collate, command, pairs, random_sae, tiny_gemma
+from conftest import EOS_ID, REPO, collate, command, look_at, pairs, random_sae, tiny_gemma
 
 import feature_report
 import features
@@ -185,25 +184,6 @@ def data_of(run: Path) -> dict:
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)
     assert found
     return json.loads(found[1])
-
-
-def look_at(browser: str, page: Path, profile: Path) -> tuple[str, list[str]]:
-    """The page's DOM once its script has run, and what it said on the console."""
-    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={profile}"]
-    arguments += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    done = subprocess.run(
-        [browser, *arguments, "--dump-dom", page.resolve().as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-@pytest.fixture
-def browser() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not found:
-        pytest.skip("no Chromium to look at the page with")
-    return found
 
 
 @pytest.mark.slow
