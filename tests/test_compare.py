@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DATA
+from conftest import DATA, look_at
 from judge_server import CONFIG, KEY, Server, body, completion, items, prefers_good, reply, status, write_samples
 
 import alpaca_eval_official
@@ -731,30 +730,19 @@ log(document.querySelectorAll('article').length + ' shown');
 </script></body>"""
 
 
-def test_the_page_in_a_browser(tmp_path: Path, server: Server) -> None:
+def test_the_page_in_a_browser(tmp_path: Path, server: Server, browser: str) -> None:
     """Chromium runs the page's own script, and a hand at its controls, and prints what came out."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not browser:
-        pytest.skip("no Chromium to look at the page with")
     server.faults = [reply("Neither."), reply("I'm sorry, I can't."), reply("Response 1"), reply("Response 1")]
     run(write_samples(tmp_path, 30), server, "--concurrency", "1", "--both_orders")
     page = tmp_path / "results.html"
-    arguments = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser", "--dump-dom"]
-
-    def shown() -> str:
-        uri = page.resolve().as_uri()
-        return subprocess.run(
-            [browser, *arguments, uri], capture_output=True, text=True, timeout=120, check=True
-        ).stdout
-
-    found = shown()
+    found, _ = look_at(browser, page, tmp_path / "browser")
     assert found.count("<article>") == 25
     assert "30 of 30 items" in found
     assert '<option value="malformed">malformed (1)</option>' in found
     assert '<option value="orders disagree">orders disagree (1)</option>' in found
     assert "policy · 2 words · preferred" in found
     page.write_text(page.read_text().replace("</body>", BY_HAND))
-    found = shown()
+    found, _ = look_at(browser, page, tmp_path / "browser")
     counts = [part.split("]")[0] for part in found.split("<hr>[")[1:]]
     assert counts == ["1 of 30 items", "0 of 30 items", "11 of 30 items", "30 of 30 items", "30 shown"]
 
