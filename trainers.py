@@ -114,6 +114,16 @@ class Means:
         return {name: total / count for name, total, count in values if count}
 
 
+@dataclass
+class Update:
+    """What is to be known of an update of the weights, on the device."""
+
+    step: int
+    records: list[list[Any]]  # of each micro-batch: what they are known by
+    wrong: Tensor  # [micro-batches] how many losses were not finite
+    norm: Tensor  # of the gradient, before clipping
+
+
 class BasicTrainer:
     """The loop: batches to steps, metrics, evaluations, checkpoints. Subclasses say what a batch's loss is."""
 
@@ -133,6 +143,7 @@ class BasicTrainer:
         self.module = self.trained_module()
         reshard(self.module)  # the reference pass has left some of it gathered
         self.last_evaluation: dict[str, float] = {}
+        self.unchecked: list[Update] = []
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.config, trained)
         self.schedule = make_schedule(self.config, self.optimizer, len(self.loaders["train"]))
@@ -239,13 +250,14 @@ class BasicTrainer:
                 if number := stop.anywhere():
                     self.stop(number, step, examples, saved=saved or step == start)
                 self.module.train()
-                norm = self.optimise(step, micro_batches, means)
+                self.optimise(step, micro_batches, means)
                 step, before = step + 1, examples
                 examples += loader.records_in(step - 1)
                 self.count(pace, step - 1, micro_batches)
                 evaluated = crosses(config.eval_every, before, examples)
                 saved = crosses(config.save_every, before, examples)
                 if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
+                    norm = self.check_updates()
                     values = {**means.read(), "grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
                     self.log(step, examples, {**values, **pace.read()})
                     advance(step, self.headline(values))
@@ -274,6 +286,8 @@ class BasicTrainer:
 
     def stop(self, number: int, step: int, examples: int, *, saved: bool) -> NoReturn:
         """End the run between two steps because of a signal, with its state saved."""
+        if self.unchecked:
+            self.check_updates()
         if not saved:
             self.save(step, examples)
         self.run.finish_saving()
@@ -282,20 +296,15 @@ class BasicTrainer:
         console.print(f"stopped by {name} after step {step:,}; the same command goes on from {self.run.states}")
         raise Stopped(128 + number)
 
-    def optimise(self, step: int, micro_batches: list[Batch], means: Means) -> float:
-        """One step of the training data, of `passes` updates; gives the last gradient's norm before clipping."""
+    def optimise(self, step: int, micro_batches: list[Batch], means: Means) -> None:
+        """One step of the training data, of `passes` updates."""
         self.before_step("train", step, micro_batches)
         for _ in range(self.passes):
-            norm = self.update(step, micro_batches, means)
+            self.update(step, micro_batches, means)
         self.schedule.step()
-        return norm
 
-    def update(self, step: int, micro_batches: list[Batch], means: Means) -> float:
-        """One update of the weights; gives the gradient's norm before clipping.
-
-        Raises UserError, leaving the weights alone, if a loss or the gradient is not finite. To know it is the one time
-        in a step that the host waits for the device.
-        """
+    def update(self, step: int, micro_batches: list[Batch], means: Means) -> None:
+        """One update of the weights. The host does not wait for its outcome, which `check_updates` reads."""
         own = sum(self.weight(batch) for batch in micro_batches)
         total = int(parallel.sum_over_ranks(torch.tensor(own)))
         losses = []
@@ -303,15 +312,25 @@ class BasicTrainer:
             losses.append(self.compute_loss(batch, "train", means))
             (losses[-1].sum() * parallel.world_size() / total).backward()  # gradients are averaged over the ranks
         self.average_replicated()
-        share = self.clip_gradients() / parallel.world_size()  # the norm is the same on all ranks
+        norm = self.clip_gradients()
         wrong = torch.stack([(~part.isfinite()).sum() for part in losses])
-        found = torch.stack([wrong.sum().float(), share.to(wrong.device, torch.float32)])
-        not_finite, norm = parallel.sum_over_ranks(found).tolist()
-        if not_finite or not norm < float("inf"):
-            self.refuse_step(step, [batch for batch, bad in zip(micro_batches, wrong) if bad] or micro_batches, wrong)
+        self.unchecked.append(Update(step, [batch.index for batch in micro_batches], wrong, norm.to(wrong.device)))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+
+    def check_updates(self) -> float:
+        """The norm of the last gradient, before clipping. Nothing is evaluated or saved that was not checked by this.
+
+        Raises UserError if, in an update since it was last called, a loss or the gradient was not finite.
+        """
+        updates, self.unchecked = self.unchecked, []
+        # The norm is the same on all ranks.
+        found = [torch.stack([u.wrong.sum().float(), u.norm.float() / parallel.world_size()]) for u in updates]
+        outcomes = parallel.sum_over_ranks(torch.stack(found)).tolist()
+        for update, (not_finite, norm) in zip(updates, outcomes):
+            if not_finite or not norm < float("inf"):
+                self.refuse(update)
+        return outcomes[-1][1]
 
     def average_replicated(self) -> None:
         """Average the gradients of parameters that every rank holds whole; FSDP does it for those it splits."""
@@ -321,17 +340,18 @@ class BasicTrainer:
                     dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
                     parameter.grad /= parallel.world_size()
 
-    def refuse_step(self, step: int, suspects: list[Batch], wrong: Tensor) -> NoReturn:
+    def refuse(self, update: Update) -> NoReturn:
         """Raise the UserError for a loss, or a gradient, that is not finite, naming the examples of all ranks."""
         self.run.finish_saving()
         rows = self.loaders["train"].rows
-        own = (bool(wrong.any()), [rows[i]["source"] for batch in suspects for i in batch.index])
+        suspects = [own for own, bad in zip(update.records, update.wrong) if bad] or update.records
+        own = (bool(update.wrong.any()), [rows[i]["source"] for records in suspects for i in records])
         found = parallel.gather_objects(own)
         bad_loss = any(bad for bad, _ in found)
         sources = [source for bad, sources in found if bad == bad_loss for source in sources]
         raise UserError(
-            f"step {step + 1}: the {'loss' if bad_loss else 'gradient'} is not finite; stopped before it reached the "
-            f"weights. Examples: {', '.join(sources) or 'none in particular'}. "
+            f"step {update.step + 1}: the {'loss' if bad_loss else 'gradient'} is not finite; nothing of it was saved. "
+            f"Examples: {', '.join(sources) or 'none in particular'}. "
             f"The last checkpoint is good: {self.run.newest_state() or 'none yet'}"
         )
 
@@ -752,11 +772,9 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         for batch in micro_batches:
             moved, scores = self.score(batch, None)
             values = QUANTITIES["values"](Evidence(moved, scores, value_head=self.value_head))
-            rewards = self.rewards(moved)
-            pairs = zip(values.split(batch.lengths), rewards)
-            parts = [(values[:0], values[:0])]  # a batch may hold no records
-            parts += [generalised_advantages(own, reward, self.gamma, self.lam) for own, reward in pairs]
-            advantages, returns = (torch.cat(column) for column in zip(*parts))
+            longest = max(batch.lengths, default=0)
+            episodes = (values, self.rewards(moved), moved.sequence, longest)
+            advantages, returns = generalised_advantages(*episodes, gamma=self.gamma, lam=self.lam)
             batch.record |= {"advantages": advantages, "returns": returns}
             wide = advantages.double()
             moments += torch.stack([wide.sum(), wide.square().sum(), wide.new_full((), len(wide))])
@@ -793,17 +811,21 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         safetensors.torch.load_model(self.value_head, str(folder / "value_head.safetensors"))
 
 
-def generalised_advantages(values: Tensor, reward: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns [L] of one completion from its values [L] and the reward of its last token.
+def generalised_advantages(
+    values: Tensor, rewards: Tensor, sequence: Tensor, longest: int, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [N] of some completions, `longest` tokens at most, from the values [N] of their tokens,
+    the rewards [S] of their last ones, and which completion each token belongs to [N], ascending.
 
     Schulman et al. 2015, 1506.02438, Eq. 16; the episode ends with the completion, so nothing is forecast beyond it.
     """
-    following = torch.cat([values[1:], values.new_zeros(1)])
-    deltas = gamma * following - values
-    deltas[-1] += reward
-    advantages = torch.empty_like(values)
-    running = values.new_zeros(())
-    for t in range(len(values) - 1, -1, -1):
-        running = deltas[t] + gamma * lam * running
-        advantages[t] = running
+    places = torch.arange(len(values), device=values.device)
+    left = torch.searchsorted(sequence, sequence, right=True) - 1 - places  # tokens that follow in the completion
+    ends = torch.where(left == 0, rewards[sequence], 0)
+    advantages = gamma * torch.where(left > 0, values.roll(-1), 0) - values + ends
+    reach = 1  # of how many tokens each advantage is the discounted sum so far: that many more are its neighbour's
+    while reach < longest:
+        further = torch.where(left >= reach, advantages.roll(-reach), 0)
+        advantages = advantages + (gamma * lam) ** reach * further
+        reach *= 2
     return advantages, advantages + values

@@ -175,10 +175,31 @@ def test_advantages_and_returns_by_hand():
     # values 0.5, 0.2, 0.4; reward 1 on the last token; gamma 0.9, lambda 0.5
     # deltas: 0.9 * 0.2 - 0.5 = -0.32;  0.9 * 0.4 - 0.2 = 0.16;  1 - 0.4 = 0.6
     # advantages from the end: 0.6;  0.16 + 0.45 * 0.6 = 0.43;  -0.32 + 0.45 * 0.43 = -0.1265
-    values = torch.tensor([0.5, 0.2, 0.4])
-    advantages, returns = generalised_advantages(values, torch.tensor(1.0), gamma=0.9, lam=0.5)
+    values, rewards = torch.tensor([0.5, 0.2, 0.4]), torch.tensor([1.0])
+    sequence = torch.zeros(3, dtype=torch.long)
+    advantages, returns = generalised_advantages(values, rewards, sequence, 3, gamma=0.9, lam=0.5)
     assert advantages.tolist() == pytest.approx([-0.1265, 0.43, 0.6])
     assert returns.tolist() == pytest.approx([0.3735, 0.63, 1.0])
+
+
+@pytest.mark.parametrize("lengths", [[], [1], [7], [3, 1, 8, 1, 13], [64, 5]])
+def test_advantages_of_many_equal_those_token_by_token(lengths):
+    draw = torch.Generator().manual_seed(0)
+    values, rewards = torch.randn(sum(lengths), generator=draw), torch.randn(len(lengths), generator=draw)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+    expected = []
+    for own, reward in zip(values.split(lengths) if lengths else [], rewards):
+        following, advantage, reversed_ = 0.0, 0.0, []
+        for value in reversed(own.tolist()):
+            ends = float(reward) if not reversed_ else 0.0
+            advantage = ends + 0.9 * following - value + 0.9 * 0.95 * advantage
+            following = value
+            reversed_.append(advantage)
+        expected += reversed_[::-1]
+    longest = max(lengths, default=0)
+    advantages, returns = generalised_advantages(values, rewards, sequence, longest, gamma=0.9, lam=0.95)
+    assert advantages.tolist() == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(returns, advantages + values)
 
 
 def test_ppo_by_hand():
