@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import jinja2
+import pyarrow
 from omegaconf import DictConfig
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
@@ -172,7 +173,7 @@ def tokenise(
             room = max_length - len(prompt)
             row = {**record, "prompt_ids": prompt, "completion_ids": [ids[:room] for ids in completions]}
             rows.append({name: row[name] for name in FEATURES})
-        parts.append(datasets.Dataset.from_list(rows, features=FEATURES))
+        parts.append(datasets.Dataset(pyarrow.Table.from_pylist(rows, FEATURES.arrow_schema)))
     return datasets.concatenate_datasets(parts), left_out
 
 

@@ -16,6 +16,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -140,6 +141,7 @@ class Attributes:
     format: str | None
 
 
+@lru_cache(maxsize=16)  # a prompt is read for each of its completions, and for their scores
 def _read_prompt(prompt: str) -> tuple[str | None, str | None, list[str]]:
     """A prompt's language, task and right answer (concepts); None, None and [] when it is not of the toy language."""
     instruction, _, rest = prompt.strip().partition(": ")

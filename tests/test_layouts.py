@@ -166,7 +166,7 @@ def test_segments_see_what_the_rule_says(layout, window):
     for softcap in (None, 2.0):
         whole = attention.attend(query, key, value, bias, 0.3, softcap, 0.0).transpose(1, 2)
         options = {"scaling": 0.3, "softcap": softcap, "sliding_window": window}
-        parts, _ = attention.segments(nn.Module(), query, key, value, None, segments=batch.segments, **options)
+        parts, _ = attention.segments(nn.Module(), query, key, value, None, blocks=attention.blocks(batch), **options)
         torch.testing.assert_close(parts, whole)
 
 

@@ -1,4 +1,5 @@
-"""The quickstart does what the README says of it, whatever the seed. In a file of its own: two minutes of work."""
+"""The quickstart does what the README says of it, whatever the seed (test_commands.py: its own). In a file of its own,
+for it takes long."""
 
 import json
 
@@ -7,7 +8,7 @@ from conftest import command
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [2, 3])
 def test_fpo_works_whatever_the_seed(tmp_path, seed):
     """The quickstart with two thirds of its steps: better than the start by more than chance."""
     command("train.py", "experiment=quickstart", "n_examples=3200", f"seed={seed}", f"cache_dir={tmp_path}")
