@@ -143,6 +143,7 @@ def flex(
 # ---------------------------------------------------------------------------------------------------- by segments
 
 
+PAIRS_AT_ONCE = 1 << 20  # query-key pairs of a block of several segments, at most: its scores exist whole
 PAIRS_A_CALL = 512  # query-key pairs that a CPU computes in about the time that a block more takes
 
 
@@ -162,15 +163,19 @@ def blocks(batch: Batch) -> tuple[list[Block], Tensor]:
     places = torch.arange(sum(lengths)).split(lengths)
     seen = [own if prompt is None else torch.cat([places[prompt], own]) for own, prompt in zip(places, prompts)]
     found, order, start = [], torch.empty(sum(lengths), dtype=torch.long), 0
+
+    def there(index: Tensor) -> Tensor:
+        return index.to(batch.input_ids.device, non_blocking=True)
+
     for members in alike([(len(own), len(keys)) for own, keys in zip(places, seen)]):
         queries = pad_sequence([places[n] for n in members], batch_first=True)
         keys = pad_sequence([seen[n] for n in members], batch_first=True)
         before = torch.tensor([len(seen[n]) - lengths[n] for n in members])
-        found.append(Block(queries.flatten(), keys.flatten(), before))
+        found.append(Block(there(queries.flatten()), there(keys.flatten()), there(before)))
         for n, first in zip(members, range(start, start + queries.numel(), queries.shape[1])):
             order[places[n]] = torch.arange(first, first + lengths[n])
         start += queries.numel()
-    return found, order
+    return found, there(order)
 
 
 def alike(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
@@ -179,10 +184,12 @@ def alike(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
     real = widest = 0
     for n in sorted(range(len(sizes)), key=lambda n: sizes[n][::-1]):
         queries, keys = sizes[n]  # the keys are no fewer than those of any before
-        wide = max(widest, queries)
-        if groups and (len(groups[-1]) + 1) * wide * keys - real - queries * keys <= len(groups[-1]) * PAIRS_A_CALL:
+        wide, together = max(widest, queries), real + queries * keys
+        saved = len(groups[-1]) if groups else 0
+        padded = (saved + 1) * wide * keys
+        if saved and padded <= min(PAIRS_AT_ONCE, together + saved * PAIRS_A_CALL):
             groups[-1].append(n)
-            real, widest = real + queries * keys, wide
+            real, widest = together, wide
         else:
             groups.append([n])
             real, widest = queries * keys, queries

@@ -170,6 +170,14 @@ def test_segments_see_what_the_rule_says(layout, window):
         torch.testing.assert_close(parts, whole)
 
 
+def test_short_segments_of_like_lengths_go_together():
+    sizes = [(300, 400), (20, 40), (22, 41), (20, 20), (310, 800), (19, 39)]
+    assert attention.alike(sizes) == [[3, 5, 1, 2], [0], [4]]
+    assert attention.alike([(200, 200)] * 3) == [[0, 1, 2]], "no padding"
+    assert attention.alike([(2000, 2000)] * 2) == [[0], [1]], "their scores would be too many to hold at once"
+    assert attention.alike([]) == []
+
+
 def test_the_rule_by_hand():
     records = [
         {"prompt_ids": [1, 5], "completion_ids": [[6, 2], [7]], "index": 0},
