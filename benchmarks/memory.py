@@ -1,18 +1,27 @@
 """Peak memory of a training run by loss, at a large vocabulary.
 
     python benchmarks/memory.py          a minute or two on 2 cores; writes docs/memory.md
+    python benchmarks/memory.py tensors  the bytes of the tensors alone, in steps of throughput.py, at the lengths of hh
 
 The model is random, of Gemma 2's architecture, with 65,536 words and width 256, so that logits are what memory could go
 to: those of one batch, whole, would take the size that the last column says, for TDPO twice (policy and reference).
+With `tensors` it is that of throughput.py, and no library or allocator adds to what is counted.
 """
 
+import contextlib
+import gc
 import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+from throughput import Done, assemble, child, overrides
+from torch.profiler import ProfilerActivity, profile
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
@@ -76,7 +85,55 @@ def peak(folder: Path, loss: str) -> float:
     return json.loads((folder / "out" / loss / "summary.json").read_text())["peak_rss_mb"]
 
 
+# ---------------------------------------------------------------------------------------------------- tensors alone
+
+STEPS = 4  # measured; the one before makes the optimiser's tensors
+
+
+def tensors() -> None:
+    given: dict[str, Any] = {"device": "cpu", "batch": 8, "steps": STEPS, "threads": 1, "lengths": "hh"}
+    print("| `loss=` | peak of the tensors, MB | over `simpo` |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        child(Path(name), given)
+        first = 0.0  # simpo's
+        for loss in ("simpo", "dpo", "fpo", "tdpo2"):
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                most = process.submit(peak_of_tensors, Path(name), given, loss).result() / 2**20
+            first = first or most
+            print(f"| `{loss}` | {most:,.1f} | {most / first - 1:+.1%} |", flush=True)
+
+
+def peak_of_tensors(folder: Path, given: dict[str, Any], loss: str) -> float:
+    """Bytes: what is alive before a step, and what the profiler sees come and go in it."""
+    trainer = assemble(overrides(folder, {**given, "out": f"{folder}/{loss}"}, loss, "shared_prefix"))
+    update, peaks = trainer.update, []
+
+    def measured(step: int, *others: Any) -> None:
+        gc.collect()
+        alive = {id(t.untyped_storage()): t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor)}
+        before = sum({storage.data_ptr(): storage.nbytes() for storage in alive.values()}.values())
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            update(step, *others)
+        events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        now = most = 0
+        for _, change in changes:
+            now += change
+            most = max(most, now)
+        peaks.append(before + most)
+        if len(peaks) > STEPS:
+            raise Done
+
+    trainer.update = measured
+    with contextlib.suppress(Done):
+        trainer.train()
+    return max(peaks[1:])
+
+
 def main() -> None:
+    if sys.argv[1:] == ["tensors"]:
+        tensors()
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokens = build(folder)
