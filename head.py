@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 26  # logits held at once: 256 MiB in fp32
+CACHE_ELEMENTS = 1 << 21  # of them passed over at once on a CPU: what a pass makes on its way then stays in the cache
 
 
 def token_statistics(
@@ -57,10 +58,12 @@ class _TokenStatistics(torch.autograd.Function):
         for part in own.chunks():
             ctx.last = None  # room for the next
             logits = own.logits(part)
-            logps[part], ctx.lse[part] = statistics(logits, target[part])
-            if others is not None:
-                theirs = others.logits(part)
-                kl[part], ctx.others_lse[part] = divergence(logits, ctx.lse[part], theirs)
+            theirs = None if others is None else others.logits(part)
+            for rows in passes(logits):
+                place = slice(part.start + rows.start, part.start + rows.stop)
+                logps[place], ctx.lse[place] = statistics(logits[rows], target[place])
+                if theirs is not None:
+                    kl[place], ctx.others_lse[place] = divergence(logits[rows], ctx.lse[place], theirs[rows])
             ctx.last = logits
         ctx.own, ctx.others, ctx.target = own, others, target
         return logps, kl
@@ -105,6 +108,12 @@ class _Projection:
 
 
 # --------------------------------------------------------------------------------------------- passes over the logits
+
+
+def passes(logits: Tensor) -> list[slice]:
+    """Rows of logits [n, V] to pass over together."""
+    size = max(1, CACHE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return [slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
