@@ -15,7 +15,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice, pairwise
@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 
 import datasets as hf_datasets
 import numpy as np
+import pyarrow
 import pyarrow.compute as pc
 import torch
 from omegaconf import DictConfig
@@ -48,7 +49,7 @@ from rows import (
     text_of,
     value_of,
 )
-from utils import UserError, appears_whole, console, fingerprint, suggest
+from utils import UserError, appears_whole, console, digest_of, fingerprint, suggest
 
 LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
 hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
@@ -59,7 +60,7 @@ TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0"
 # ------------------------------------------------------------------------------------------------------------ examples
 
 
-@dataclass
+@dataclass(slots=True)
 class Example:
     """A prompt with all that a data set knows about its completions. Lists are indexed by generation."""
 
@@ -528,31 +529,38 @@ def load_tokens(
     template = tokenise.make_template(config, tokenizer)
     limits = {"max_length": config.model.max_length, "max_prompt_length": config.model.max_prompt_length}
     digest = tokenise.tokenizer_digest(tokenizer)
-    name = fingerprint(tokenise.VERSION, records, bad, digest, template.identity(), limits)
+    name = fingerprint(tokenise.VERSION, digest_of(records), bad, digest, template.identity(), limits)
     path = Path(config.cache_dir) / ".cache" / "tokens" / name
     if path.exists():
         console.print(f"Tokens ({split_name}): found in {path}", markup=False)
     else:
-        rows, left_out = tokenise.tokenise(records, tokenizer, template, **limits)
-        bad["tokenising"] = {}
-        for source, reason in left_out:
-            bad["tokenising"].setdefault(reason, []).append(source)
-        _write_tokens(path, rows, bad)
+        left_out: list[tuple[str, str]] = []
+        _write_tokens(path, tokenise.tables(records, tokenizer, template, left_out, **limits), bad, left_out)
     cut = BadRows(f"tokenising ({split_name})", total=len(records))
     cut.places = json.loads((path / "report.json").read_text())["tokenising"]
     cut.check(config.max_bad_rows)
-    tokens = hf_datasets.load_from_disk(str(path))
-    assert isinstance(tokens, hf_datasets.Dataset)
+    tokens = hf_datasets.Dataset.from_file(str(path / "tokens.arrow"))
     if not len(tokens):
         raise UserError(cut.summary())
     return TokenisedData(tokens, name, path)
 
 
-def _write_tokens(path: Path, tokens: hf_datasets.Dataset, bad: dict[str, dict[str, list[str]]]) -> None:
-    """The tokens, and beside them all bad rows by data set and reason."""
+def _write_tokens(
+    path: Path, tables: Iterable[pyarrow.Table], bad: dict[str, dict[str, list[str]]], left_out: list[tuple[str, str]]
+) -> None:
+    """The tokens, a table at a time, and beside them all bad rows by data set and reason."""
     try:
         with appears_whole(path) as part:
-            tokens.save_to_disk(str(part))
+            part.mkdir()
+            with hf_datasets.arrow_writer.ArrowWriter(
+                path=str(part / "tokens.arrow"), features=tokenise.FEATURES
+            ) as writer:
+                for table in tables:
+                    writer.write_table(table)
+                writer.finalize()
+            bad["tokenising"] = {}
+            for source, reason in left_out:
+                bad["tokenising"].setdefault(reason, []).append(source)
             (part / "report.json").write_text(json.dumps(bad, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those mean that another run has written the same

@@ -10,7 +10,7 @@ A record, made by a loader in dataloader.py, is
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,23 @@ def tokenise(
     max_length: int,
     max_prompt_length: int,
 ) -> tuple[datasets.Dataset, list[tuple[str, str]]]:
-    """The records' tokens, in order, and (source, reason) of each record that was left out.
+    """What `tables` gives, as one data set in memory, and (source, reason) of each record that was left out."""
+    left_out: list[tuple[str, str]] = []
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    parts = [datasets.Dataset(table) for table in tables(records, tokenizer, template, left_out, **limits)]
+    return datasets.concatenate_datasets(parts), left_out
+
+
+def tables(
+    records: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    left_out: list[tuple[str, str]],
+    *,
+    max_length: int,
+    max_prompt_length: int,
+) -> Iterator[pyarrow.Table]:
+    """The records' tokens, in order, CHUNK records at a time. What is left out goes to `left_out`: (source, reason).
 
     `prompt_ids` starts with BOS, once, when the tokenizer has one. Each of `completion_ids` ends with EOS, once,
     unless it was cut: a cut completion has none, because the text does not end there.
@@ -161,8 +177,6 @@ def tokenise(
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, so completions could not end")
-    parts: list[datasets.Dataset] = []
-    left_out: list[tuple[str, str]] = []
     chunks = range(0, len(records), CHUNK)
     for start in track(chunks, "Tokenising", console=console, transient=True, disable=not console.is_terminal):
         rows: list[dict[str, Any]] = []
@@ -173,8 +187,7 @@ def tokenise(
             room = max_length - len(prompt)
             row = {**record, "prompt_ids": prompt, "completion_ids": [ids[:room] for ids in completions]}
             rows.append({name: row[name] for name in FEATURES})
-        parts.append(datasets.Dataset(pyarrow.Table.from_pylist(rows, FEATURES.arrow_schema)))
-    return datasets.concatenate_datasets(parts), left_out
+        yield pyarrow.Table.from_pylist(rows, FEATURES.arrow_schema)
 
 
 def tokenise_prompts(

@@ -85,7 +85,7 @@ def train(count: int) -> None:
         trainer = assemble(given)
         watch = Watch(STEPS, "cpu")
         resident: list[float] = []
-        trainer.schedule.step = lambda: resident.append(memory("VmRSS"))
+        trainer.schedule.step = lambda: resident.append(memory("RssAnon"))
         with contextlib.suppress(Done):
             trainer.train()
         found = {"step": 1000 * watch.read()["cpu"] / STEPS, "load": 1000 * loaded[0] / count}
@@ -93,7 +93,7 @@ def train(count: int) -> None:
 
 
 def memory(name: str) -> float:
-    """MB of this process, now (VmRSS) or at most so far (VmHWM)."""
+    """MB of this process: its own now, without what is mapped from files (RssAnon), or all at most so far (VmHWM)."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) / 1024
