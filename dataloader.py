@@ -60,7 +60,7 @@ TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0"
 # ------------------------------------------------------------------------------------------------------------ examples
 
 
-@dataclass(slots=True)
+@dataclass
 class Example:
     """A prompt with all that a data set knows about its completions. Lists are indexed by generation."""
 
