@@ -176,11 +176,11 @@ def test_faults_that_stay_lose_nothing_else(tmp_path, server, fault, capsys):
 
 
 def test_a_server_that_only_fails_is_given_up(tmp_path, server):
-    server.faults = [(401, json.dumps({"error": {"message": f"no such key: {KEY}"}}).encode())] * 100
+    server.faults = [(401, json.dumps({"error": {"message": f"no such key: {KEY}"}}).encode())] * 1000
     with pytest.raises(UserError, match=r"failed, the last: .*401.*") as error:
-        served(server, tmp_path, "++n_samples=60")
+        served(server, tmp_path, "++n_samples=200")
     assert "[key]" in str(error.value) and KEY not in str(error.value)
-    assert 20 <= len(server.requests) <= 24
+    assert 20 <= len(server.requests) < 100  # those under way when the twentieth is heard of are not counted on
 
 
 def test_what_is_asked(tmp_path, server):
