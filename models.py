@@ -36,7 +36,7 @@ from head import token_statistics
 from sae import JointTap, MLPTap, ResidualTap
 from sharding import materialise
 from utils import UserError, local_path
-from weights import fill, open_weights, refuse_misfits, weight_files
+from weights import WEIGHTS, fill, open_weights, refuse_misfits, weight_files
 
 transformers_logging.disable_progress_bar()
 COSTLY = (  # operations whose results selective checkpointing keeps
@@ -47,7 +47,7 @@ COSTLY = (  # operations whose results selective checkpointing keeps
     torch.ops.aten._scaled_dot_product_flash_attention.default,
 )
 CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]  # everything a model needs but its weights
-WEIGHT_FILES = ["*.safetensors"]
+WEIGHT_FILES = [WEIGHTS]
 
 
 # ---------------------------------------------------------------------------------------------------- scoring

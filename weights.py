@@ -20,6 +20,7 @@ import parallel
 from sharding import local, own_ranges, reshard, whole
 from utils import UserError, file_digest, fingerprint, local_path
 
+WEIGHTS = "model*.safetensors"  # beside others: a PPO run's value head, the same weights under names of their authors'
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # buffers in older checkpoints
 
 
@@ -74,10 +75,10 @@ class PolicyFile:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a Hub-format directory. Raises UserError where there are none."""
-    files = sorted(directory.glob("*.safetensors"))
+    """The model's own safetensors files in a Hub-format directory. Raises UserError where there are none."""
+    files = sorted(directory.glob(WEIGHTS))
     if not files:
-        raise UserError(f"{directory}: no *.safetensors (pickled weights are not loaded; convert them to safetensors)")
+        raise UserError(f"{directory}: no {WEIGHTS} (pickled weights are not loaded; convert them to safetensors)")
     return files
 
 
@@ -86,7 +87,7 @@ def find_weights(load_from: str) -> Path:
     path = local_path(load_from)
     if (path / "LATEST").is_dir():
         path = path / "LATEST"
-    if path.is_file() or list(path.glob("*.safetensors")):
+    if path.is_file() or list(path.glob(WEIGHTS)):
         return path
     if (path / "policy.pt").is_file():
         return path / "policy.pt"

@@ -27,6 +27,8 @@ def test_ppo_makes_every_update(tmp_path, monkeypatch):
     after = torch.load(tmp_path / "ppo_tiny/LATEST/policy.pt", weights_only=True)["state"]
     assert any(not torch.equal(before[key], after[key]) for key in before)
     assert (tmp_path / "ppo_tiny/LATEST/value_head.safetensors").is_file()
+    goes_on = assembled(tmp_path, "loss=dpo", f"++model.load_from={tmp_path}/ppo_tiny")
+    assert torch.equal(goes_on.policy.get_input_embeddings().weight.cpu(), after["model.embed_tokens.weight"])
 
 
 def advantages(tmp_path, accumulation=1, rank=0, world_size=1):
