@@ -108,25 +108,27 @@ def collate(records: Sequence[dict[str, Any]], layout: str, *, pad_id: int, eos_
             append([pad_id] * rest, 0, PAD, 0)
 
     lengths = [len(completion) for _, completion in pairs]
-    positions = [torch.arange(first, first + length) for first, length in zip(start, lengths)]
-    predictors = [torch.cat([torch.tensor([last]), own[:-1]]) for last, own in zip(before, positions)]
-    none = torch.empty(0, dtype=torch.long)
-    position = torch.cat([none, *positions])
+    count = torch.tensor(lengths, dtype=torch.long)
+    sequence = torch.repeat_interleave(torch.arange(len(pairs)), count)
+    first = count.cumsum(0) - count  # of the N tokens, each completion's first
+    position = torch.arange(len(sequence)) + (torch.tensor(start, dtype=torch.long) - first)[sequence]
+    predictor = position - 1
+    predictor[first] = torch.tensor(before, dtype=torch.long)
     target = torch.tensor(input_ids)[position]
-    content = target != eos_id
+    content = (target != eos_id).nonzero().flatten()
     shape = (-1, width) if layout == "padded" else (1, -1)
     return Batch(
         input_ids=torch.tensor(input_ids).view(shape),
         position_ids=torch.tensor(position_ids).view(shape),
         document=torch.tensor(document).view(shape),
         branch=torch.tensor(branch).view(shape),
-        predictor=torch.cat([none, *predictors]),
+        predictor=predictor,
         position=position,
         target=target,
-        sequence=torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(lengths, dtype=torch.long)),
-        content=content.nonzero().flatten(),
+        sequence=sequence,
+        content=content,
         lengths=lengths,
-        content_lengths=[int(part.sum()) for part in content.split(lengths)] if pairs else [],
+        content_lengths=sequence[content].bincount(minlength=len(pairs)).tolist(),
         segments=None if layout == "padded" else segments,
         index=[record["index"] for record in records],
     )

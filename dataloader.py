@@ -330,7 +330,7 @@ def get_mtbench(split: str, *, data_dir: str | None = None) -> Dataset:
     return data
 
 
-TOY_ROWS = {"toy": {"train": 20_000, "test": 2_000}, "toy_sft": {"train": 60_000, "test": 2_000}}
+TOY_ROWS = {"toy": {"train": 10_000, "test": 2_000}, "toy_sft": {"train": 60_000, "test": 2_000}}
 
 
 def get_toy(split: str) -> Dataset:
@@ -670,11 +670,6 @@ class DataLoader:
         whole = range(len(self.rows)) if self.total >= len(self.rows) else self._order(0)[: self.total]
         return sorted(map(int, whole))
 
-    def length(self, index: int) -> int:
-        """Tokens of a row's prompt and longest completion."""
-        row = self.values[index]
-        return len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
-
     def batch(self, indices: list[int]) -> Batch:
         """The batch of some rows."""
         columns = self.values[indices]
@@ -721,18 +716,16 @@ class MismatchedRecords:
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one optimiser step."""
         pairs = self.pairs(step)
-        prompts, completions = (self.loader.shapes(list(rows)) for rows in zip(*pairs))
-        shapes = [(prompt, lengths) for (prompt, _), (_, lengths) in zip(prompts, completions)]
-        return [self.batch([pairs[i] for i in own]) for own in self.loader.shares(shapes)]
+        return [self.batch([pairs[i] for i in own]) for own in self.loader.shares(self.shapes(pairs))]
 
     def used(self) -> list[tuple[int, int]]:
         """The records that the run will see, in order."""
         return sorted({pair for step in range(len(self.loader)) for pair in self.pairs(step)})
 
-    def length(self, pair: tuple[int, int]) -> int:
-        """Tokens of a record."""
-        values = self.loader.values
-        return len(values[pair[0]]["prompt_ids"]) + len(values[pair[1]]["completion_ids"][0])
+    def shapes(self, pairs: list[tuple[int, int]]) -> list[tuple[int, list[int]]]:
+        """Tokens of the prompt and of the completion, of some records."""
+        prompts, completions = (self.loader.shapes(list(rows)) for rows in zip(*pairs))
+        return [(prompt, lengths) for (prompt, _), (_, lengths) in zip(prompts, completions)]
 
     def batch(self, pairs: list[tuple[int, int]]) -> Batch:
         """The batch of some records."""

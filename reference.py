@@ -39,8 +39,8 @@ class Records(Protocol):
     def used(self) -> list[Any]:
         """The keys of all records, in order."""
 
-    def length(self, key: Any, /) -> int:
-        """Tokens of a record."""
+    def shapes(self, keys: list[Any], /) -> list[tuple[int, list[int]]]:
+        """Tokens of the prompt and of each completion, of some records."""
 
     def batch(self, keys: list[Any], /) -> Batch:
         """The batch of some records."""
@@ -157,7 +157,8 @@ def shard_rows(
     Records of like length are scored together: less padding.
     """
     rows: dict[tuple[Any, int], dict[str, Any]] = {}
-    order = sorted(keys, key=records.length)
+    shapes = dict(zip(keys, records.shapes(list(keys)), strict=True))
+    order = sorted(keys, key=lambda key: shapes[key][0] + max(shapes[key][1]))
     for start in range(0, most, batch_size):
         own = order[start : start + batch_size] or order[:1]
         rows |= reference_rows(records.batch(own).to(parallel.device()), model, tap, sae)

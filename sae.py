@@ -304,7 +304,7 @@ def feature_drift(
 
     `residual` [M, D] of the policy with gradient, `lengths` [S], `reference` [S, F] pooled features. Which latents
     are compared is decided without gradient from all of them; only those at most 2k are then encoded with
-    gradient. `feature_weights` [F] scales the latents' terms one by one. Of several autoencoders each is compared on
+    gradient, where one is wanted. `feature_weights` [F] scales the latents' terms one by one. Of several autoencoders each is compared on
     its own, and the drifts are averaged by their shares.
     """
     if not lengths:  # a batch of no records
@@ -314,8 +314,9 @@ def feature_drift(
     scales = [None] * len(widths) if feature_weights is None else feature_weights.split(widths)
     drifts = []
     for member, x, before, scale in zip(sae.members, vectors, reference.split(widths, dim=1), scales):
-        latents, is_member = compared_latents(pooled_features(member, x, lengths), before, k)
-        policy = selected_features(member, x, lengths, latents)
+        pooled = pooled_features(member, x, lengths)
+        latents, is_member = compared_latents(pooled, before, k)
+        policy = selected_features(member, x, lengths, latents) if x.requires_grad else pooled.gather(1, latents)
         weight = is_member.float() if scale is None else is_member * scale[latents]
         drifts.append(DIVERGENCES[divergence](policy, before.gather(1, latents), weight).sum(1))
     return torch.stack([share * drift for share, drift in zip(sae.shares, drifts)]).sum(0)

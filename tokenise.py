@@ -236,6 +236,7 @@ def _encode(
 ) -> list[dict[str, Any]]:
     """Render and tokenise, nothing cut yet. Records that cannot be used go to `left_out`."""
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # looked up anew each time that they are asked for
     rendered: list[tuple[dict[str, Any], str, list[str]]] = []
     for record in records:
         messages = record["prompt"]
@@ -253,7 +254,7 @@ def _encode(
         answers = [next(flat) for _ in completions]
         if not all(answers):
             left_out.append((record["source"], "the completion has no tokens"))
-        elif any(tokenizer.eos_token_id in answer for answer in answers):
+        elif any(eos_id in answer for answer in answers):
             left_out.append((record["source"], f"the completion holds the end-of-sequence token {eos} inside its text"))
         else:
             encoded.append(
@@ -261,8 +262,8 @@ def _encode(
                     **record,
                     "prompt": prompt,
                     "messages": json.dumps(record["prompt"], ensure_ascii=False),
-                    "prompt_ids": ids if bos is None else [tokenizer.bos_token_id, *ids],
-                    "completion_ids": [[*answer, tokenizer.eos_token_id] for answer in answers],
+                    "prompt_ids": ids if bos is None else [bos_id, *ids],
+                    "completion_ids": [[*answer, eos_id] for answer in answers],
                 }
             )
     return encoded

@@ -30,7 +30,7 @@ def train(loss: str) -> None:
     examples, rate = (6400 if loss in UNPAIRED else 3200), 2e-4
     if loss == "csft":  # its control tokens are new to the model, and their embeddings have far to go
         examples, rate = 25_600, 2e-3
-    options = f"""datasets=[toy] n_examples={examples} optimizer=AdamW lr={rate} lr_schedule=linear warmup_steps=20
+    options = f"""datasets=[toy] n_epochs=2 n_examples={examples} optimizer=AdamW lr={rate} lr_schedule=linear warmup_steps=20
         eval_every=null save_every=null log_every=10 max_new_tokens=32 cache_dir={OUTPUT} exp_name={loss}""".split()
     if loss != "bradley-terry":
         options.append("toy_comparison=256")

@@ -30,8 +30,7 @@ STEPS, BATCH, TURNS = 20, 16, 3
 
 def child(*words: str) -> dict[str, Any]:
     """What this file finds, with those arguments, in a process of its own."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "STARTED": str(time.time())}
-    environment |= {"OMP_NUM_THREADS": "1"} if words[0] == "train" else {}  # the quickstart as a user starts it
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPO, check=False)
     if done.returncode:
@@ -146,43 +145,43 @@ def vocabulary() -> None:
 def startup() -> None:
     print("| | seconds | CPU seconds |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        cases = {
+        cases: dict[str, list[str]] = {
             "nothing cached": [],
-            "the reference cache of an earlier run": [],
+            "the caches of an earlier run": [],
             "the same, without the first evaluation": ["do_first_eval=false"],
         }
-        for name, options in cases.items():
-            found = [child("quickstart", *options, f"cache_dir={folder}")]
-            if name != "nothing cached":
-                found += [child("quickstart", *options, f"cache_dir={folder}") for _ in range(TURNS - 1)]
-            cells = [statistics.median(run[key] for run in found) for key in ("seconds", "cpu")]
-            print(f"| {name} | {cells[0]:.1f} | {cells[1]:.1f} |", flush=True)
+        for number, (name, options) in enumerate(cases.items()):
+            turns = []
+            for turn in range(TURNS):
+                fresh = Path(folder) / str(turn) if number == 0 else Path(folder) / "0"
+                turns.append(first_step(*options, f"cache_dir={fresh}", f"exp_name=start{number}-{turn}"))
+            seconds, cpu = map(statistics.median, zip(*turns))
+            print(f"| {name} | {seconds:.1f} | {cpu:.1f} |", flush=True)
 
 
-def quickstart(options: list[str]) -> None:
-    """The command itself, up to where its first step would begin."""
-    import runpy
-
-    sys.argv = ["train.py", "experiment=quickstart", *options]
-    sys.path.insert(0, str(REPO))
-    import trainers
-
-    def stops(*_: Any) -> None:
-        tell({"seconds": time.time() - float(os.environ["STARTED"]), "cpu": time.process_time()})
-        os._exit(0)
-
-    trainers.BasicTrainer.optimise = stops  # type: ignore[method-assign, assignment]
-    runpy.run_path(str(REPO / "train.py"), run_name="__main__")
+def first_step(*options: str) -> tuple[float, float]:
+    """Seconds, and CPU seconds of all threads, from starting the command to the line that its first step logs."""
+    command = [sys.executable, "train.py", "experiment=quickstart", *options]
+    folder, name = (word.partition("=")[2] for word in options[-2:])
+    lines = Path(folder) / name / "metrics.jsonl"
+    started = time.monotonic()
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL)
+    while not (lines.is_file() and "loss/train" in lines.read_text()):
+        if process.poll() is not None:
+            sys.exit(f"{' '.join(command)} ended before its first step")
+        time.sleep(0.01)
+    seconds = time.monotonic() - started
+    process.kill()
+    usage = os.wait4(process.pid, 0)[2]
+    return seconds, usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("data", "vocabulary", "startup", "train", "quickstart"))
+    parser.add_argument("what", choices=("data", "vocabulary", "startup", "train"))
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
-    arguments, rest = parser.parse_known_args()
+    arguments = parser.parse_args()
     if arguments.what == "train":
         train(arguments.count)
-    elif arguments.what == "quickstart":
-        quickstart(rest)
     else:
         {"data": data, "vocabulary": vocabulary, "startup": startup}[arguments.what]()

@@ -784,7 +784,7 @@ def test_any_rows_can_be_made_a_batch() -> None:
     loader = make_loader()
     batch = loader.batch([7, 2])
     assert batch.index == [7, 2]
-    assert [loader.length(i) for i in (7, 2)] == [2 + 2 + 1, 2 + 3 + 1]
+    assert loader.shapes([7, 2]) == [(2, [3, 3]), (2, [4, 4])]
     assert batch.input_ids.shape == (4, 6)
 
 
