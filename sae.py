@@ -38,8 +38,8 @@ class SAE(nn.Module):
 
         features = relu(pre) * (pre > threshold),  pre = x @ W_enc + b_enc;   x' = features @ W_dec + b_dec
 
-    A threshold of 0 is ReLU. The tensors are buffers in fp32: nothing here is trained, and thresholds lie closer
-    together than bf16 resolves.
+    A threshold of 0 is ReLU. The tensors are in fp32: nothing here is trained, and thresholds lie closer together
+    than bf16 resolves.
     """
 
     W_enc: Tensor  # [D, F]
@@ -55,7 +55,7 @@ class SAE(nn.Module):
         self.k = k
         self.register_buffer("W_enc", W_enc.detach().float())
         self.register_buffer("b_enc", b_enc.detach().float())
-        self.register_buffer("W_dec", W_dec.detach().float())
+        self.W_dec = W_dec.detach().float()  # no buffer: features take the encoder alone, so it stays in host memory
         self.register_buffer("b_dec", b_dec.detach().float())
         self.register_buffer("threshold", threshold.detach().float())
 
@@ -87,7 +87,7 @@ class SAE(nn.Module):
 
     def decode(self, features: Tensor) -> Tensor:
         """Vectors [..., D] from features [..., F]."""
-        return features @ self.W_dec + self.b_dec
+        return features @ self.W_dec.to(features.device) + self.b_dec
 
     def encode_latents(self, x: Tensor, latents: Tensor) -> Tensor:
         """`encode(x)[:, latents]` [N, K] for x [N, D] and latents [K], with gradient through those columns only."""
@@ -304,8 +304,8 @@ def feature_drift(
 
     `residual` [M, D] of the policy with gradient, `lengths` [S], `reference` [S, F] pooled features. Which latents
     are compared is decided without gradient from all of them; only those at most 2k are then encoded with
-    gradient, where one is wanted. `feature_weights` [F] scales the latents' terms one by one. Of several autoencoders each is compared on
-    its own, and the drifts are averaged by their shares.
+    gradient, where one is wanted. `feature_weights` [F] scales the latents' terms one by one. Of several autoencoders
+    each is compared on its own, and the drifts are averaged by their shares.
     """
     if not lengths:  # a batch of no records
         return residual.new_zeros(0)

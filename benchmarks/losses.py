@@ -1,6 +1,6 @@
 """Does every loss move what it should? Trains the built-in model with each on the toy language, and measures.
 
-    python benchmarks/losses.py [LOSS ...]        all of them, about 15 minutes on 2 cores: docs/losses-on-toy.md
+    python benchmarks/losses.py [LOSS ...]        all of them, about 5 minutes on 2 cores: docs/losses-on-toy.md
 
 Every loss has the hyper-parameters of its YAML, the same 3,200 pairs (or both sides of them), optimiser and schedule.
 Measured on 512 held-out pairs and, for policies, on samples for 256 held-out prompts.
@@ -30,8 +30,9 @@ def train(loss: str) -> None:
     examples, rate = (6400 if loss in UNPAIRED else 3200), 2e-4
     if loss == "csft":  # its control tokens are new to the model, and their embeddings have far to go
         examples, rate = 25_600, 2e-3
-    options = f"""datasets=[toy] n_epochs=2 n_examples={examples} optimizer=AdamW lr={rate} lr_schedule=linear warmup_steps=20
-        eval_every=null save_every=null log_every=10 max_new_tokens=32 cache_dir={OUTPUT} exp_name={loss}""".split()
+    options = f"""datasets=[toy] n_epochs=2 n_examples={examples} optimizer=AdamW lr={rate} lr_schedule=linear
+        warmup_steps=20 eval_every=null save_every=null log_every=10 max_new_tokens=32 cache_dir={OUTPUT}
+        exp_name={loss}""".split()
     if loss != "bradley-terry":
         options.append("toy_comparison=256")
     command = [sys.executable, "train.py", f"loss={loss}", "model=tiny", *options]

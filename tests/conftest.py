@@ -48,13 +48,13 @@ def tiny_gemma(seed: int = 0) -> Gemma2ForCausalLM:
     return model.eval()
 
 
-def random_sae(d_in: int = 32, d_sae: int = 48, seed: int = 0) -> SAE:
+def random_sae(d_in: int = 32, d_sae: int = 48, seed: int = 0, k: int | None = None) -> SAE:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    return SAE(draw(d_in, d_sae) / d_in**0.5, draw(d_sae), draw(d_sae, d_in), draw(d_in), draw(d_sae).abs())
+    return SAE(draw(d_in, d_sae) / d_in**0.5, draw(d_sae), draw(d_sae, d_in), draw(d_in), draw(d_sae).abs(), k)
 
 
 def pairs(count: int = 3, seed: int = 0) -> list[dict]:

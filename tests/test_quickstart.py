@@ -10,7 +10,7 @@ from conftest import command
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3])
 def test_fpo_works_whatever_the_seed(tmp_path, seed):
-    """The quickstart with two thirds of its steps: better than the start by more than chance."""
+    """Better than the start by more than chance."""
     command("train.py", "experiment=quickstart", f"seed={seed}", f"cache_dir={tmp_path}")
     figures = json.loads((tmp_path / "quickstart/summary.json").read_text())
     assert figures["accuracy_after"] > figures["accuracy_before"] + 0.1

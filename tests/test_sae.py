@@ -137,7 +137,7 @@ def dense_drift(sae, residual, lengths, reference, divergence, k):
 @pytest.mark.parametrize("k", [3, 10])
 @pytest.mark.parametrize("active", [None, 5], ids=["JumpReLU", "TopK"])
 def test_sparse_drift_equals_the_dense_formula_in_value_and_gradient(divergence, k, active):
-    sae, lengths = saes.SAE(**dict(random_sae().named_buffers()), k=active), [4, 7, 2]
+    sae, lengths = random_sae(k=active), [4, 7, 2]
     residual = torch.randn(13, 32, requires_grad=True)
     reference = pooled_features(sae, torch.randn(13, 32), lengths)
     sparse = feature_drift(sae, residual, lengths, reference, divergence=divergence, k=k)
@@ -167,8 +167,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("k", [None, 30])
 def test_the_activations_of_all_tokens_never_exist(k, monkeypatch):
     """Forward and backward: chunks of 7 tokens, the vectors themselves, and the selected columns."""
-    jump = random_sae(d_sae=480)
-    sae, lengths = saes.SAE(**dict(jump.named_buffers()), k=k), [150, 50]
+    sae, lengths = random_sae(d_sae=480, k=k), [150, 50]
     residual = torch.randn(200, 32, requires_grad=True)
     reference = pooled_features(sae, torch.randn(200, 32), lengths)
     monkeypatch.setattr(saes, "ENCODE_ELEMENTS", 7 * 480)
