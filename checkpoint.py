@@ -66,7 +66,7 @@ class Run:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Make the directory, and keep other processes from writing to it.
+        """Make the directory, and keep other processes from writing to it until nothing more is written here.
 
         Raises UserError where another one does, or where this one may not.
         """
@@ -75,6 +75,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             for lock in held:
                 stack.enter_context(lock)
+            stack.callback(lambda: self.pending and self.pending.exception())  # where training ended in an error
             yield
 
     def lock(self) -> Any:

@@ -311,7 +311,7 @@ def test_alpacaeval_is_for_testing_only(tmp_path: Path) -> None:
 
 def test_toy_and_its_demonstrations() -> None:
     train, test = dataloader.get_toy("train"), dataloader.get_toy("test")
-    assert len(PairedPreferenceDataLoader.records(train)) == 20_000
+    assert len(PairedPreferenceDataLoader.records(train)) == 10_000
     assert len(PairedPreferenceDataLoader.records(test)) == 2_000
     assert not set(train.examples) & set(test.examples)
     example = next(iter(train))

@@ -6,6 +6,7 @@ import math
 import resource
 import shutil
 import threading
+import time
 from collections import Counter
 
 import pytest
@@ -352,6 +353,23 @@ def test_a_save_does_not_see_the_steps_after_it(tmp_path, monkeypatch):
     assert trainer.run.load_state(trainer.run.newest_state(), trainer.policy, trainer.optimizer)["step"] == 1
     for name, parameter in trainer.policy.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+def test_the_lock_is_held_until_the_state_is_written(tmp_path, monkeypatch):
+    """Also where training ends in an error: the next run removes what it finds half written."""
+    trainer = assembled(tmp_path, "loss=sft", "exp_name=a")
+    digest = checkpoint.file_digest
+
+    def slow(path):
+        time.sleep(0.2)
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "file_digest", slow)
+    with pytest.raises(Killed), trainer.run.writing():
+        trainer.run.save_state(trainer.policy, trainer.optimizer, {"step": 1}, keep=1)
+        assert not trainer.run.saved()
+        raise Killed
+    assert [state.name for state in trainer.run.saved()] == ["step-000000001"]
 
 
 def test_what_does_not_fit_is_listed_and_nothing_is_loaded(tmp_path):
