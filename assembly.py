@@ -56,6 +56,8 @@ def prepare(
         for split, name in (("train", "train"), ("eval", "test"))
     }
     device = parallel.device()
+    if device.type == "cpu":
+        parallel.keep_freed_memory()  # now that the text is no longer in it
     choice = (model.attn_implementation, model.layout, architecture, device, model.policy_dtype)
     implementation, layout = attention.choose(*choice, pairs=None not in parts.trainer.sides)
     common = {

@@ -250,10 +250,11 @@ def attend(
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling, enable_gqa=grouped)
     rows, heads, queries, width = query.shape
-    # The heads that share keys come under one another. As few passes over the scores as there can be.
-    together = (query * (scaling / softcap)).reshape(rows, key.shape[1], -1, width)
-    scores = (together @ key.transpose(2, 3)).tanh_().view(rows, heads, queries, -1)
-    scores = torch.add(bias, scores, alpha=softcap)
+    # The heads that share keys come under one another. As few passes over the scores as there can be: softcap is added
+    # to each, which the softmax does not see, so that a sigmoid does what a tanh takes a CPU six times as long for.
+    together = (query * (2 * scaling / softcap)).reshape(rows, key.shape[1], -1, width)
+    scores = (together @ key.transpose(2, 3)).float().sigmoid_().view(rows, heads, queries, -1)
+    scores = torch.add(bias, scores, alpha=2 * softcap)
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
     return (weights.view(*together.shape[:3], -1) @ value).view(query.shape)
 

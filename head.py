@@ -78,12 +78,15 @@ class _TokenStatistics(torch.autograd.Function):
         grad_bias = torch.zeros_like(own.bias, dtype=torch.float32) if needs_bias else None
         for part in reversed(own.chunks()):
             logits, ctx.last = own.logits(part) if ctx.last is None else ctx.last, None
-            of_others = None if others is None else (others.logits(part), ctx.others_lse[part])
-            grads = grad_logps[part], grad_kl[part]
-            grad = gradient(logits, ctx.lse[part], ctx.target[part], *grads, own.softcap, of_others)
+            theirs = None if others is None else others.logits(part)
+            for rows in passes(logits):
+                place = slice(part.start + rows.start, part.start + rows.stop)
+                of_others = None if theirs is None else (theirs[rows], ctx.others_lse[place])
+                grads = grad_logps[place], grad_kl[place]
+                to_gradient(logits[rows], ctx.lse[place], ctx.target[place], *grads, own.softcap, of_others)
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(own.weight.dtype)
+                grad_bias += logits.sum(0)
+            grad = logits.to(own.weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ own.weight
             if grad_weight is not None:
@@ -119,7 +122,11 @@ def passes(logits: Tensor) -> list[slice]:
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
     """In fp32, soft-capped; may overwrite them."""
     logits = logits.float()
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    if softcap is None:
+        return logits
+    # softcap * tanh(x / softcap), by a sigmoid, which takes a CPU a sixth of the time of a tanh
+    falling = logits.mul_(-2 / softcap).sigmoid_()
+    return torch.sub(logits.new_full((), softcap), falling, alpha=2 * softcap, out=falling)
 
 
 def statistics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +142,7 @@ def divergence(logits: Tensor, lse: Tensor, theirs: Tensor) -> tuple[Tensor, Ten
     return share.mul_(theirs.sub_(logits)).sum(1) - others_lse + lse, others_lse
 
 
-def gradient(
+def to_gradient(
     logits: Tensor,
     lse: Tensor,
     target: Tensor,
@@ -143,10 +150,11 @@ def gradient(
     grad_kl: Tensor,
     softcap: float | None,
     others: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Of the logits before soft-capping, [n, V], from those of what `statistics` and `divergence` give. Overwrites the
-    logits. `others`: their logits and logarithm."""
-    grad = (logits - lse.unsqueeze(1)).exp_()  # the probabilities
+) -> None:
+    """Turns logits [n, V] into the gradient of the logits before soft-capping, from those of what `statistics` and
+    `divergence` give. `others`: their logits, which it overwrites, and logarithm."""
+    room = logits if softcap is None else torch.empty_like(logits)
+    grad = torch.sub(logits, lse.unsqueeze(1), out=room).exp_()  # the probabilities
     grad.mul_((grad_kl - grad_logps).unsqueeze(1))
     grad.scatter_add_(1, target.unsqueeze(1), grad_logps.unsqueeze(1))
     if others is not None:
@@ -154,11 +162,10 @@ def gradient(
         share = theirs.sub_(others_lse.unsqueeze(1)).exp_()
         grad.sub_(share.mul_(grad_kl.unsqueeze(1)))
     if softcap is not None:  # the derivative of the soft-capping: 1 - (capped / softcap)^2
-        grad.addcmul_(grad, logits.square_(), value=-1 / softcap**2)
-    return grad
+        torch.addcmul(grad, grad, logits.square_(), value=-1 / softcap**2, out=logits)
 
 
 def compile_passes() -> None:
     """Have torch.compile fuse what each of these does, from now on in this process (`model.compile`)."""
-    for function in (capped, statistics, divergence, gradient):
+    for function in (capped, statistics, divergence, to_gradient):
         globals()[function.__name__] = torch.compile(function, dynamic=True)

@@ -1,12 +1,15 @@
 """From rows to log-probabilities: what they are, and what they do not depend on."""
 
 import copy
+import platform
+import resource
 
 import pytest
 import torch
 from conftest import EOS_ID, collate, pairs, random_sae, tiny_gemma
 
 import head as heads
+import parallel
 from head import token_statistics
 from models import decoder_layers, score
 from sae import ResidualTap, pooled_features
@@ -77,6 +80,7 @@ def test_no_tensor_of_all_positions_by_vocabulary_exists(monkeypatch, gemma):
 def test_the_head_equals_autograd(monkeypatch, chunk, softcap, bias):
     """Values and gradients of log-probabilities and KL against the plain formula."""
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(heads, "CACHE_ELEMENTS", 50 * 2)
     assert_equals_autograd(softcap, bias)
 
 
@@ -84,11 +88,11 @@ def test_the_head_equals_autograd(monkeypatch, chunk, softcap, bias):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_compiled_head_equals_autograd(monkeypatch, softcap):
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 50 * 3)
-    plain = heads.gradient
-    for name in ("capped", "statistics", "divergence", "gradient"):
+    plain = heads.to_gradient
+    for name in ("capped", "statistics", "divergence", "to_gradient"):
         monkeypatch.setattr(heads, name, getattr(heads, name))  # as it was, after this test
     heads.compile_passes()
-    assert heads.gradient is not plain
+    assert heads.to_gradient is not plain
     assert_equals_autograd(softcap, bias=False)
 
 
@@ -128,6 +132,20 @@ def test_the_head_sums_its_gradients_in_fp32(monkeypatch):
     assert head.weight.grad.dtype == torch.bfloat16
     error = (head.weight.grad.float() - exact.weight.grad).norm() / exact.weight.grad.norm()
     assert error < 4e-3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep what is freed, or not, as they do")
+def test_freed_memory_is_kept_for_the_next_tensors():
+    """Else each logits' memory would come from the system anew, zeroed page by page."""
+    parallel.keep_freed_memory()
+
+    def pages_from_the_system():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.full((1 << 24,), 1.0)  # 64 MiB: 16,384 pages of 4 KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages_from_the_system()
+    assert pages_from_the_system() < 100
 
 
 def test_extreme_logits_stay_finite():
