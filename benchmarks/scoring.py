@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import head
+import parallel
 from batch import LAYOUTS, Batch, collate
 from models import score
 
@@ -101,7 +102,7 @@ def compare_layouts(name: str, padded: PreTrainedModel, packed: PreTrainedModel,
 
 def projection() -> None:
     """Log-probabilities of 512 tokens and their gradients, by the ways there are."""
-    passes = ("capped", "statistics", "divergence", "gradient")
+    passes = ("capped", "statistics", "divergence", "to_gradient")
     eager = {name: getattr(head, name) for name in passes}
     head.compile_passes()
     fused = {name: getattr(head, name) for name in passes}
@@ -157,4 +158,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("layouts", "projection"))
     torch.set_num_threads(1)
+    parallel.keep_freed_memory()  # as a run does
     {"layouts": layouts, "projection": projection}[parser.parse_args().what]()

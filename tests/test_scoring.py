@@ -117,6 +117,14 @@ def assert_equals_autograd(softcap, bias):
     torch.testing.assert_close(gradients(*found), gradients(*plain))
 
 
+def test_no_tokens_have_a_gradient_of_zero():
+    """Not none: another rank's tokens have one, which is summed with it."""
+    own_head, hidden = torch.nn.Linear(6, 50), torch.randn(0, 6, requires_grad=True)
+    logps, _ = token_statistics(hidden, torch.zeros(0, dtype=torch.long), own_head, 3.0)
+    logps.sum().backward()
+    assert own_head.weight.grad.eq(0).all() and own_head.bias.grad.eq(0).all() and hidden.grad.shape == (0, 6)
+
+
 def test_the_head_sums_its_gradients_in_fp32(monkeypatch):
     """In bf16, over many chunks: as near to the exact gradient as bf16 can tell."""
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 50 * 4)
