@@ -56,10 +56,10 @@ def prepare(
         for split, name in (("train", "train"), ("eval", "test"))
     }
     device = parallel.device()
-    if device.type == "cpu":
-        parallel.keep_freed_memory()  # now that the text is no longer in it
     choice = (model.attn_implementation, model.layout, architecture, device, model.policy_dtype)
     implementation, layout = attention.choose(*choice, pairs=None not in parts.trainer.sides)
+    if device.type == "cpu" and layout != "padded":  # whose attention's large tensors seldom fit where others were
+        parallel.keep_freed_memory()
     common = {
         "pad_id": tokenizer.pad_token_id,
         "eos_id": tokenizer.eos_token_id,
