@@ -59,8 +59,7 @@ class _TokenStatistics(torch.autograd.Function):
             ctx.last = None  # room for the next
             logits = own.logits(part)
             theirs = None if others is None else others.logits(part)
-            for rows in passes(logits):
-                place = slice(part.start + rows.start, part.start + rows.stop)
+            for rows, place in passes(logits, part.start):
                 logps[place], ctx.lse[place] = statistics(logits[rows], target[place])
                 if theirs is not None:
                     kl[place], ctx.others_lse[place] = divergence(logits[rows], ctx.lse[place], theirs[rows])
@@ -79,8 +78,7 @@ class _TokenStatistics(torch.autograd.Function):
         for part in reversed(own.chunks()):
             logits, ctx.last = own.logits(part) if ctx.last is None else ctx.last, None
             theirs = None if others is None else others.logits(part)
-            for rows in passes(logits):
-                place = slice(part.start + rows.start, part.start + rows.stop)
+            for rows, place in passes(logits, part.start):
                 of_others = None if theirs is None else (theirs[rows], ctx.others_lse[place])
                 grads = grad_logps[place], grad_kl[place]
                 to_gradient(logits[rows], ctx.lse[place], ctx.target[place], *grads, own.softcap, of_others)
@@ -118,10 +116,15 @@ class _Projection:
 # --------------------------------------------------------------------------------------------- passes over the logits
 
 
-def passes(logits: Tensor) -> list[slice]:
-    """Rows of logits [n, V] to pass over together."""
+PASSES = ("capped", "statistics", "divergence", "to_gradient")  # what `compile_passes` compiles
+
+
+def passes(logits: Tensor, first: int) -> list[tuple[slice, slice]]:
+    """Rows of logits [n, V] to pass over together, and where they are among the N tokens, of which the chunk's first is
+    `first`."""
     size = max(1, CACHE_ELEMENTS // logits.shape[1] if logits.device.type == "cpu" else len(logits))
-    return [slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
+    parts = [(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
+    return [(slice(start, stop), slice(first + start, first + stop)) for start, stop in parts]
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -171,5 +174,5 @@ def to_gradient(
 
 def compile_passes() -> None:
     """Have torch.compile fuse what each of these does, from now on in this process (`model.compile`)."""
-    for function in (capped, statistics, divergence, to_gradient):
-        globals()[function.__name__] = torch.compile(function, dynamic=True)
+    for name in PASSES:
+        globals()[name] = torch.compile(globals()[name], dynamic=True)

@@ -102,10 +102,9 @@ def compare_layouts(name: str, padded: PreTrainedModel, packed: PreTrainedModel,
 
 def projection() -> None:
     """Log-probabilities of 512 tokens and their gradients, by the ways there are."""
-    passes = ("capped", "statistics", "divergence", "to_gradient")
-    eager = {name: getattr(head, name) for name in passes}
+    eager = {name: getattr(head, name) for name in head.PASSES}
     head.compile_passes()
-    fused = {name: getattr(head, name) for name in passes}
+    fused = {name: getattr(head, name) for name in head.PASSES}
     for softcap in (30.0, None):
         compare_projections(softcap, eager, fused)
 

@@ -89,7 +89,7 @@ def test_the_head_equals_autograd(monkeypatch, chunk, softcap, bias):
 def test_the_compiled_head_equals_autograd(monkeypatch, softcap):
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 50 * 3)
     plain = heads.to_gradient
-    for name in ("capped", "statistics", "divergence", "to_gradient"):
+    for name in heads.PASSES:
         monkeypatch.setattr(heads, name, getattr(heads, name))  # as it was, after this test
     heads.compile_passes()
     assert heads.to_gradient is not plain
