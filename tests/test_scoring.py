@@ -3,6 +3,7 @@
 import copy
 import platform
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,17 +144,17 @@ def test_the_head_sums_its_gradients_in_fp32(monkeypatch):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep what is freed, or not, as they do")
-def test_freed_memory_is_kept_for_the_next_tensors():
+def test_freed_memory_is_kept():
     """Else each logits' memory would come from the system anew, zeroed page by page."""
     parallel.keep_freed_memory()
 
-    def pages_from_the_system():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.full((1 << 24,), 1.0)  # 64 MiB: 16,384 pages of 4 KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    pages_from_the_system()
-    assert pages_from_the_system() < 100
+    block = torch.ones(1 << 24)  # 64 MiB
+    with_block = resident()
+    del block
+    assert with_block - resident() < 1 << 24  # bytes
 
 
 def test_extreme_logits_stay_finite():
