@@ -15,17 +15,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import alpaca_eval_official
-import answers
-import judging
-import protocols
-import results
-from answers import AnswerFile, Comparison
-from judging import Budget, OpenAIJudge, Tokens, Verdict, VerdictLog
-from protocols import PROTOCOLS, PromptTemplate, Shown
-from servers import Server
+from judging import alpaca_eval_official, answers, protocols, tables
+from judging.answers import AnswerFile, Comparison
+from judging.judge import (
+    PRICES,
+    Budget,
+    OpenAIJudge,
+    Tokens,
+    Verdict,
+    VerdictLog,
+    api_key,
+    append_line,
+    ask_all,
+    judge_pairs,
+    orders,
+    show,
+    toy_judge,
+)
+from judging.page import grades_page, page
+from judging.protocols import PROTOCOLS, PromptTemplate, Shown
+from sampling.openai_server import Server
 from utils import UserError, console, named_class, suggest, write_text
-from verdict_page import grades_page, page
 
 # -------------------------------------------------------------------------------------------------------- what to judge
 
@@ -79,8 +89,8 @@ def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
     if args.official_lc:
         for comparison in found:
             alpaca_eval_official.check(comparison)
-    games = [judging.orders(one.items, args.seed, args.both_orders) for one in found]
-    shown = [judging.show(one.items[i], first) for one, these in zip(found, games) for i, first in these]
+    games = [orders(one.items, args.seed, args.both_orders) for one in found]
+    shown = [show(one.items[i], first) for one, these in zip(found, games) for i, first in these]
     judge, budget = judge_for(args, template, shown)
     if args.dry_run:
         return
@@ -88,18 +98,18 @@ def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
     for one in found:
         recorded = one.verdicts
         if recorded is None:
-            recorded = judging.judge_pairs(one.items, judge, args.seed, args.concurrency, args.both_orders)
+            recorded = judge_pairs(one.items, judge, args.seed, args.concurrency, args.both_orders)
         verdicts.append(recorded)
-    lines = [results.figures(args, one, those) for one, those in zip(found, verdicts)]
-    board = results.standings(found, verdicts) if len(found) > 1 else []
+    lines = [tables.figures(args, one, those) for one, those in zip(found, verdicts)]
+    board = tables.standings(found, verdicts) if len(found) > 1 else []
     for one, those, line in zip(found, verdicts, lines):
         if args.verbose:
             show_verdicts(one, those)
         line |= {"leaderboard": board} if board else {}
         line |= spent(judge, budget) | {"config": one.config}
-        judging.append_line(args.results_file, line)
+        append_line(args.results_file, line)
     write_text(args.page, page(lines, found, verdicts, board))
-    results.show_pairs(lines, board)
+    tables.show_pairs(lines, board)
     show_end(args, judge, budget)
 
 
@@ -107,15 +117,15 @@ def judge_for(
     args: argparse.Namespace, template: PromptTemplate, shown: Sequence[Shown]
 ) -> tuple[Callable[[Shown], protocols.Answer], Budget]:
     """The judge, after saying what asking it would cost. Raises UserError before anything is asked."""
-    prices = args.prices or (None if args.base_url else judging.PRICES.get(args.judge))
+    prices = args.prices or (None if args.base_url else PRICES.get(args.judge))
     if args.max_cost is not None and prices is None:
         raise UserError(f"--max_cost: no prices are known for {args.judge!r}; give them with --prices INPUT OUTPUT")
     budget = Budget(prices, args.max_cost)
     if args.judge in ("toy", "recorded"):
         if args.dry_run:
             console.print(f"{len(shown):,} verdicts by {args.judge}: nothing is sent")
-        return judging.toy_judge, budget
-    key = "" if args.dry_run else judging.api_key(args.judge, args.base_url)
+        return toy_judge, budget
+    key = "" if args.dry_run else api_key(args.judge, args.base_url)
     server = Server(args.base_url, key, timeout=args.timeout, pause=args.sleep_time)
     log = VerdictLog(args.results_file.with_suffix(".verdicts.jsonl"))
     judge = OpenAIJudge(args.judge, template, log, budget, server)
@@ -172,16 +182,16 @@ def rate_answers(args: argparse.Namespace, template: PromptTemplate) -> None:
     judge, budget = judge_for(args, template, [one for these in shown for one in these])
     if args.dry_run:
         return
-    lines, grades = [], [judging.ask_all(these, judge, args.concurrency) for these in shown]
+    lines, grades = [], [ask_all(these, judge, args.concurrency) for these in shown]
     for (file, key), those, these, given in zip(sets, rows, shown, grades):
         name = file.name if len(files) > 1 or set(those[0].answers) == {answers.ONLY} else key
-        lines.append(results.grade_figures(args, file, name, those, these, given))
+        lines.append(tables.grade_figures(args, file, name, those, these, given))
         for number, grade in enumerate(given if args.verbose else []):
             console.print(f"{number}: {grade.value or grade.status}: {grade.text}", markup=False)
     for line, (file, _) in zip(lines, sets):
-        judging.append_line(args.results_file, line | spent(judge, budget) | {"config": file.config})
+        append_line(args.results_file, line | spent(judge, budget) | {"config": file.config})
     write_text(args.page, grades_page(lines, shown, grades))
-    results.show_grades(lines)
+    tables.show_grades(lines)
     show_end(args, judge, budget)
 
 

@@ -30,10 +30,9 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-import tokenise
-import toy
-from batch import Batch, collate, micro_batches
-from rows import (
+from data import tokenise, toy
+from data.batch import Batch, collate, micro_batches
+from data.rows import (
     SUFFIXES,
     BadRow,
     BadRows,

@@ -21,19 +21,13 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-import assembly
-import backends
-import diversity
-import feature_report
-import features
-import handover
 import models
-import parallel
-import probe
-import samples
-import settings
-from checkpoint import Run
-from policies import Policy, find_policy, read_config, refuse_what_writes_no_text, trainer_class
+from distributed import parallel
+from features import measure, probe, report
+from launch import assembly, settings
+from launch.policies import Policy, find_policy, read_config, refuse_what_writes_no_text, trainer_class
+from sampling import backends, benchmark_files, diversity, samples
+from training.checkpoint import Run
 from utils import UserError, console, write_json
 
 
@@ -63,10 +57,12 @@ def write_samples(config: DictConfig, path: Path, overrides: list[str]) -> None:
         conversations = samples.converse(config, own, records, backend, log)
         judged = f"-f {target}"
         if writes:
-            if config.mode in handover.FILES:
-                handed = handover.write(config.mode, config.exp_name, conversations, log.sampled_at, target.parent)
+            if config.mode in benchmark_files.FILES:
+                handed = benchmark_files.write(
+                    config.mode, config.exp_name, conversations, log.sampled_at, target.parent
+                )
                 console.print(f"for the benchmark's own tools: {handed}", markup=False)
-                judged = f"-f {handed} {handover.JUDGED[config.mode]}"
+                judged = f"-f {handed} {benchmark_files.JUDGED[config.mode]}"
             write_json(
                 target,
                 {
@@ -133,10 +129,10 @@ def write_features(config: DictConfig, path: Path, overrides: list[str]) -> None
     if config.probe is not None:
         probe.write_probe(config, path, overrides)
         return
-    report, run = features.measure(config, path, overrides)
+    measured, run = measure.measure(config, path, overrides)
     if parallel.rank() == 0:
-        feature_report.write(report, run / "features")
-    console.print(feature_report.finding(report), markup=False)
+        report.write(measured, run / "features")
+    console.print(report.finding(measured), markup=False)
     console.print(f"written to {run / 'features'}: report.html, drift.parquet", markup=False)
 
 

@@ -30,13 +30,13 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from attention import mask_inputs
-from batch import Batch
-from head import token_statistics
+from data.batch import Batch
+from distributed.sharding import materialise
+from modeling.attention import mask_inputs
+from modeling.head import token_statistics
+from modeling.weights import WEIGHTS, fill, open_weights, refuse_misfits, weight_files
 from sae import JointTap, MLPTap, ResidualTap
-from sharding import materialise
 from utils import UserError, local_path
-from weights import WEIGHTS, fill, open_weights, refuse_misfits, weight_files
 
 transformers_logging.disable_progress_bar()
 COSTLY = (  # operations whose results selective checkpointing keeps

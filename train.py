@@ -16,11 +16,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-import assembly
-import parallel
-import plan
-import settings
-from checkpoint import Run
+from distributed import parallel
+from launch import assembly, plan, settings
+from training.checkpoint import Run
 
 MODES = ("train", "plan")
 
@@ -40,7 +38,7 @@ def train(config: DictConfig, overrides: list[str]) -> None:
         torch.manual_seed(config.seed)
         trainer = assembly.prepare(config, parts, sources, run)
         trainer.train()
-        import summary  # takes a while to import, and the first step need not wait for it
+        from launch import summary  # takes a while to import, and the first step need not wait for it
 
         summary.summarise(trainer, sources.model, started)
 

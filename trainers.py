@@ -26,20 +26,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-import adapters
-import parallel
-from batch import Batch
-from checkpoint import MetricsLog, Run
-from counts import Flops, Pace
+from data.batch import Batch
 from dataloader import BAD, GOOD, DataLoader, MismatchedRecords
+from distributed import parallel
+from distributed.parallel import Stopped, StopRequest
+from distributed.sharding import reshard, whole
+from modeling import adapters
+from modeling.weights import PolicyFile, fill, find_weights, gather, write_hub_format
 from models import score, score_rewards
-from parallel import Stopped, StopRequest
-from reference import Reference, ReferenceCache
 from sae import SAE, ResidualTap
-from sharding import reshard, whole
+from training.checkpoint import MetricsLog, Run
+from training.quantities import QUANTITIES, Binding, Evidence
+from training.reference import Reference, ReferenceCache
+from training.throughput import Flops, Pace
 from utils import UserError, ahead, console, progress_bar, suggest
-from vocabulary import QUANTITIES, Binding, Evidence
-from weights import PolicyFile, fill, find_weights, gather, write_hub_format
 
 # The share of lr, by the share of the steps after the warm-up that are done, and the share of all that are left.
 SCHEDULES: dict[str, Callable[[float, float], float]] = {

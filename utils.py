@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -71,13 +72,24 @@ def named_class(spec: str, module: Any, setting: str) -> Any:
         loaded = importlib.util.spec_from_file_location(Path(path).stem, path)
         if loaded is None or loaded.loader is None or not Path(path).is_file():
             raise UserError(f"{setting}={spec}: no Python file {path}")
-        module = importlib.util.module_from_spec(loaded)
-        loaded.loader.exec_module(module)
+        if own := module_name(Path(path)):
+            module = importlib.import_module(own)
+        else:
+            module = importlib.util.module_from_spec(loaded)
+            loaded.loader.exec_module(module)
     found = getattr(module, name, None)
     if not isinstance(found, type):
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
         raise UserError(f"{setting}={spec}: no class {name} in {module.__name__}{suggest(name, classes)}")
     return found
+
+
+def module_name(path: Path) -> str | None:
+    """The name under which this repo imports a file of its wings; None for any other file."""
+    path = path.resolve()
+    if not path.is_relative_to(REPO) or not (path.parent / "__init__.py").is_file():
+        return None
+    return ".".join(path.relative_to(REPO).with_suffix("").parts)
 
 
 def flush_to_disk(*paths: Path) -> None:
@@ -118,7 +130,10 @@ def write_text(path: Path, text: str) -> None:
 def html_page(frame: str, places: dict[str, str], data: Any) -> str:
     """A page of this repo: the frame with its {{places}} filled by pieces of HTML. {{style}} is page.css, and {{data}}
     JSON that no text in it can end."""
-    places = places | {"style": (REPO / "page.css").read_text(), "data": json.dumps(data).replace("<", "\\u003c")}
+    places = places | {
+        "style": (REPO / "assets/page.css").read_text(),
+        "data": json.dumps(data).replace("<", "\\u003c"),
+    }
     return re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], (REPO / frame).read_text())
 
 

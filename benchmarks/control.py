@@ -29,12 +29,11 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import models  # noqa: E402
-import tokenise  # noqa: E402
-import toy  # noqa: E402
-from batch import collate  # noqa: E402
+from autoencoders.formats import load_sae, save_sae  # noqa: E402
+from data import tokenise, toy  # noqa: E402
+from data.batch import collate  # noqa: E402
 from sae import SAE, pooled_features  # noqa: E402
-from sae_formats import load_sae, save_sae  # noqa: E402
-from sampling import Request, Settings, sample  # noqa: E402
+from sampling.generate import Request, Settings, sample  # noqa: E402
 
 OUTPUT = REPO / "outputs" / "control"
 PAGE = REPO / "docs" / "control.md"

@@ -40,8 +40,8 @@ def load(folder: Path) -> None:
     import torch
     from hydra import compose, initialize_config_dir
 
-    import assembly
-    import parallel
+    from distributed import parallel
+    from launch import assembly
 
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         settings = compose("config", ["loss=sft", "model=tiny"]).model
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--load", nargs=2, metavar=("FOLDER", "RANKS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
-        import parallel
+        from distributed import parallel
 
         folder, ranks = arguments.load
         parallel.run(lambda: load(Path(folder)), int(ranks))

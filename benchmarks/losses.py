@@ -68,9 +68,8 @@ def preference_accuracy(weights: Path, controlled: bool = False) -> float:
     import torch
 
     import models
-    import tokenise
-    import toy
-    from batch import collate
+    from data import tokenise, toy
+    from data.batch import collate
     from dataloader import GOOD
 
     tokenizer = models.load_tokenizer(weights)

@@ -45,8 +45,8 @@ def build(folder: Path) -> int:
 
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
+    from autoencoders.formats import save_sae
     from sae import SAE
-    from sae_formats import save_sae
 
     torch.manual_seed(0)
     config = Gemma2Config(

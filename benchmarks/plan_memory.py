@@ -66,9 +66,9 @@ def train(folder: Path, own: list[str], name: str) -> None:
     from hydra import compose, initialize_config_dir
     from loading import memory
 
-    import parallel
     import train as command
     import trainers
+    from distributed import parallel
 
     overrides = settings(folder, own, name)
     with initialize_config_dir(str(REPO / "config"), version_base=None):
@@ -91,8 +91,8 @@ def train(folder: Path, own: list[str], name: str) -> None:
 def planned(folder: Path, own: list[str], ranks: int) -> float:
     from hydra import compose, initialize_config_dir
 
-    import plan
-    import settings as checks
+    from launch import plan
+    from launch import settings as checks
 
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", settings(folder, own, "plan"))
@@ -103,7 +103,7 @@ def planned(folder: Path, own: list[str], ranks: int) -> float:
 
 def main() -> None:
     if sys.argv[1:2] == ["--train"]:
-        import parallel
+        from distributed import parallel
 
         folder, name = Path(sys.argv[2]), sys.argv[3]
         ranks, own = CASES[name]

@@ -44,9 +44,8 @@ def measure(trainer: str, seed: int) -> dict[str, dict[str, float]]:
     """Train one autoencoder, and measure it as it is saved and at the same L0."""
     from hydra import compose, initialize_config_dir
 
-    import assembly
-    import settings
-    from checkpoint import Run
+    from launch import assembly, settings
+    from training.checkpoint import Run
 
     name, arguments = f"{trainer.replace(' ', '-')}-{seed}", overrides(seed, TRAINERS[trainer])
     with initialize_config_dir(str(REPO / "config"), version_base=None):
@@ -79,7 +78,7 @@ def train_saelens(own, lr: float, folder: Path, seed: int):
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from sae_formats import load_sae
+    from autoencoders.formats import load_sae
 
     torch.manual_seed(seed)
     stream, for_scale = own.stream, 20
@@ -106,11 +105,11 @@ def set_threshold(own) -> None:
     """As `SAETrainer.set_thresholds` does it, for the autoencoder that is measured."""
     import torch
 
-    import sae_training
+    from autoencoders import training
 
     (sae,), (ours,) = own.exported, own.autoencoders
     limits = []
-    for step in own.stream.in_buffer(sae_training.SAMPLE_STEPS):
+    for step in own.stream.in_buffer(training.SAMPLE_STEPS):
         pre = (step.x.float() @ sae.W_enc + sae.b_enc).relu()
         limits.append(ours.smallest_kept(pre, step.tokens))
     sae.threshold.fill_(torch.stack(limits).mean())
@@ -148,7 +147,7 @@ def main() -> None:
     if seed:
         import torch.distributed as dist
 
-        import parallel
+        from distributed import parallel
 
         parallel.join(0, 1, dist.HashStore())
         print(json.dumps({trainer: measure(trainer, seed) for trainer in TRAINERS}))

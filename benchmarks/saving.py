@@ -26,7 +26,7 @@ def build(folder: Path, gigabytes: float) -> None:
 
     from loading import make_checkpoint
 
-    import toy
+    from data import toy
 
     make_checkpoint(folder, gigabytes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -40,11 +40,10 @@ def train(folder: Path) -> None:
     from hydra import compose, initialize_config_dir
     from loading import memory
 
-    import assembly
-    import parallel
-    import settings
-    from checkpoint import Run
+    from distributed import parallel
+    from launch import assembly, settings
     from trainers import Means
+    from training.checkpoint import Run
 
     overrides = [
         *("loss=sft", "model=tiny", f"model.name_or_path={folder}", f"datasets=[{folder / 'pairs.jsonl'}]"),
@@ -94,7 +93,7 @@ def main() -> None:
     parser.add_argument("--train", nargs=2, metavar=("FOLDER", "RANKS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
-        import parallel
+        from distributed import parallel
 
         folder, ranks = arguments.train
         parallel.run(lambda: train(Path(folder)), int(ranks))

@@ -107,8 +107,8 @@ def vocabulary() -> None:
     from scoring import median_times, ragged_pairs
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    import batch as batches
-    from head import token_statistics
+    from data import batch as batches
+    from modeling.head import token_statistics
     from models import final_hidden_states
 
     torch.set_num_threads(1)

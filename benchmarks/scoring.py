@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import head
-import parallel
-from batch import LAYOUTS, Batch, collate
+from data.batch import LAYOUTS, Batch, collate
+from distributed import parallel
+from modeling import head
 from models import score
 
 WORDS, WIDTH = 32_768, 256

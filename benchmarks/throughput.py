@@ -141,9 +141,9 @@ def build(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-    import counts
+    from autoencoders.formats import save_sae
     from sae import SAE
-    from sae_formats import save_sae
+    from training import throughput
 
     torch.manual_seed(0)
     device = arguments["device"]
@@ -172,7 +172,7 @@ def build(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
         write_lines(folder / f"{name}.jsonl", records)
     for loss in ("dpo", "kto", "sft"):
         write_lines(folder / f"trl_{loss}.jsonl", trl_rows(folder, arguments, loss))
-    return {"rate": counts.peak_flops() or multiplications(device), "pairs": shapes_of(folder, arguments)}
+    return {"rate": throughput.peak_flops() or multiplications(device), "pairs": shapes_of(folder, arguments)}
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -281,7 +281,7 @@ def checked(given: list[str]) -> Any:
     """The composed configuration, and its parts."""
     from hydra import compose, initialize_config_dir
 
-    import settings
+    from launch import settings
 
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", overrides=given)
@@ -292,10 +292,9 @@ def assemble(given: list[str]) -> Any:
     """Our trainer, as train.py builds it."""
     import torch.distributed as dist
 
-    import assembly
-    import parallel
-    import settings
-    from checkpoint import Run
+    from distributed import parallel
+    from launch import assembly, settings
+    from training.checkpoint import Run
 
     parallel.join(0, 1, dist.HashStore())
     config, parts = checked(given)
@@ -308,8 +307,8 @@ def assemble(given: list[str]) -> Any:
 def run_ours(folder: Path, arguments: dict[str, Any], contender: Contender) -> dict[str, Any]:
     import numpy as np
 
-    import assembly
     import dataloader
+    from launch import assembly
 
     reference = timed(assembly, "load_or_build", arguments["device"])
     dataloader.DataLoader._order = lambda loader, _epoch: np.arange(len(loader.rows))  # that of the file, as TRL's

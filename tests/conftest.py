@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-import batch as batches
-import parallel
-from batch import Batch
+from data import batch as batches
+from data.batch import Batch
+from distributed import parallel
 from sae import SAE
 
 REPO = Path(__file__).resolve().parent.parent

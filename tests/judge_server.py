@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from judging import Item
+from judging.judge import Item
 
 KEY = "sk-test-0123456789abcdef"
 CONFIG = {"exp_name": "run", "human_prefix": "\n<|user|>\n", "assistant_prefix": "\n<|assistant|>\n"}

@@ -22,6 +22,6 @@ def work() -> None:
 
 
 if __name__ == "__main__":
-    import parallel
+    from distributed import parallel
 
     parallel.run(work, int(sys.argv[1]))

@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from torch.multiprocessing import spawn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-import assembly
-import settings
-import toy
 import train
-from batch import Batch
-from checkpoint import Run
+from data import toy
+from data.batch import Batch
 from dataloader import DataLoader
+from launch import assembly, settings
 from models import Scores
 from trainers import BasicTrainer, Means
+from training.checkpoint import Run
 
 TINY = REPO / "assets/tiny"
 BATCH = 8

@@ -10,7 +10,7 @@ import torch
 from conftest import DATA, REPO, command, look_at, metrics
 from test_training import PAIRS
 
-import toy
+from data import toy
 
 
 def files(folder, **splits):
@@ -52,7 +52,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
     data = files(tmp_path, train=rows, test=PAIRS["test"])
     options = [*QUICK, *data, "n_examples=1100", "model.batch_size=128", "save_every=256", "exp_name=cut"]
     half = "open(args[1], 'wb').write(b'half a file')"
-    killed(options, "reference", "write_arrow", 2)  # the second of three shards
+    killed(options, "training.reference", "write_arrow", 2)  # the second of three shards
     killed(options, "torch.optim", "AdamW.step", 4)
     killed(options, "safetensors.torch", "save_file", 1, half)
     killed(options, "torch", "save", 1, half)
@@ -74,7 +74,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
 def test_a_cache_killed_half_way_goes_on(tmp_path):
     data = files(tmp_path, train=toy.preferences("train", seed=1, count=1100), test=PAIRS["test"])
     options = [*QUICK, *data, "n_examples=1100", "model.batch_size=1100"]
-    killed(options, "reference", "write_arrow", 3)
+    killed(options, "training.reference", "write_arrow", 3)
     assert "going on after 2 of 3 shards" in command("train.py", *options).stdout
 
 

@@ -20,9 +20,8 @@ import pytest
 from conftest import DATA, look_at
 from judge_server import CONFIG, KEY, Server, body, completion, items, prefers_good, reply, status, write_samples
 
-import alpaca_eval_official
-import answers
 import compare
+from judging import alpaca_eval_official, answers
 from utils import REPO, UserError, fingerprint
 
 ANNOTATIONS = DATA / "alpaca_eval/annotations"

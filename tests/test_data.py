@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import dataloader
-import rows
-import tokenise
-from batch import Batch, collate
+from data import rows, tokenise
+from data.batch import Batch, collate
+from data.rows import BadRow
+from data.tokenise import ChatTemplate, PrefixTemplate
 from dataloader import (
     DataLoader,
     Dataset,
@@ -30,8 +31,6 @@ from dataloader import (
     UnpairedPreferenceDataLoader,
     load_tokens,
 )
-from rows import BadRow
-from tokenise import ChatTemplate, PrefixTemplate
 from utils import UserError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

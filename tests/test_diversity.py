@@ -8,8 +8,8 @@ import torch
 from conftest import BOS_ID, EOS_ID, PAD_ID, tiny_gemma
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-import diversity
-from sampling import Request, Settings, sample
+from sampling import diversity
+from sampling.generate import Request, Settings, sample
 
 
 class Tokenizer:

@@ -17,9 +17,8 @@ from omegaconf import OmegaConf
 
 import compare
 import dataloader
-import settings
-import summary
-from vocabulary import QUANTITIES
+from launch import settings, summary
+from training.quantities import QUANTITIES
 
 README = (REPO / "README.md").read_text()
 CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text()

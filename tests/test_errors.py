@@ -6,7 +6,7 @@ from conftest import random_sae
 from test_training import run
 
 import models
-from sae_formats import save_sae
+from autoencoders.formats import save_sae
 from utils import UserError
 
 

@@ -14,11 +14,9 @@ import torch
 import yaml
 from conftest import EOS_ID, REPO, collate, command, look_at, pairs, random_sae, tiny_gemma
 
-import feature_report
-import features
 import models
-import neuronpedia
-from features import Context, Figures, Measured, Part, Reader, Report, Subject, Text
+from features import measure, neuronpedia, report
+from features.measure import Context, Figures, Measured, Part, Reader, Report, Subject, Text
 from sae import JointSAE, feature_drift
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>{{data}}\u2028"
@@ -95,7 +93,7 @@ def test_the_same_policy_has_no_drift():
     for kind in one.kinds:
         assert not after[kind].drift.any()
         assert np.array_equal(before[kind].mean, after[kind].mean)
-    assert features.most_changed(after["chosen"].mean - before["chosen"].mean) == []
+    assert measure.most_changed(after["chosen"].mean - before["chosen"].mean) == []
 
 
 def test_contexts_are_the_strongest_ones():
@@ -113,25 +111,25 @@ def test_contexts_are_the_strongest_ones():
 
 def test_most_changed():
     change = np.array([0.0, 2.0, -1.0, 3.0, -4.0])
-    assert features.most_changed(change) == [3, 1, 4, 2]
+    assert measure.most_changed(change) == [3, 1, 4, 2]
 
 
 def test_features_that_hold_a_share():
     drift = np.array([1.0, 5.0, 0.0, 4.0])
-    assert [feature_report.holding(drift, share) for share in (0.5, 0.51, 0.9, 1.0)] == [1, 2, 2, 3]
-    assert feature_report.holding(np.zeros(3), 0.5) == 0
+    assert [report.holding(drift, share) for share in (0.5, 0.51, 0.9, 1.0)] == [1, 2, 2, 3]
+    assert report.holding(np.zeros(3), 0.5) == 0
 
 
 def test_pieces_join_to_the_text():
     tokenizer = models.load_tokenizer(REPO / "assets/tiny")
     ids = tokenizer.encode("¡Encantado! ropa, comida\n- leche", add_special_tokens=False)
-    pieces = features.pieces(tokenizer, ids, 0, len(ids))
+    pieces = measure.pieces(tokenizer, ids, 0, len(ids))
     assert len(pieces) == len(ids) and "".join(pieces) == "¡Encantado! ropa, comida\n- leche"
 
 
 def test_unpaired_and_plain_data_are_named_as_they_are():
     def named(rows):
-        return [t.kind for t in features.data_texts(SimpleNamespace(used=lambda: range(len(rows)), values=rows))]
+        return [t.kind for t in measure.data_texts(SimpleNamespace(used=lambda: range(len(rows)), values=rows))]
 
     row: dict = {"prompt_ids": [1], "completion_ids": [[5, 2]]}
     assert named([{**row, "desirable": True}, {**row, "desirable": False}]) == ["desirable", "undesirable"]
@@ -290,7 +288,7 @@ def small_report(text: str) -> Report:
 
 
 def test_hostile_text_stays_text(tmp_path, browser):
-    feature_report.write(small_report(HOSTILE), tmp_path / "features")
+    report.write(small_report(HOSTILE), tmp_path / "features")
     text = (tmp_path / "features/report.html").read_text()
     assert "<img" not in text and text.count("</script>") == 2
     dom, console = look_at(browser, tmp_path / "features/report.html", tmp_path / "profile")
@@ -299,17 +297,15 @@ def test_hostile_text_stays_text(tmp_path, browser):
 
 
 def test_several_saes_count_their_own_features():
-    table = feature_report.table(small_report("first"))
+    table = report.table(small_report("first"))
     assert table["sae"].to_pylist() == ["first", "first", "second"]
     assert table["feature"].to_pylist() == [0, 1, 0]
     about = json.loads(table.schema.metadata[b"features"])
     assert about["k"] == 2 and about["divergence"] == "kl"
-    assert "first 0 rose most and first 1 fell most" in feature_report.finding(small_report("first")).replace(
-        "feature ", ""
-    )
+    assert "first 0 rose most and first 1 fell most" in report.finding(small_report("first")).replace("feature ", "")
 
 
 def test_nothing_on_the_page_comes_from_a_network():
-    text = feature_report.page(small_report("text"))
+    text = report.page(small_report("text"))
     assert re.findall(r"""(?:src|href)\s*=\s*["']""", text) == []
     assert "@import" not in text and "url(" not in text

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from judge_server import KEY, Server, body, completion, half_a_body, items, late, prefers_good, reply, status
 
-from judging import (
+from judging.judge import (
     Budget,
     JudgeError,
     OpenAIJudge,
@@ -21,8 +21,8 @@ from judging import (
     show,
     toy_judge,
 )
-from protocols import AlpacaEval, Answer, ArenaHard, MTBench, PromptTemplate, Reply, Shown, arena_score
-from servers import Server as Address
+from judging.protocols import AlpacaEval, Answer, ArenaHard, MTBench, PromptTemplate, Reply, Shown, arena_score
+from sampling.openai_server import Server as Address
 from utils import UserError
 
 

@@ -9,9 +9,9 @@ from test_training import LOSSES, assembled, run
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import attention
-from attention import choose, rule
-from batch import LAYOUTS, micro_batches, tokens_of
+from data.batch import LAYOUTS, micro_batches, tokens_of
+from modeling import attention
+from modeling.attention import choose, rule
 from models import decoder_layers, score, score_rewards
 from sae import ResidualTap, pooled_features
 from trainers import Means

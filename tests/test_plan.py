@@ -6,8 +6,7 @@ from conftest import REPO
 from hydra import compose, initialize_config_dir
 
 import models
-import plan
-import settings
+from launch import plan, settings
 
 
 def plan_of(*overrides, ranks=1):

@@ -12,11 +12,11 @@ from scipy.stats import mannwhitneyu
 from test_training import run
 
 import models
-import probe
-import settings
-import toy
 import trainers
-from policies import read_config
+from data import toy
+from features import probe
+from launch import settings
+from launch.policies import read_config
 from sae import feature_drift, pooled_features, read_feature_weights
 from utils import UserError, named_class
 

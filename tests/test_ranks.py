@@ -16,8 +16,8 @@ import torch
 from conftest import REPO, command, metrics
 from safetensors.torch import load_file, save_file
 
-import parallel
-import toy
+from data import toy
+from distributed import parallel
 
 SMALL = [
     "model=tiny",

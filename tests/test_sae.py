@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sae as saes
+from autoencoders.formats import GEMMA_SCOPE_ARRAYS, load_sae, save_sae
 from models import decoder_layers, final_hidden_states, make_tap, score
 from sae import ResidualTap, compared_latents, feature_drift, pooled_features
-from sae_formats import GEMMA_SCOPE_ARRAYS, load_sae, save_sae
 from utils import UserError
 
 

@@ -11,7 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
 import models
-from sae_formats import FORMATS, SECTION, Source, find_sae, load_sae, recognise
+from autoencoders.formats import FORMATS, SECTION, Source, find_sae, load_sae, recognise
 from utils import UserError
 
 D, F, K, N = 8, 24, 5, 200

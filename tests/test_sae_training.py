@@ -13,11 +13,11 @@ from test_training import REPO, Killed, assembled, run, settle
 from transformers import AutoModelForCausalLM
 
 import trainers
-from activations import ActivationLoader, text_lengths
-from batch import PAD
+from autoencoders.activations import ActivationLoader, text_lengths
+from autoencoders.formats import load_sae
+from autoencoders.training import BatchTopK, SAETrainer
+from data.batch import PAD
 from dataloader import SFTDataLoader, TokenisedData
-from sae_formats import load_sae
-from sae_training import BatchTopK, SAETrainer
 from utils import UserError
 
 PAD_ID, BOS, EOS = 0, 1, 2

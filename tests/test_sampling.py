@@ -16,11 +16,11 @@ from transformers import TopKLogitsWarper as TopK
 from transformers import TopPLogitsWarper as TopP
 
 import eval as evaluation
-import samples
-import toy
-from backends import LocalPrompts, VLLMBackend
-from policies import read_config
-from sampling import DrawTokens, Request, Settings, sample
+from data import toy
+from launch.policies import read_config
+from sampling import samples
+from sampling.backends import LocalPrompts, VLLMBackend
+from sampling.generate import DrawTokens, Request, Settings, sample
 from utils import UserError
 
 TINY = REPO / "assets/tiny"
@@ -208,7 +208,7 @@ def test_a_finished_file_is_found(tmp_path, capsys):
 
 KILLER = """
 import os, signal, sys
-import samples
+from sampling import samples
 original, calls = samples.SampleLog.add, 0
 def dies(log, drawn):
     global calls

@@ -15,9 +15,9 @@ from conftest import REPO
 from test_sampling import TINY, write
 
 import eval as evaluation
-from backends import ServerBackend
-from policies import read_config
-from sampling import Request, Sample, Settings
+from launch.policies import read_config
+from sampling.backends import ServerBackend
+from sampling.generate import Request, Sample, Settings
 from utils import UserError
 
 KEY = "sk-a-secret-of-mine"

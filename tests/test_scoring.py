@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import EOS_ID, collate, pairs, random_sae, tiny_gemma
 
-import head as heads
-import parallel
-from head import token_statistics
+from distributed import parallel
+from modeling import head as heads
+from modeling.head import token_statistics
 from models import decoder_layers, score
 from sae import ResidualTap, pooled_features
 

@@ -9,11 +9,11 @@ from test_sae_formats import write
 from test_training import assembled, run, settle
 
 import models
-import settings
-from batch import PAD
+from autoencoders.formats import autoencoder, save_sae, sections
+from data.batch import PAD
+from launch import settings
 from models import decoder_layers, final_hidden_states, make_tap, score
 from sae import SAE, JointSAE, feature_drift, pooled_features
-from sae_formats import autoencoder, save_sae, sections
 from utils import UserError
 
 TEXT = {

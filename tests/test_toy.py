@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import toy
-from toy import Attributes, attributes, demonstrations, judge, preferences, score
+from data import toy
+from data.toy import Attributes, attributes, demonstrations, judge, preferences, score
 from utils import REPO, UserError
 
 HH = REPO.parent / "shared" / "data" / "hh" / "harmless-base" / "test.jsonl.gz"

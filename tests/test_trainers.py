@@ -10,8 +10,8 @@ from test_training import PAIRS, assembled, losses, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import models
-import settings
 import trainers
+from launch import settings
 from utils import UserError
 
 # ---------------------------------------------------------------------------------------------------- PPO
@@ -160,10 +160,10 @@ def test_control_tokens_survive_and_are_learnt(tmp_path):
 
 
 def test_sampling_starts_from_the_good_token(tmp_path, monkeypatch):
-    import backends
     import eval as evaluation
-    from policies import read_config
-    from sampling import Sample
+    from launch.policies import read_config
+    from sampling import backends
+    from sampling.generate import Sample
 
     run(tmp_path, "loss=csft")
     given, forbidden, folder = [], [], tmp_path / "csft_tiny"

@@ -16,16 +16,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import assembly
-import checkpoint
 import models
-import settings
-import toy
 import train
 import trainers
-from checkpoint import Run
-from reference import LiveReference
+from data import toy
+from launch import assembly, settings
 from sae import pooled_features
+from training import checkpoint
+from training.checkpoint import Run
+from training.reference import LiveReference
 from utils import UserError
 
 PAIRS = {split: toy.preferences(split, seed=0, count=count) for split, count in (("train", 24), ("test", 8))}

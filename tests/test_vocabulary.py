@@ -4,8 +4,8 @@ import pytest
 
 from dataloader import PairedPreferenceDataLoader
 from trainers import DPOTrainer, FPOTrainer, PairedPreferenceTrainer
+from training.quantities import bind, parse_parameter
 from utils import UserError
-from vocabulary import bind, parse_parameter
 
 PAIRED = PairedPreferenceDataLoader.records
 DPO = {"name": "dpo", "trainer": "DPOTrainer", "dataloader": "PairedPreferenceDataLoader", "beta": 0.1}

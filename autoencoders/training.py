@@ -1,0 +1,406 @@
+"""Training sparse autoencoders on the residual stream of a model, which stays as it is: `loss=sae`.
+
+BatchTopK (Bussmann et al. 2024, 2412.06410): of a step of M tokens the k * M largest pre-activations stay. The
+threshold that this amounts to becomes that of a JumpReLU, which is what is evaluated and saved, in Gemma Scope's
+layout. `activations.py` makes the steps; here are the autoencoder, its loss, and what is measured and saved.
+
+Shape letters: M tokens of text, D width of the residual stream, F latents, P pairs of a token and a latent that stays.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, ListConfig
+from torch import Tensor, nn
+
+from autoencoders.activations import ActivationLoader, Activations, text_positions
+from autoencoders.formats import load_sae, save_sae, save_saelens
+from data.batch import Batch
+from distributed import parallel
+from models import decoder_layers, final_hidden_states, make_tap, score
+from sae import ENCODE_ELEMENTS, SAE
+from trainers import BasicTrainer, Means, Setup
+from training.quantities import Binding
+from training.throughput import Pace
+from utils import UserError, console
+
+SAMPLE_STEPS = 16  # whose tokens stand for all: where training starts, and the thresholds, are set from them
+MEDIAN_STEPS = 32  # of Weiszfeld's algorithm
+
+
+class BatchTopK(nn.Module):
+    """The autoencoder in training. It sees inputs scaled to unit mean square and has unit-norm decoder rows."""
+
+    scale: Tensor  # [] multiplies the residual stream
+    mean: Tensor  # [D] of scaled inputs, which FVU is measured around
+    threshold: Tensor  # [] the JumpReLU's, of scaled inputs
+    silent: Tensor  # [F] training tokens since the latent last fired
+
+    def __init__(self, d_in: int, d_sae: int, k: int, *, auxiliary: float, dead_after: int, seed: int) -> None:
+        super().__init__()
+        self.k, self.auxiliary, self.dead_after = k, auxiliary, dead_after
+        rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
+        self.W_dec = nn.Parameter(F.normalize(rows, dim=1))
+        self.W_enc = nn.Parameter(self.W_dec.detach().T.clone(memory_format=torch.contiguous_format))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("mean", torch.zeros(d_in))
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("silent", torch.zeros(d_sae))
+
+    @torch.no_grad()
+    def start_from(self, x: Tensor, tokens: int) -> None:
+        """Take the scale, the mean and, as the decoder's bias, the geometric median of vectors: [M, D] of this rank,
+        so many `tokens` over all."""
+        self.scale.copy_(parallel.sum_over_ranks(x.square().sum() / x.shape[1] / tokens).rsqrt())
+        x = x * self.scale
+        self.mean.copy_(parallel.sum_over_ranks(x.sum(0) / tokens))
+        median = self.mean.clone()
+        for _ in range(MEDIAN_STEPS):
+            weight = 1 / (x - median).norm(dim=1).clamp(min=1e-6)
+            sums = parallel.sum_over_ranks(torch.cat([weight @ x, weight.sum()[None]]))
+            median = sums[:-1] / sums[-1]
+        self.b_dec.copy_(median)
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """[M, F] of scaled inputs [M, D]. The bias is taken out of W_enc's product, where it costs next to nothing."""
+        return (x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)).relu()
+
+    def decode(self, latents: Tensor, values: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Sums [M, D] of decoder rows: token i's latents and their values are [i] of both, or begin at `starts[i]`."""
+        return F.embedding_bag(latents, self.W_dec, starts, mode="sum", per_sample_weights=values)
+
+    @torch.no_grad()
+    def smallest_kept(self, pre: Tensor, tokens: int) -> Tensor:
+        """The smallest [] of the k * tokens largest pre-activations of a step, over all ranks."""
+        count = self.k * tokens
+        own = pre.flatten().topk(min(count, pre.numel()), sorted=False).values
+        if parallel.world_size() > 1:
+            own = parallel.gather_over_ranks(F.pad(own, (0, count - len(own))))
+            own = own.topk(count, sorted=False).values
+        return own.min()
+
+    @torch.no_grad()
+    def note_silence(self, kept: Tensor, tokens: int) -> None:
+        """Count the tokens that each latent was silent for, after a step in which `kept` [M, F] stayed."""
+        fired = parallel.sum_over_ranks(kept.any(0).float()) > 0
+        self.silent.add_(tokens).masked_fill_(fired, 0)
+
+    def forward(self, x: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of scaled inputs [M, D] of this rank, in a step of so many tokens over all: squared errors [M] summed over
+        D, in units of the scaled input; the auxiliary loss [M]; how many latents [M] are active; and dead ones [F].
+
+        The auxiliary loss revives latents that were silent for `dead_after` tokens: the D / 2 strongest of them for
+        each token reconstruct what the others left over, without the bias (Gao et al. 2024, 2406.04093, A.2).
+        """
+        pre = self.preactivations(x)
+        kept = (pre >= self.smallest_kept(pre, tokens)) & (pre > 0)
+        self.note_silence(kept, tokens)
+        active = kept.sum(1)
+        token, latent = kept.nonzero(as_tuple=True)  # [P]
+        error = x - self.decode(latent, pre[token, latent], active.cumsum(0) - active) - self.b_dec
+        losses, auxiliary = error.square().sum(1), x.new_zeros(len(x))
+        dead = self.silent > self.dead_after
+        candidates = dead.nonzero().flatten()
+        if len(candidates):
+            strongest = pre[:, candidates].topk(min(len(candidates), x.shape[1] // 2), sorted=False)
+            revived = self.decode(candidates[strongest.indices], strongest.values)
+            auxiliary = (error.detach() - revived).square().sum(1)
+        return losses, auxiliary, active, dead
+
+    def frozen(self) -> SAE:
+        """The same autoencoder as a JumpReLU on unscaled inputs; its decoder rows keep unit norm."""
+        return SAE(
+            W_enc=self.W_enc,
+            b_enc=(self.b_enc - self.b_dec @ self.W_enc) / self.scale,
+            W_dec=self.W_dec,
+            b_dec=self.b_dec / self.scale,
+            threshold=(self.threshold / self.scale).expand(len(self.W_dec)).clone(),
+        )
+
+    @torch.no_grad()
+    def drop_parallel_gradient(self) -> None:
+        """Take out of the decoder's gradient what would only change its rows' norm."""
+        if self.W_dec.grad is not None:
+            self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+
+    @torch.no_grad()
+    def keep_unit_rows(self) -> None:
+        self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
+
+
+class SAETrainer(BasicTrainer):
+    """Trains a `BatchTopK` for each of some layers (null: the last), all from the same forward passes.
+
+    The optimiser's steps are of `batch_tokens` text tokens, drawn from a buffer of `buffer_tokens` (`activations.py`);
+    `model.batch_size` is only what the model reads at once.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        layer: int | list[int] | None,
+        d_sae: int,
+        k: int,
+        batch_tokens: int,
+        buffer_tokens: int,
+        dead_after: int,
+        auxiliary: float,
+        saelens: bool,
+    ) -> None:
+        """Raises UserError for layers that the model has not, and for a warm-up that the run is too short for."""
+        self.modules = decoder_layers(setup.policy, setup.config.model.block_name)
+        count = len(self.modules)
+        self.layers = [count - 1] if layer is None else [layer] if isinstance(layer, int) else list(layer)
+        if wrong := [n for n in self.layers if not 0 <= n < count]:
+            raise UserError(f"loss.layer={wrong[0]}: the model has layers 0 to {count - 1}")
+        self.names = [f"layer_{n}/" if len(self.layers) > 1 else "" for n in self.layers]  # in those of metrics
+        setup.policy.requires_grad_(False).eval()
+        self.reader = make_tap(setup.policy, [(n, "residual") for n in self.layers], setup.config.model.block_name)
+        tokenizer, self.saelens = setup.tokenizer, saelens
+        self.special = [i for i in {tokenizer.bos_token_id, tokenizer.eos_token_id} if i is not None]
+        width, seed = setup.policy.config.get_text_config().hidden_size, setup.config.seed
+        self.autoencoders = [
+            BatchTopK(width, d_sae, k, auxiliary=auxiliary, dead_after=dead_after, seed=1000 * seed + n)
+            for n in self.layers
+        ]
+        self.exported: list[SAE] = []
+        sizes = {"batch_tokens": batch_tokens, "buffer_tokens": buffer_tokens}
+        self.stream = ActivationLoader(setup.loaders["train"], self.residuals, special=self.special, **sizes)
+        warmup, steps = setup.config.warmup_steps, len(self.stream)
+        if 5 * warmup > 4 * steps:
+            raise UserError(
+                f"warmup_steps={warmup}: the run has {steps:,} steps of about {batch_tokens:,} text tokens, and in the "
+                f"last fifth of them the learning rate goes down; warmup_steps={steps // 10} would do, or more data"
+            )
+        super().__init__(replace(setup, loaders={**setup.loaders, "train": self.stream}))  # type: ignore[dict-item]
+        self.optimizer.register_step_post_hook(lambda *_: self.keep_unit_rows())
+
+    @classmethod
+    def check(cls, config: DictConfig, binding: Binding) -> None:
+        options, layer = binding.options["init"], config.loss.layer
+        if config.mode == "plan":
+            raise UserError("mode=plan counts what training the model takes; for loss=sae see docs/sae-training.md")
+        if config.model.layout == "shared_prefix":
+            raise UserError(
+                "model.layout=shared_prefix: would count a prompt's tokens once for several completions; packed"
+            )
+        layers = list(layer) if isinstance(layer, ListConfig) else [] if layer is None else [layer]
+        if not all(isinstance(n, int) for n in layers) or len(set(layers)) < len(layers) or layer == []:
+            raise UserError(f"loss.layer={layer}: a layer's number from 0, a list of different ones, or null")
+        for key in ("d_sae", "k", "batch_tokens", "buffer_tokens", "dead_after"):
+            if not isinstance(options[key], int) or options[key] < 1:
+                raise UserError(f"loss.{key}={options[key]}: has to be a whole number above 0")
+        if options["k"] > options["d_sae"]:
+            raise UserError(
+                f"loss.k={options['k']}: more than the loss.d_sae={options['d_sae']} latents that there are"
+            )
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    @torch.no_grad()
+    def residuals(self, batch: Batch) -> Tensor:
+        """The residual stream [M, layers * D] at a batch's text tokens."""
+        batch = batch.to(self.device)
+        with self.reader.reading():
+            final_hidden_states(self.policy, batch)
+        return self.reader.take()[text_positions(batch, self.special)]
+
+    def by_layer(self, x: Tensor) -> Iterator[Tensor]:
+        """The vectors [M, D] of each layer, in fp32."""
+        return (part.float() for part in x.chunk(len(self.layers), dim=1))
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def steps(self, split: str, start: int = 0) -> Iterator[list[Batch]]:
+        """Not in a thread of their own, as other trainers': the model that makes them is the one that evaluates."""
+        return self.loaders[split].steps(start)
+
+    def trained_module(self) -> nn.Module:
+        return nn.ModuleList(self.autoencoders).to(self.device)
+
+    def train(self) -> None:
+        """As every trainer; a new run starts from the statistics of its first activations."""
+        console.print(
+            f"{self.stream.tokens:,} text tokens in {len(self.stream):,} steps of about "
+            f"{self.config.loss.batch_tokens:,}, from a buffer of about {self.config.loss.buffer_tokens:,}"
+        )
+        if not parallel.from_rank_zero(self.run.saved):
+            self.stream.fill(0)
+            sample = self.stream.in_buffer(SAMPLE_STEPS)
+            vectors, tokens = torch.cat([step.x for step in sample]), sum(step.tokens for step in sample)
+            for own, x in zip(self.autoencoders, self.by_layer(vectors)):
+                own.start_from(x, tokens)
+        super().train()
+
+    @torch.no_grad()
+    def set_thresholds(self) -> None:
+        """Set each JumpReLU's threshold so that with the weights as they are k latents a token are active on average.
+
+        It is what BatchTopK comes down to on steps of the block in the buffer, a mean over them. (The paper's running
+        mean over training lags behind the weights, by much in a short run, and L0 is then not k.)
+        """
+        found = [
+            [
+                own.smallest_kept(own.preactivations(x * own.scale), step.tokens)
+                for own, x in zip(self.autoencoders, self.by_layer(step.x))
+            ]
+            for step in self.stream.in_buffer(SAMPLE_STEPS)
+        ]
+        for own, smallest in zip(self.autoencoders, zip(*found)):  # none where a finished run is resumed
+            own.threshold.copy_(torch.stack(smallest).mean())
+
+    def save(self, step: int, examples: int) -> None:
+        self.set_thresholds()
+        super().save(step, examples)
+
+    def loss(self) -> None:
+        """Not a loss of log-probabilities: see `compute_loss`."""
+
+    def weight(self, batch: Activations) -> int:  # type: ignore[override]
+        return len(batch.x)
+
+    def compute_loss(self, batch: Activations, split: str, means: Means) -> Tensor:  # type: ignore[override]
+        """Losses [M] of the tokens, summed over the layers."""
+        errors, auxiliary = batch.x.new_zeros(2, len(batch.x), dtype=torch.float32)
+        for own, name, x in zip(self.autoencoders, self.names, self.by_layer(batch.x)):
+            x = x * own.scale
+            squared, revival, active, dead = own(x, batch.tokens)
+            errors, auxiliary = errors + squared, auxiliary + own.auxiliary * revival
+            means.add(f"sae_{split}/{name}l0", active)
+            means.add(f"sae_{split}/{name}fvu", squared, float((x - own.mean).square().sum()))
+            means.add(f"sae_{split}/{name}dead", dead)
+        means.add(f"loss/{split}", errors)
+        return errors + auxiliary
+
+    def keep_unit_rows(self) -> None:
+        for own in self.autoencoders:
+            own.keep_unit_rows()
+
+    def clip_gradients(self) -> Tensor:
+        """Each autoencoder's by itself, so that it is trained as it would be alone; gives the norm of all together."""
+        norms = []
+        for own in self.autoencoders:
+            own.drop_parallel_gradient()
+            norms.append(self.clip(own, self.config.model.max_grad_norm))
+        return torch.stack(norms).norm()
+
+    def count(self, pace: Pace, step: int, micro_batches: list[Activations]) -> None:  # type: ignore[override]
+        tokens = sum(map(self.weight, micro_batches))
+        products = sum(own.W_enc.numel() for own in self.autoencoders)  # in the forward and in the backward pass
+        operations = tokens * (pace.flops.per_token / 3 + 4 * products)
+        pace.count(tokens, self.stream.records_in(step) / parallel.world_size(), operations)
+
+    def headline(self, values: dict[str, float]) -> str:
+        shown = {key.removeprefix("sae_train/"): value for key, value in values.items() if key.startswith("sae_train/")}
+        return "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
+
+    # ------------------------------------------------------------------------------------------------ measuring
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Of each frozen JumpReLU on the evaluation set: L0 (active latents a token), FVU (squared error over the
+        variance around the mean of each dimension), CE recovered (how much of the loss between zeroing the residual
+        stream and leaving it alone the reconstruction wins back) and the share of dead latents. The loss is the
+        squared error in units of the vectors' mean square, summed over layers."""
+        self.set_thresholds()
+        saes = self.exported or [own.frozen() for own in self.autoencoders]
+        clean = torch.zeros(3, dtype=torch.float64, device=self.device)  # text tokens, completion tokens, CE
+        sums = torch.zeros(len(saes), 5, dtype=torch.float64, device=self.device)  # L0, error, squares, CEs: SAE, zero
+        means = torch.zeros(len(saes), saes[0].d_in, dtype=torch.float64, device=self.device)
+        for micro_batches in self.steps("eval"):
+            for batch in (batch.to(self.device) for batch in micro_batches):
+                where = text_positions(batch, self.special)
+                with self.reader.reading():
+                    own = self.cross_entropy(batch)
+                vectors = self.reader.take()[where]
+                clean += torch.stack([where.sum(), own.new_tensor(len(batch.target)), own])
+                for n, x in enumerate(self.by_layer(vectors)):
+                    rebuilt, active = reconstruct(saes[n], x)
+                    values = [active, (x - rebuilt).square().sum(), x.square().sum()]
+                    for replacement in (rebuilt, torch.zeros_like(x)):
+                        with self.replaced(self.layers[n], where, replacement):
+                            values.append(self.cross_entropy(batch))
+                    sums[n] += torch.stack(values)
+                    means[n] += x.double().sum(0)
+        tokens, targets, ce_clean = parallel.sum_over_ranks(clean).tolist()
+        parallel.sum_over_ranks(sums)
+        variances = sums[:, 2] - parallel.sum_over_ranks(means).square().sum(1) / tokens
+        found = {"loss/eval": float((sums[:, 1] / sums[:, 2]).sum()) * saes[0].d_in}
+        for n, (trained, name) in enumerate(zip(self.autoencoders, self.names)):
+            active, error, _, ce_sae, ce_zero = sums[n].tolist()
+            figures = {
+                "l0": active / tokens,
+                "fvu": error / float(variances[n]),
+                "ce_recovered": (ce_zero - ce_sae) / (ce_zero - ce_clean),
+                "ce_clean": ce_clean / targets,
+                "ce_sae": ce_sae / targets,
+                "ce_zero": ce_zero / targets,
+            }
+            if not self.exported:  # a saved file does not say
+                figures["dead"] = float((trained.silent > trained.dead_after).float().mean())
+            found |= {f"sae_eval/{name}{key}": value for key, value in figures.items()}
+        return found
+
+    def cross_entropy(self, batch: Batch) -> Tensor:
+        """Of a batch's completion tokens, summed."""
+        return -score(self.policy, batch).logps.double().sum()
+
+    @contextmanager
+    def replaced(self, layer: int, where: Tensor, vectors: Tensor) -> Iterator[None]:
+        """Forward passes in which a layer's output at some positions [R, T] is replaced by vectors [M, D]."""
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            residual = output if isinstance(output, Tensor) else output[0]
+            changed = residual.clone()
+            changed[where] = vectors.to(residual.dtype)
+            return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+        handle = self.modules[layer].register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def write_export(self, folder: Path, step: int) -> None:  # noqa: ARG002
+        """`layer_<n>/width_<F>/average_l0_<l0>/params.npz`, as Gemma Scope names its files, and in `saelens/` beside
+        it, where that was asked for, the same as SAELens has it."""
+        figures = self.evaluate()
+        if parallel.rank() != 0:
+            return
+        for number, own, name in zip(self.layers, self.autoencoders, self.names):
+            l0 = round(figures[f"sae_eval/{name}l0"])
+            place = folder / f"layer_{number}/width_{width_name(len(own.W_dec))}/average_l0_{l0}"
+            save_sae(own.frozen(), place / "params.npz")
+            if self.saelens:
+                model = str(self.config.model.name_or_path)
+                data = {"dataset_path": ",".join(map(str, self.config.datasets)), "k": own.k}
+                save_saelens(own.frozen(), place / "saelens", number, {"model_name": model, **data})
+
+    def read_export(self, folder: Path) -> None:
+        files = [next(folder.glob(f"layer_{number}/*/*/params.npz")) for number in self.layers]
+        self.exported = [load_sae(file).to(self.device) for file in files]
+
+
+def reconstruct(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [M, D] as an SAE gives them back, and how many features are active in all; some of them at a time."""
+    rebuilt, active = [x.new_zeros(0, x.shape[1], dtype=torch.float32)], torch.zeros((), device=x.device)
+    for part in x.split(max(1, ENCODE_ELEMENTS // sae.d_sae)):
+        features = sae.encode(part)
+        rebuilt.append(sae.decode(features))
+        active = active + (features > 0).sum()
+    return torch.cat(rebuilt), active
+
+
+def width_name(d_sae: int) -> str:
+    """As Gemma Scope writes it: 16k for 16,384."""
+    return f"{d_sae // 1024}k" if d_sae % 1024 == 0 else str(d_sae)

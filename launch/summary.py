@@ -1,0 +1,122 @@
+"""The figures that a run ends with: `summary.json` and a table."""
+
+import json
+import resource
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.table import Table
+
+from data import toy
+from distributed import parallel
+from judging.judge import Item, judge_pairs, toy_judge
+from judging.statistics import win_rate
+from sampling.diversity import log_likelihoods
+from sampling.generate import Request, Sample, Settings, sample
+from trainers import BasicTrainer
+from utils import console, write_json
+
+NAMES = {  # the figures in the order of the table; a run has those that apply to it
+    "loss_before": "held-out loss before",
+    "loss_after": "held-out loss after",
+    "accuracy_before": "preference accuracy before",
+    "accuracy_after": "preference accuracy after",
+    "toy_score_before": "toy score before",
+    "toy_score_after": "toy score after",
+    "win_rate": "win rate against the start",
+    "feature_drift": "feature drift",
+    "kl": "KL to the reference, nats a completion",
+    "seconds": "seconds",
+    "peak_rss_mb": "peak memory, MB",
+}
+
+
+def summarise(trainer: BasicTrainer, start_weights: Path, started: float) -> None:
+    """Write summary.json and print it, with the names of the files that the run wrote."""
+    run, config = trainer.run, trainer.config
+    figures = from_metrics(run.folder / "metrics.jsonl")
+    if config.toy_comparison:
+        figures |= against_start(trainer, start_weights, config.toy_comparison)
+    figures["seconds"] = time.monotonic() - started
+    figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if parallel.rank() != 0:
+        return
+    write_json(run.folder / "summary.json", figures)
+
+    table = Table("figure", "value", title=str(config.exp_name))
+    for key, name in NAMES.items():
+        if key in figures:
+            value = f"{figures[key]:.4g}"
+            if key == "win_rate":
+                value += f" (95 % interval {figures['win_rate_low']:.4g} to {figures['win_rate_high']:.4g})"
+            table.add_row(name, value)
+    console.print(table)
+    console.print(f"{run.folder}/: LATEST/ (policy.pt and Hub format), summary.json, metrics.jsonl, config.yaml")
+
+
+def from_metrics(path: Path) -> dict[str, float]:
+    """What the first and the last evaluation say. Accuracy: the share of pairs whose chosen completion the policy
+    itself finds likelier per token. Drift: the mean over chosen and rejected completions."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    evaluations = [line for line in lines if "loss/eval" in line]
+    if not evaluations:
+        return {}
+    figures = {"loss_after": evaluations[-1]["loss/eval"]}
+    if evaluations[0]["step"] == 0:
+        figures["loss_before"] = evaluations[0]["loss/eval"]
+    if "logps_eval/accuracies" in evaluations[-1]:
+        figures["accuracy_after"] = evaluations[-1]["logps_eval/accuracies"]
+        if evaluations[0]["step"] == 0:
+            figures["accuracy_before"] = evaluations[0]["logps_eval/accuracies"]
+    drifts = [value for key, value in evaluations[-1].items() if key.startswith("feature_drift_eval/")]
+    if drifts:
+        figures["feature_drift"] = sum(drifts) / len(drifts)
+    return figures
+
+
+def against_start(trainer: BasicTrainer, start_weights: Path, count: int) -> dict[str, float]:
+    """The tuned policy against the policy it started as, on held-out prompts, by the toy language's rules.
+
+    Both are sampled as they are (temperature 1, no truncation), so the same samples give an unbiased KL:
+    the mean over the policy's completions of log policy - log start.
+    """
+    config, model = trainer.config, trainer.config.model
+    start = trainer.load(start_weights, model.load_from, frozen=True)
+    rows = {row["prompt"]: row for row in trainer.loaders["eval"].rows}
+    prompts = list(rows.values())[:count]
+
+    control = [trainer.tokenizer.encode(token, add_special_tokens=False)[0] for token in trainer.control_tokens]
+    plain = [row["prompt_ids"] for row in prompts]
+    controlled = [[*ids, *control[:1]] for ids in plain]
+
+    def completions(policy: Any, prompt_ids: list[list[int]], seed: int) -> list[Sample]:
+        return sample(
+            policy,
+            trainer.tokenizer,
+            [Request(ids, temperature=1.0) for ids in prompt_ids],
+            Settings(config.max_new_tokens, seed),
+            batch_size=model.eval_batch_size,
+            never=control if policy is trainer.policy else (),
+        )
+
+    def log_likelihood(policy: Any, prompt_ids: list[list[int]], samples: list[Sample]) -> float:
+        ids, tokenizer = [drawn.ids for drawn in samples], trainer.tokenizer
+        ends = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+        return mean(log_likelihoods(policy, prompt_ids, ids, batch_size=model.eval_batch_size, **ends))
+
+    tuned = completions(trainer.policy, controlled, config.seed)
+    before = completions(start, plain, config.seed + 1)
+    items = [Item(json.loads(row["messages"]), t.text, b.text) for row, t, b in zip(prompts, tuned, before)]
+    verdicts = judge_pairs(items, toy_judge, config.seed)
+    rate, low, high = win_rate([verdict.preference for verdict in verdicts if verdict.preference is not None])
+    questions = [item.messages[-1]["content"] for item in items]
+    return {
+        "toy_score_before": mean(toy.score(question, item.baseline) for question, item in zip(questions, items)),
+        "toy_score_after": mean(toy.score(question, item.candidate) for question, item in zip(questions, items)),
+        "win_rate": rate,
+        "win_rate_low": low,
+        "win_rate_high": high,
+        "kl": log_likelihood(trainer.policy, controlled, tuned) - log_likelihood(start, plain, tuned),
+    }

@@ -1,0 +1,246 @@
+"""What a loss may ask for, by name, and the check that a loss and its YAML agree.
+
+A loss is a method whose positional parameters name quantities and whose keyword-only parameters are its
+hyper-parameters:
+
+    def loss(self, policy_chosen_mean_logps, policy_rejected_mean_logps, *, beta): ...
+
+A quantity is one value for each sequence, [S], or, where it says so, for each completion token, [N]. In a loss on
+pairs each is asked for once for the chosen and once for the rejected completions, [B] each: `policy_logps` as
+`policy_chosen_logps` and `policy_rejected_logps`, `feature_drift` as `chosen_feature_drift`, and so on. Short names
+work too: `chosen_logps` is `policy_chosen_logps`, `ref_chosen_logps` is `reference_chosen_logps`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+import sae as saes
+from data.batch import Batch
+from utils import UserError, suggest
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass
+class Evidence:
+    """All that quantities are computed from, for one batch."""
+
+    batch: Batch
+    policy: Any  # models.Scores; models.RewardScores of a reward model
+    sae: saes.SAE | None = None
+    kl: Tensor | None = None  # of the whole optimiser step
+    value_head: nn.Module | None = None
+
+
+def policy_logps(e: Evidence) -> Tensor:
+    """Summed log-probability of the completion under the policy."""
+    return e.policy.logps
+
+
+def policy_mean_logps(e: Evidence) -> Tensor:
+    """The same per token."""
+    return e.policy.mean_logps
+
+
+def reference_logps(e: Evidence) -> Tensor:
+    """Summed log-probability of the completion under the reference."""
+    return e.batch.reference["logps"]
+
+
+def reference_mean_logps(e: Evidence) -> Tensor:
+    """The same per token."""
+    return e.batch.reference["logps"] / e.policy.lengths
+
+
+def lengths(e: Evidence) -> Tensor:
+    """Tokens of the completion, end of sequence included."""
+    return e.policy.lengths
+
+
+def feature_drift(e: Evidence, *, divergence: str, k: int, feature_weights: Tensor | None = None) -> Tensor:
+    """How far the completion's pooled SAE features are from the reference's (`sae.feature_drift`)."""
+    assert e.sae is not None and e.policy.residual is not None
+    reference = e.batch.reference["features"]
+    return saes.feature_drift(
+        e.sae,
+        e.policy.residual,
+        e.batch.content_lengths,
+        reference,
+        divergence=divergence,
+        k=k,
+        feature_weights=feature_weights,
+    )
+
+
+def position_kl(e: Evidence) -> Tensor:
+    """Sum over the completion's tokens of KL(reference || policy) of the next token (TDPO, 2404.11999)."""
+    per_token = e.policy.token_kl
+    return per_token.new_zeros(e.batch.num_sequences).index_add(0, e.batch.sequence, per_token)
+
+
+def desirable(e: Evidence) -> Tensor:
+    """Whether the completion is labelled as desirable (bool); for unpaired data."""
+    return e.batch.record["desirable"]
+
+
+def kl(e: Evidence) -> Tensor:
+    """KTO's z, one number for all sequences of an optimiser step (`UnpairedPreferenceTrainer.before_step`)."""
+    assert e.kl is not None
+    return e.kl.expand(e.batch.num_sequences)
+
+
+def rewards(e: Evidence) -> Tensor:
+    """What a reward model gives the completion."""
+    return e.policy.rewards
+
+
+def policy_token_logps(e: Evidence) -> Tensor:
+    """Log-probability of each completion token under the policy, [N]."""
+    return e.policy.token_logps
+
+
+def reference_token_logps(e: Evidence) -> Tensor:
+    """The same under the reference."""
+    return e.batch.reference["token_logps"]
+
+
+def values(e: Evidence) -> Tensor:
+    """The value head's forecast before each completion token, [N]."""
+    assert e.value_head is not None
+    return e.value_head(e.policy.hidden.float()).squeeze(1)
+
+
+def advantages(e: Evidence) -> Tensor:
+    """Generalised advantage of each completion token, [N], whitened over the optimiser step."""
+    return e.batch.record["advantages"]
+
+
+def returns(e: Evidence) -> Tensor:
+    """What the value head should have forecast, [N]."""
+    return e.batch.record["returns"]
+
+
+QUANTITIES: dict[str, Callable[..., Tensor]] = {
+    quantity.__name__: quantity
+    for quantity in (
+        policy_logps,
+        policy_mean_logps,
+        reference_logps,
+        reference_mean_logps,
+        lengths,
+        feature_drift,
+        position_kl,
+        desirable,
+        kl,
+        rewards,
+        policy_token_logps,
+        reference_token_logps,
+        values,
+        advantages,
+        returns,
+    )
+}
+NEEDS = {  # what has to be there before the first step, for those that take more than the policy's own scores
+    "reference_logps": {"reference"},
+    "reference_mean_logps": {"reference"},
+    "feature_drift": {"reference", "sae"},
+    "position_kl": {"live_reference"},
+    "kl": {"reference", "kl"},
+    "reference_token_logps": {"reference"},
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One positional parameter of a loss: a quantity, of all sequences or of one side."""
+
+    parameter: str
+    quantity: str
+    side: str | None
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A loss matched with its configuration."""
+
+    inputs: tuple[Input, ...]
+    options: dict[str, dict[str, Any]]  # hyper-parameters of `__init__`, `loss`, the loader and each quantity
+    needs: frozenset[str]  # of "reference", "live_reference", "sae", "kl"
+
+
+def parse_parameter(parameter: str) -> Input | None:
+    """The quantity and side that a parameter of a loss names, or None."""
+    words = ["reference" if word == "ref" else word for word in parameter.split("_")]
+    side = next((side for side in SIDES if side in words), None)
+    name = "_".join(word for word in words if word != side)
+    for quantity in (name, f"policy_{name}"):
+        if quantity in QUANTITIES:
+            return Input(parameter, quantity, side)
+    return None
+
+
+def keyword_only(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The hyper-parameters of a function: its keyword-only parameters."""
+    parameters = inspect.signature(function).parameters
+    return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def known_parameters(sides: Iterable[str | None]) -> list[str]:
+    """Every full name that a loss may ask for."""
+    names = []
+    for side in sides:
+        for quantity in QUANTITIES:
+            owner, _, rest = quantity.partition("_")
+            owned = owner in ("policy", "reference")
+            names.append("_".join(filter(None, (owner, side, rest) if owned else (side, quantity))))
+    return names
+
+
+def bind(
+    trainer: type,
+    loader: Callable[..., Any],
+    values: Mapping[str, Any],
+    own_keys: Iterable[str] = ("name", "trainer", "dataloader"),
+) -> Binding:
+    """Match a trainer's signature with the keys of `config.loss`.
+
+    Raises UserError naming everything that does not fit: a parameter that is no quantity, a hyper-parameter that
+    has no value, a key that nothing reads.
+    """
+    name, problems, inputs = trainer.__name__, [], []
+    loss = inspect.signature(trainer.loss)  # type: ignore[attr-defined]
+    for parameter in list(loss.parameters.values())[1:]:
+        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            continue
+        found = parse_parameter(parameter.name)
+        if found is None or found.side not in trainer.sides:  # type: ignore[attr-defined]
+            known = known_parameters(trainer.sides)  # type: ignore[attr-defined]
+            hint = suggest(parameter.name, known)
+            problems.append(f"{name}.loss asks for {parameter.name!r}{hint}; it can have {', '.join(known)}")
+        else:
+            inputs.append(found)
+
+    quantities = dict.fromkeys(i.quantity for i in inputs)
+    readers = {"init": trainer.__init__, "loss": trainer.loss, "loader": loader}  # type: ignore[attr-defined, misc]
+    readers |= {quantity: QUANTITIES[quantity] for quantity in quantities}
+    wanted = {reader: keyword_only(function) for reader, function in readers.items()}
+    every = {key for parameters in wanted.values() for key in parameters}
+    for key in values:
+        if key not in every and key not in own_keys:
+            takes = ", ".join(sorted(every)) or "none"
+            problems.append(f"loss.{key} is read by nothing{suggest(key, every)}; hyper-parameters of {name}: {takes}")
+    for reader, parameters in wanted.items():
+        for key, parameter in parameters.items():
+            if key not in values and parameter.default is inspect.Parameter.empty:
+                problems.append(f"loss.{key} is missing: {readers[reader].__qualname__} needs it")
+    if problems:
+        raise UserError("\n".join(problems))
+    return Binding(
+        inputs=tuple(inputs),
+        options={reader: {k: values[k] for k in parameters if k in values} for reader, parameters in wanted.items()},
+        needs=frozenset().union(*(NEEDS.get(quantity, set()) for quantity in quantities)),
+    )
