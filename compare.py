@@ -24,15 +24,15 @@ from judging.judge import (
     Tokens,
     Verdict,
     VerdictLog,
-    api_key,
     append_line,
     ask_all,
+    judge_key,
     judge_pairs,
     orders,
-    show,
+    shown_as,
     toy_judge,
 )
-from judging.page import grades_page, page
+from judging.page import grades_page, verdict_page
 from judging.protocols import PROTOCOLS, PromptTemplate, Shown
 from sampling.openai_server import Server
 from utils import UserError, console, named_class, suggest, write_text
@@ -88,9 +88,9 @@ def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
     found = comparisons(args)
     if args.official_lc:
         for comparison in found:
-            alpaca_eval_official.check(comparison)
+            alpaca_eval_official.require_official_set(comparison)
     games = [orders(one.items, args.seed, args.both_orders) for one in found]
-    shown = [show(one.items[i], first) for one, these in zip(found, games) for i, first in these]
+    shown = [shown_as(one.items[i], first) for one, these in zip(found, games) for i, first in these]
     judge, budget = judge_for(args, template, shown)
     if args.dry_run:
         return
@@ -100,7 +100,7 @@ def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
         if recorded is None:
             recorded = judge_pairs(one.items, judge, args.seed, args.concurrency, args.both_orders)
         verdicts.append(recorded)
-    lines = [tables.figures(args, one, those) for one, those in zip(found, verdicts)]
+    lines = [tables.comparison_figures(args, one, those) for one, those in zip(found, verdicts)]
     board = tables.standings(found, verdicts) if len(found) > 1 else []
     for one, those, line in zip(found, verdicts, lines):
         if args.verbose:
@@ -108,7 +108,7 @@ def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
         line |= {"leaderboard": board} if board else {}
         line |= spent(judge, budget) | {"config": one.config}
         append_line(args.results_file, line)
-    write_text(args.page, page(lines, found, verdicts, board))
+    write_text(args.page, verdict_page(lines, found, verdicts, board))
     tables.show_pairs(lines, board)
     show_end(args, judge, budget)
 
@@ -125,7 +125,7 @@ def judge_for(
         if args.dry_run:
             console.print(f"{len(shown):,} verdicts by {args.judge}: nothing is sent")
         return toy_judge, budget
-    key = "" if args.dry_run else api_key(args.judge, args.base_url)
+    key = "" if args.dry_run else judge_key(args.judge, args.base_url)
     server = Server(args.base_url, key, timeout=args.timeout, pause=args.sleep_time)
     log = VerdictLog(args.results_file.with_suffix(".verdicts.jsonl"))
     judge = OpenAIJudge(args.judge, template, log, budget, server)

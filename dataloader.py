@@ -36,21 +36,20 @@ from data.rows import (
     SUFFIXES,
     BadRow,
     BadRows,
-    Message,
     answer_of,
     checked_text,
     collapse,
-    conversation,
     hub_files,
     number_of,
     pair_of,
+    parse_conversation,
     rows,
     text_of,
     value_of,
 )
-from utils import UserError, appears_whole, console, digest_of, fingerprint, suggest
+from utils import Message, UserError, atomic_write, console, digest_of, fingerprint, suggest
 
-LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
+FILE_LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
 hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
 
 TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -125,7 +124,7 @@ class Dataset:
 
     def __getitem__(self, prompt: str | list[Message]) -> Example:
         """Raises BadRow for a prompt that is not text or a conversation whose last turn is the user's."""
-        messages = conversation(prompt, "the prompt")
+        messages = parse_conversation(prompt, "the prompt")
         if messages[-1]["role"] != "user":
             raise BadRow("the prompt does not end with the user's turn")
         key = json.dumps(messages)
@@ -359,7 +358,7 @@ def _toy_rows(name: str, split: str) -> int:
 
 
 def read_file(file: Path) -> Dataset:
-    """A data set from a file in one of LAYOUTS; columns beyond them are ignored.
+    """A data set from a file in one of FILE_LAYOUTS; columns beyond them are ignored.
 
     Raises UserError when no row at all can be used.
     """
@@ -371,13 +370,13 @@ def read_file(file: Path) -> Dataset:
             _add_row(data, row, place)
     if not data.examples:
         raise UserError(
-            f"{data.bad.summary()}\nColumns found: {', '.join(columns) or 'none'}. Known layouts: {LAYOUTS}."
+            f"{data.bad.summary()}\nColumns found: {', '.join(columns) or 'none'}. Known layouts: {FILE_LAYOUTS}."
         )
     return data
 
 
 def _add_row(data: Dataset, row: dict[str, Any], place: str) -> None:
-    """Add a row of any of LAYOUTS. Raises BadRow, with `data` as it was."""
+    """Add a row of any of FILE_LAYOUTS. Raises BadRow, with `data` as it was."""
     if "chosen" in row or "rejected" in row:
         prompt, chosen, rejected = pair_of(row)
         data[prompt].add_pair(chosen, rejected, source=place)
@@ -405,7 +404,7 @@ def named_loaders() -> dict[str, Callable[..., Dataset]]:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """What `entry`, a name or a file, contributes to the training or the test rows."""
 
     entry: str
@@ -446,7 +445,7 @@ def _named_by(function: Callable[..., Any], values: Mapping[Any, Any]) -> dict[s
     return {name: values[name] for name in others if name in values}
 
 
-def sources(config: DictConfig, split_name: str) -> list[Source]:
+def sources(config: DictConfig, split_name: str) -> list[DataSource]:
     """Where the "train" or the "test" rows come from.
 
     Without eval_datasets the test rows come from `datasets` too: from their split eval_split, or, of a file and where
@@ -456,9 +455,9 @@ def sources(config: DictConfig, split_name: str) -> list[Source]:
     split = config.train_split if split_name == "train" else config.eval_split
     found = []
     for entry in [entries] if isinstance(entries, str) else entries:
-        whole = Source(entry, split)
+        whole = DataSource(entry, split)
         shared = not config.eval_datasets and (whole.is_file or config.train_split == config.eval_split)
-        found.append(Source(entry, "" if whole.is_file else split, split_name if shared else ""))
+        found.append(DataSource(entry, "" if whole.is_file else split, split_name if shared else ""))
     return found
 
 
@@ -549,7 +548,7 @@ def _write_tokens(
 ) -> None:
     """The tokens, a table at a time, and beside them all bad rows by data set and reason."""
     try:
-        with appears_whole(path) as part:
+        with atomic_write(path) as part:
             part.mkdir()
             with hf_datasets.arrow_writer.ArrowWriter(
                 path=str(part / "tokens.arrow"), features=tokenise.FEATURES

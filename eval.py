@@ -25,7 +25,7 @@ import models
 from distributed import parallel
 from features import measure, probe, report
 from launch import assembly, settings
-from launch.policies import Policy, find_policy, read_config, refuse_what_writes_no_text, trainer_class
+from launch.policies import Policy, find_policy, read_config, require_language_model, trainer_class
 from sampling import backends, benchmark_files, diversity, samples
 from training.checkpoint import Run
 from utils import UserError, console, write_json
@@ -43,7 +43,7 @@ def write_samples(config: DictConfig, path: Path, overrides: list[str]) -> None:
         weights = f"{server.model} at {config.base_url}"
     else:
         policy = find_policy(path, config, overrides)
-        refuse_what_writes_no_text(config, policy)
+        require_language_model(config, policy)
         weights = policy.digest()
     records = samples.records_to_sample(config, every=config.mode != "sample")
     name = config.exp_name if config.mode == "sample" else f"{config.exp_name}-{config.mode}"
@@ -58,7 +58,7 @@ def write_samples(config: DictConfig, path: Path, overrides: list[str]) -> None:
         judged = f"-f {target}"
         if writes:
             if config.mode in benchmark_files.FILES:
-                handed = benchmark_files.write(
+                handed = benchmark_files.write_benchmark_file(
                     config.mode, config.exp_name, conversations, log.sampled_at, target.parent
                 )
                 console.print(f"for the benchmark's own tools: {handed}", markup=False)
@@ -102,7 +102,7 @@ def write_metrics(config: DictConfig, path: Path, overrides: list[str]) -> None:
     policy = find_policy(path, config, overrides)
     if policy.run is None or config.backend != "transformers":
         raise UserError("mode=eval measures the policy of a run, with backend=transformers")
-    parts = settings.check(config, [], modes=["eval"])
+    parts = settings.check_config(config, [], modes=["eval"])
     sources = settings.find_sources(config, parts.binding.needs)
     trainer = assembly.prepare(config, parts, sources, Run(policy.run), cached=["eval"])
     trainer.read_export(policy.folder)
@@ -115,7 +115,7 @@ def write_metrics(config: DictConfig, path: Path, overrides: list[str]) -> None:
     with log as opened:
         if opened:
             talks = samples.converse(config, own, records, diversity.backend_of(trainer), opened)
-            values |= diversity.figures(trainer, talks)
+            values |= diversity.sample_figures(trainer, talks)
         if parallel.rank() == 0:
             write_json(policy.run / "eval.json", values)
     for name, value in values.items():
@@ -131,7 +131,7 @@ def write_features(config: DictConfig, path: Path, overrides: list[str]) -> None
         return
     measured, run = measure.measure(config, path, overrides)
     if parallel.rank() == 0:
-        report.write(measured, run / "features")
+        report.write_report(measured, run / "features")
     console.print(report.finding(measured), markup=False)
     console.print(f"written to {run / 'features'}: report.html, drift.parquet", markup=False)
 

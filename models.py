@@ -34,7 +34,7 @@ from data.batch import Batch
 from distributed.sharding import materialise
 from modeling.attention import mask_inputs
 from modeling.head import token_statistics
-from modeling.weights import WEIGHTS, fill, open_weights, refuse_misfits, weight_files
+from modeling.weights import WEIGHTS, fill, open_weights, require_matching_weights, weight_files
 from sae import JointTap, MLPTap, ResidualTap
 from utils import UserError, local_path
 
@@ -292,7 +292,7 @@ def load_quantised(directory: Path, attention: str, device: torch.device, comput
         output_loading_info=True,
     )
     model, loading = loaded
-    refuse_misfits(directory, {kind: sorted(map(str, names)) for kind, names in loading.items() if names})
+    require_matching_weights(directory, {kind: sorted(map(str, names)) for kind, names in loading.items() if names})
     return model.eval()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from utils import UserError, local_path
 
 ENCODE_ELEMENTS = 1 << 24  # activations held at once while encoding: 64 MiB in fp32
-OTHERS = "others"  # as an index in feature weights: all features that are not listed
+OTHER_FEATURES = "others"  # as an index in feature weights: all features that are not listed
 SHARE_FLOOR = 1e-6  # added to every share of the KL drift, so that a feature that went silent costs a finite amount
 
 
@@ -290,7 +290,7 @@ def mse_terms(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {"kl": kl_terms, "mse": mse_terms}
 
 
-def feature_drift(
+def compute_feature_drift(
     sae: SAE,
     residual: Tensor,
     lengths: Sequence[int],
@@ -364,9 +364,11 @@ def read_feature_weights(source: Any, d_sae: int) -> Tensor | None:
     for entry in source:
         try:
             weight = float(entry["weight"])
-            index = None if entry["index"] == OTHERS else int(entry["index"])
+            index = None if entry["index"] == OTHER_FEATURES else int(entry["index"])
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{where}: {entry!r} is not {{index: a feature or {OTHERS}, weight: a number}}") from error
+            raise UserError(
+                f"{where}: {entry!r} is not {{index: a feature or {OTHER_FEATURES}, weight: a number}}"
+            ) from error
         if (index is not None and not 0 <= index < d_sae) or not 0 <= weight < float("inf"):
             raise UserError(f"{where}: {entry!r} needs an index in [0, {d_sae}) and a weight of 0 or more")
         if index is None:

@@ -27,10 +27,10 @@ def train(config: DictConfig, overrides: list[str]) -> None:
     """Check, prepare, train, summarise."""
     started = time.monotonic()
     config.exp_name = str(config.exp_name)  # YAML reads exp_name=7 as a number
-    parts = settings.check(config, overrides, modes=MODES)
+    parts = settings.check_config(config, overrides, modes=MODES)
     sources = settings.find_sources(config, parts.binding.needs)
     if config.mode == "plan":
-        plan.show(config, parts, sources)
+        plan.print_plan(config, parts, sources)
         return
     run = Run(Path(config.cache_dir) / config.exp_name)
     with run.writing():

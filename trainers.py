@@ -30,16 +30,16 @@ from data.batch import Batch
 from dataloader import BAD, GOOD, DataLoader, MismatchedRecords
 from distributed import parallel
 from distributed.parallel import Stopped, StopRequest
-from distributed.sharding import reshard, whole
+from distributed.sharding import full_tensor, reshard
 from modeling import adapters
 from modeling.weights import PolicyFile, fill, find_weights, gather, write_hub_format
 from models import score, score_rewards
 from sae import SAE, ResidualTap
 from training.checkpoint import MetricsLog, Run
-from training.quantities import QUANTITIES, Binding, Evidence
+from training.quantities import QUANTITIES, Binding, LossContext
 from training.reference import Reference, ReferenceCache
-from training.throughput import Flops, Pace
-from utils import UserError, ahead, console, progress_bar, suggest
+from training.throughput import Flops, ThroughputMeter
+from utils import UserError, console, prefetch, progress_bar, suggest
 
 # The share of lr, by the share of the steps after the warm-up that are done, and the share of all that are left.
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
@@ -89,7 +89,7 @@ def make_schedule(config: DictConfig, optimizer: torch.optim.Optimizer, steps: i
     return LambdaLR(optimizer, share)
 
 
-class Means:
+class MetricAccumulator:
     """Weighted means of what a batch reports, summed on the device and read once, over all ranks."""
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ class BasicTrainer:
         """The micro-batches of each step of a split, made ready while the step before it is in use."""
         loader = self.loaders[split]
         ready = map(functools.partial(self.make_ready, split), range(start, len(loader)), loader.steps(start))
-        return ahead(ready)
+        return prefetch(ready)
 
     def make_ready(self, split: str, step: int, micro_batches: list[Batch]) -> list[Batch]:  # noqa: ARG002
         """What of a step's work needs no model: its cached reference looked up, and all in memory that a GPU copies
@@ -194,16 +194,16 @@ class BasicTrainer:
     @staticmethod
     def clip(module: nn.Module, limit: float | None) -> Tensor:
         """Bound the norm of one module's gradient (null: no bound); gives what it was."""
-        return whole(nn.utils.clip_grad_norm_(module.parameters(), limit if limit else float("inf")))
+        return full_tensor(nn.utils.clip_grad_norm_(module.parameters(), limit if limit else float("inf")))
 
     @classmethod
     def check(cls, config: DictConfig, binding: Binding) -> None:
         """Raise UserError for a configuration that this trainer cannot work with."""
 
-    def compute_loss(self, batch: Batch, split: str, means: Means) -> Tensor:
+    def compute_loss(self, batch: Batch, split: str, means: MetricAccumulator) -> Tensor:
         """Losses of a batch, one for each record; their sum over the step, divided by its weight, is minimised."""
         batch, scores = self.score(batch, self.references.get(split))
-        evidence = Evidence(batch, scores, self.sae, self.kl, self.value_head)
+        evidence = LossContext(batch, scores, self.sae, self.kl, self.value_head)
         options = self.binding.options
         names = dict.fromkeys(i.quantity for i in self.binding.inputs)
         quantities = {name: QUANTITIES[name](evidence, **options[name]) for name in names}
@@ -219,7 +219,7 @@ class BasicTrainer:
                 means.add(f"feature_drift_{split}/{side}", self.side(quantities["feature_drift"], side, batch))
         return losses
 
-    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
+    def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         """Add what this shape of data logs, beside the loss."""
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -244,7 +244,7 @@ class BasicTrainer:
 
         start, evaluated, saved = step, False, False
         flops = Flops.of(self.policy)
-        means, pace = Means(), Pace(flops)
+        means, pace = MetricAccumulator(), ThroughputMeter(flops)
         with StopRequest() as stop, progress_bar("training", len(loader), step) as advance:
             for micro_batches in self.steps("train", start):
                 if number := stop.anywhere():
@@ -254,14 +254,14 @@ class BasicTrainer:
                 step, before = step + 1, examples
                 examples += loader.records_in(step - 1)
                 self.count(pace, step - 1, micro_batches)
-                evaluated = crosses(config.eval_every, before, examples)
-                saved = crosses(config.save_every, before, examples)
+                evaluated = is_due(config.eval_every, before, examples)
+                saved = is_due(config.save_every, before, examples)
                 if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
                     norm = self.check_updates()
                     values = {**means.read(), "grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
                     self.log(step, examples, {**values, **pace.read()})
                     advance(step, self.headline(values))
-                    means, pace = Means(), Pace(flops)
+                    means, pace = MetricAccumulator(), ThroughputMeter(flops)
                 if evaluated:
                     self.log(step, examples, self.evaluate())
                 if saved:
@@ -276,7 +276,7 @@ class BasicTrainer:
         self.export(step, examples)
         self.metrics.close()
 
-    def count(self, pace: Pace, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
+    def count(self, pace: ThroughputMeter, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
         """Add what this rank did in a step to how fast the run goes."""
         pace.add(micro_batches, self.passes)
 
@@ -296,14 +296,14 @@ class BasicTrainer:
         console.print(f"stopped by {name} after step {step:,}; the same command goes on from {self.run.states}")
         raise Stopped(128 + number)
 
-    def optimise(self, step: int, micro_batches: list[Batch], means: Means) -> None:
+    def optimise(self, step: int, micro_batches: list[Batch], means: MetricAccumulator) -> None:
         """One step of the training data, of `passes` updates."""
         self.before_step("train", step, micro_batches)
         for _ in range(self.passes):
             self.update(step, micro_batches, means)
         self.schedule.step()
 
-    def update(self, step: int, micro_batches: list[Batch], means: Means) -> None:
+    def update(self, step: int, micro_batches: list[Batch], means: MetricAccumulator) -> None:
         """One update of the weights. The host does not wait for its outcome, which `check_updates` reads."""
         own = sum(self.weight(batch) for batch in micro_batches)
         total = int(parallel.sum_over_ranks(torch.tensor(own)))
@@ -329,7 +329,7 @@ class BasicTrainer:
         outcomes = parallel.sum_over_ranks(torch.stack(found)).tolist()
         for update, (not_finite, norm) in zip(updates, outcomes):
             if not_finite or not norm < float("inf"):
-                self.refuse(update)
+                self.raise_nonfinite(update)
         return outcomes[-1][1]
 
     def average_replicated(self) -> None:
@@ -340,7 +340,7 @@ class BasicTrainer:
                     dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
                     parameter.grad /= parallel.world_size()
 
-    def refuse(self, update: Update) -> NoReturn:
+    def raise_nonfinite(self, update: Update) -> NoReturn:
         """Raise the UserError for a loss, or a gradient, that is not finite, naming the examples of all ranks."""
         self.run.finish_saving()
         rows = self.loaders["train"].rows
@@ -359,7 +359,7 @@ class BasicTrainer:
     def evaluate(self) -> dict[str, float]:
         """The means of the metrics over the whole evaluation set."""
         self.module.eval()
-        loader, means = self.loaders["eval"], Means()
+        loader, means = self.loaders["eval"], MetricAccumulator()
         with progress_bar("evaluating", len(loader), 0) as advance:
             for step, micro_batches in enumerate(self.steps("eval")):
                 self.before_step("eval", step, micro_batches)
@@ -405,14 +405,14 @@ class BasicTrainer:
             self.tokenizer.save_pretrained(folder)
             torch.save({"step_idx": step, "state": state, "metrics": self.last_evaluation}, folder / "policy.pt")
         if self.config.model.use_peft:
-            adapters.write(self.policy, folder / "adapter")
+            adapters.write_adapter(self.policy, folder / "adapter")
 
     def read_export(self, folder: Path) -> None:
         """Put the weights that `write_export` wrote in place of those trained, to evaluate them."""
         fill(self.policy, PolicyFile(folder / "policy.pt"))
 
 
-def crosses(every: int | None, before: int, now: int) -> bool:
+def is_due(every: int | None, before: int, now: int) -> bool:
     """Whether a multiple of `every` lies in (before, now]; never, where `every` is null."""
     return every is not None and now // every > before // every
 
@@ -449,7 +449,7 @@ class PairedPreferenceTrainer(BasicTrainer):
         chosen, rejected = values.unflatten(0, (2, len(batch.index)))  # of a batch of no records too
         return chosen if side == "chosen" else rejected
 
-    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
+    def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         for side in ("chosen", "rejected"):
             means.add(f"logps_{split}/{side}", self.side(scores.logps, side, batch))
         means.add(f"logps_{split}/accuracies", self.margin(scores.mean_logps, batch) > 0)
@@ -460,7 +460,7 @@ class PairedPreferenceTrainer(BasicTrainer):
         return self.side(values, "chosen", batch) - self.side(values, "rejected", batch)
 
 
-def report_pair_rewards(means: Means, split: str, chosen: Tensor, rejected: Tensor) -> None:
+def report_pair_rewards(means: MetricAccumulator, split: str, chosen: Tensor, rejected: Tensor) -> None:
     """Each chosen completion's reward against that of its own rejected one."""
     means.add(f"rewards_{split}/chosen", chosen)
     means.add(f"rewards_{split}/rejected", rejected)
@@ -616,7 +616,7 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
         batch = batch.to(self.device)
         return batch, score_rewards(self.policy, batch)
 
-    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:  # noqa: ARG002
+    def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:  # noqa: ARG002
         report_pair_rewards(means, split, *rewards)
 
 
@@ -666,7 +666,7 @@ class UnpairedPreferenceTrainer(BasicTrainer):
         logratio, count = parallel.sum_over_ranks(total)
         self.kl = (logratio / count).clamp(min=0).float()
 
-    def report(self, means: Means, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
+    def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         for side in ("chosen", "rejected"):
             means.add(f"logps_{split}/{side}", self.side(scores.logps, side, batch))
             for values in rewards:
@@ -771,7 +771,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         moments = torch.zeros(3, device=self.device, dtype=torch.float64)
         for batch in micro_batches:
             moved, scores = self.score(batch, None)
-            values = QUANTITIES["values"](Evidence(moved, scores, value_head=self.value_head))
+            values = QUANTITIES["values"](LossContext(moved, scores, value_head=self.value_head))
             longest = max(batch.lengths, default=0)
             episodes = (values, self.rewards(moved), moved.sequence, longest)
             advantages, returns = generalised_advantages(*episodes, gamma=self.gamma, lam=self.lam)

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 REPO = Path(__file__).resolve().parent
 T = TypeVar("T")
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -38,7 +39,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits that change when any part does. Parts are JSON values."""
+    """16 hex digits that change when any part does. RunClasses are JSON values."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -103,7 +104,7 @@ def flush_to_disk(*paths: Path) -> None:
 
 
 @contextlib.contextmanager
-def appears_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Write a new file or directory so that `path` is there complete or not at all.
 
     Yields a path beside the target to write to; on success it is flushed and renamed. An existing file is
@@ -123,7 +124,7 @@ def appears_whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    with appears_whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text)
 
 
@@ -162,7 +163,7 @@ class progress_bar:
         self.progress.stop()
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
+def prefetch(items: Iterable[T]) -> Iterator[T]:
     """The same items, each made in a thread while the one before it is in use."""
     source, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:

@@ -46,7 +46,7 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Block:
+class BufferBlock:
     """What the buffer holds at one time, over all ranks."""
 
     first: int  # of the loader's steps
@@ -87,7 +87,7 @@ class ActivationLoader:
         self.place = np.empty(0)  # [M] in that order, of each among the block's of all ranks
         self.source = np.empty(0)  # [M] in that order, the record that each comes from
 
-    def _cut(self, batch_tokens: int, buffer_tokens: int) -> Iterator[Block]:
+    def _cut(self, batch_tokens: int, buffer_tokens: int) -> Iterator[BufferBlock]:
         """Blocks of like size: a small one at the end would make a poor last step."""
         rows = [self.loader.indices(step) for step in range(len(self.loader))]
         records = np.cumsum([0, *map(len, rows)])
@@ -97,7 +97,7 @@ class ActivationLoader:
         for first, last in pairwise(np.unique(ends).tolist()):
             own = int(tokens[last] - tokens[first])
             steps = max(1, round(own / batch_tokens))
-            yield Block(first, last, int(records[last] - records[first]), own, steps)
+            yield BufferBlock(first, last, int(records[last] - records[first]), own, steps)
 
     def __len__(self) -> int:
         """The number of steps."""

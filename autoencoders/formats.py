@@ -1,8 +1,8 @@
 """Public SAE formats: finding a file, telling its format, and folding what it holds into the one form of `sae.SAE`.
 
-A format is an entry of `FORMATS`: the files it has, where they say the SAE reads, and how their tensors become an SAE.
-What a format can say and an `SAE` cannot compute exactly is refused by name. No file can run code: npz without pickle,
-safetensors, `torch.load(weights_only=True)`.
+A format is an entry of `SAE_FORMATS`: the files it has, where they say the SAE reads, and how their tensors become an
+SAE. What a format can say and an `SAE` cannot compute exactly is refused by name. No file can run code: npz without
+pickle, safetensors, `torch.load(weights_only=True)`.
 
 Shape letters: D width of the vectors that are read, F latents.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from models import fetch
 from sae import SAE, JointSAE
-from utils import UserError, appears_whole, console, file_digest, local_path, suggest
+from utils import UserError, atomic_write, console, file_digest, local_path, suggest
 
 HOOKS = ("residual", "mlp")
 Place = tuple[int | None, str | None]  # the layer and the hook that a file says it reads; None: it does not say
@@ -424,7 +424,7 @@ class Format:
     by_name_only: bool = False  # never recognised, only asked for
 
 
-FORMATS = {
+SAE_FORMATS = {
     "gemma_scope": Format("params.npz", None, gemma_scope, gemma_scope_place),
     "gemma_scope_2": Format(
         "params.safetensors", "config.json", gemma_scope_2, gemma_scope_2_place, config_optional=True
@@ -456,7 +456,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Source:
+class SAESource:
     """An SAE that the configuration asks for, found: its files and where it reads."""
 
     where: str  # the section of the configuration
@@ -494,13 +494,13 @@ def sections(config: DictConfig) -> dict[str, dict[str, Any]]:
     return {where: {**SECTION, **part} for where, part in found.items() if part.get("path")}
 
 
-def find_sae(section: Mapping[str, Any], where: str) -> Source:
+def find_sae(section: Mapping[str, Any], where: str) -> SAESource:
     """Find, or fetch from the Hub, the SAE that a section of the configuration asks for, and where it reads.
 
     Raises UserError where its files are not there or not of one format, where neither they nor the section say which
     layer it reads, and where they disagree.
     """
-    for key, known in (("format", ("auto", *FORMATS)), ("hook", (None, *HOOKS))):
+    for key, known in (("format", ("auto", *SAE_FORMATS)), ("hook", (None, *HOOKS))):
         if section[key] not in known:
             names = [name for name in known if name]
             hint = suggest(str(section[key]), names)
@@ -508,7 +508,7 @@ def find_sae(section: Mapping[str, Any], where: str) -> Source:
     if not isinstance(section["weight"], int | float) or not 0 < section["weight"] < float("inf"):
         raise UserError(f"{where}.weight={section['weight']}: has to be a number above 0")
     files = recognise(fetch_sae(section["path"], f"{where}.path"), section["format"])
-    said = dict(zip(("layer", "hook"), FORMATS[files.format].place(files.weights, files.fields())))
+    said = dict(zip(("layer", "hook"), SAE_FORMATS[files.format].place(files.weights, files.fields())))
     for key, value in said.items():
         if value is not None and section[key] not in (None, value):
             raise UserError(
@@ -517,7 +517,7 @@ def find_sae(section: Mapping[str, Any], where: str) -> Source:
     layer = said["layer"] if section["layer"] is None else section["layer"]
     if not isinstance(layer, int):
         raise UserError(f"{where}.layer={layer}: set it to the layer whose output is read, from 0; the file says none")
-    return Source(where, files, layer, section["hook"] or said["hook"] or "residual", section["weight"])  # type: ignore[arg-type]
+    return SAESource(where, files, layer, section["hook"] or said["hook"] or "residual", section["weight"])  # type: ignore[arg-type]
 
 
 def fetch_sae(source: str, setting: str) -> Path:
@@ -530,7 +530,7 @@ def fetch_sae(source: str, setting: str) -> Path:
         raise UserError(f"{setting}={source}: no such file or directory")
     repository, *inside = rest
     patterns = ["/".join(inside)] if inside else []
-    for form in FORMATS.values():
+    for form in SAE_FORMATS.values():
         folder = inside
         if inside and fnmatch(inside[-1], Path(form.weights).name):
             folder = inside[: -len(Path(form.weights).parts)]
@@ -550,7 +550,7 @@ def recognise(path: Path, format: str = "auto") -> Files:
     Raises UserError where they are of no known format or of several, or where one is missing.
     """
     fitting = {}
-    for name, form in FORMATS.items():
+    for name, form in SAE_FORMATS.items():
         if format == name or (format == "auto" and not form.by_name_only):
             if path.is_dir():
                 fitting[name] = sorted(path.glob(form.weights))
@@ -558,13 +558,13 @@ def recognise(path: Path, format: str = "auto") -> Files:
                 fitting[name] = [path] if format == name or fnmatch(path.name, Path(form.weights).name) else []
     found = {name: weights for name, weights in fitting.items() if weights}
     if len(found) != 1:
-        layouts = "; ".join(f"{n}: {' and '.join(filter(None, (f.weights, f.config)))}" for n, f in FORMATS.items())
+        layouts = "; ".join(f"{n}: {' and '.join(filter(None, (f.weights, f.config)))}" for n, f in SAE_FORMATS.items())
         what = f"could be {' or '.join(found)}: set sae.format" if found else "no SAE of a known layout"
         raise UserError(f"{path}: {what} ({layouts})")
     ((name, weights),) = found.items()
     if len(weights) > 1:
         raise UserError(f"{path}: has {len(weights)} files of {name}: name one, such as {weights[0]}")
-    form = FORMATS[name]
+    form = SAE_FORMATS[name]
     depth = len(Path(form.weights).parts)
     config = weights[0].parents[depth - 1] / form.config if form.config and len(weights[0].parents) >= depth else None
     if config and not config.is_file():
@@ -581,7 +581,7 @@ def read_files(files: Files) -> SAE:
     """Raises UserError, naming the file, for arrays that are missing, misshapen or not finite, pickled objects, and
     whatever cannot be folded exactly."""
     arrays = Arrays(files.weights)
-    sae = FORMATS[files.format].read(arrays, files.fields())
+    sae = SAE_FORMATS[files.format].read(arrays, files.fields())
     if sae.k is not None and not 1 <= sae.k <= sae.d_sae:
         raise UserError(f"{files.weights}: k={sae.k} of {sae.d_sae} features")
     unread = f"; not used: {', '.join(sorted(arrays.unread))}" if arrays.unread else ""
@@ -595,7 +595,7 @@ def load_sae(path: Path, format: str = "auto") -> SAE:
     return read_files(recognise(path, format))
 
 
-def load_sources(sources: Sequence[Source]) -> SAE:
+def load_sources(sources: Sequence[SAESource]) -> SAE:
     """Read the SAEs of a run, as one where there are several."""
     members = []
     for source in sources:
@@ -610,7 +610,7 @@ GEMMA_SCOPE_ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 def save_sae(sae: SAE, path: Path) -> None:
     """Write `params.npz` in Gemma Scope's layout, whole or not at all."""
     assert sae.k is None, "Gemma Scope's layout has no TopK"
-    with appears_whole(path) as part, part.open("wb") as file:
+    with atomic_write(path) as part, part.open("wb") as file:
         np.savez(file, **{name: getattr(sae, name).numpy(force=True) for name in GEMMA_SCOPE_ARRAYS})
 
 
@@ -629,7 +629,7 @@ def save_saelens(sae: SAE, folder: Path, layer: int, metadata: dict[str, Any]) -
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.0.0", "hook_name": f"blocks.{layer}.hook_resid_post", **metadata},
     }
-    with appears_whole(folder) as part:
+    with atomic_write(folder) as part:
         part.mkdir()
         tensors = {name: getattr(sae, name).cpu().contiguous() for name in GEMMA_SCOPE_ARRAYS}
         safetensors.torch.save_file(tensors, part / "sae_weights.safetensors")

@@ -24,9 +24,9 @@ from data.batch import Batch
 from distributed import parallel
 from models import decoder_layers, final_hidden_states, make_tap, score
 from sae import ENCODE_ELEMENTS, SAE
-from trainers import BasicTrainer, Means, Setup
+from trainers import BasicTrainer, MetricAccumulator, Setup
 from training.quantities import Binding
-from training.throughput import Pace
+from training.throughput import ThroughputMeter
 from utils import UserError, console
 
 SAMPLE_STEPS = 16  # whose tokens stand for all: where training starts, and the thresholds, are set from them
@@ -267,7 +267,7 @@ class SAETrainer(BasicTrainer):
     def weight(self, batch: Activations) -> int:  # type: ignore[override]
         return len(batch.x)
 
-    def compute_loss(self, batch: Activations, split: str, means: Means) -> Tensor:  # type: ignore[override]
+    def compute_loss(self, batch: Activations, split: str, means: MetricAccumulator) -> Tensor:  # type: ignore[override]
         """Losses [M] of the tokens, summed over the layers."""
         errors, auxiliary = batch.x.new_zeros(2, len(batch.x), dtype=torch.float32)
         for own, name, x in zip(self.autoencoders, self.names, self.by_layer(batch.x)):
@@ -292,7 +292,7 @@ class SAETrainer(BasicTrainer):
             norms.append(self.clip(own, self.config.model.max_grad_norm))
         return torch.stack(norms).norm()
 
-    def count(self, pace: Pace, step: int, micro_batches: list[Activations]) -> None:  # type: ignore[override]
+    def count(self, pace: ThroughputMeter, step: int, micro_batches: list[Activations]) -> None:  # type: ignore[override]
         tokens = sum(map(self.weight, micro_batches))
         products = sum(own.W_enc.numel() for own in self.autoencoders)  # in the forward and in the backward pass
         operations = tokens * (pace.flops.per_token / 3 + 4 * products)

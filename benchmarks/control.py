@@ -91,7 +91,7 @@ class Case:
     def options(self) -> list[str]:
         found = [f"loss={self.loss}"]
         if self.loss == "both sides":
-            found = ["loss=fpo", "++loss.trainer=benchmarks/both_sides.py:BothSidesTrainer"]
+            found = ["loss=fpo", "++loss.trainer=benchmarks/fpo_symmetric.py:SymmetricFPOTrainer"]
         if self.loss not in ("dpo", "simpo", "tdpo2"):  # beta: of a mean over about eight tokens, where dpo has the sum
             found += ["loss.beta=2", f"++sae.path={SAE_FILE}", f"++sae.layer={LAYER}"]
         if self.held:
@@ -117,7 +117,7 @@ def pairs(pushed: str, split: str, count: int) -> list[dict[str, str]]:
     prefer, found, seed = (WANTED[pushed], WANTED["tone"]), [], 0
     while len(found) < count:
         for row in toy.preferences(split, seed, 4000, prefer):
-            scores = [toy.score(row["prompt"], row[side], prefer) for side in ("chosen", "rejected")]
+            scores = [toy.toy_score(row["prompt"], row[side], prefer) for side in ("chosen", "rejected")]
             if scores == [1.5, 0.0]:
                 found.append(row)
         seed += 1

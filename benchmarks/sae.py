@@ -50,7 +50,7 @@ def measure(trainer: str, seed: int) -> dict[str, dict[str, float]]:
     name, arguments = f"{trainer.replace(' ', '-')}-{seed}", overrides(seed, TRAINERS[trainer])
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", overrides=[*arguments, f"exp_name={name}", "resume=never"])
-        parts = settings.check(config, arguments)
+        parts = settings.check_config(config, arguments)
         sources = settings.find_sources(config, parts.binding.needs)
     run = Run(OUTPUT / name)
     with run.writing():
@@ -129,7 +129,7 @@ def in_a_process(seed: int) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def table(found: dict[int, dict[str, dict[str, dict[str, float]]]], which: str) -> list[str]:
-    """Means over the seeds, and the standard deviation."""
+    """MetricAccumulator over the seeds, and the standard deviation."""
     lines = [f"| trainer | {' | '.join(MEASURES.values())} |", "|---" * (len(MEASURES) + 1) + "|"]
     for trainer in TRAINERS:
         cells = []

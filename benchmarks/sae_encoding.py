@@ -57,7 +57,7 @@ def make(kind: str) -> Any:
 
 def measure(way: str, kind: str, tokens: int) -> float:
     """MB by which one way raises this process's peak."""
-    from sae import feature_drift, pooled_features, selected_features
+    from sae import compute_feature_drift, pooled_features, selected_features
 
     sae = make(kind)
     lengths = [tokens // SEQUENCES] * SEQUENCES
@@ -71,7 +71,7 @@ def measure(way: str, kind: str, tokens: int) -> float:
             latents = reference.topk(2 * K).indices
             selected_features(sae, residual, lengths, latents).sum().backward()
         elif way == "drift":
-            feature_drift(sae, residual, lengths, reference, divergence="mse", k=K).sum().backward()
+            compute_feature_drift(sae, residual, lengths, reference, divergence="mse", k=K).sum().backward()
         else:
             pooled = torch.stack([part.mean(0) for part in sae.encode(residual).split(lengths)])
             (pooled - reference).square().sum().backward()

@@ -42,7 +42,7 @@ def train(folder: Path) -> None:
 
     from distributed import parallel
     from launch import assembly, settings
-    from trainers import Means
+    from trainers import MetricAccumulator
     from training.checkpoint import Run
 
     overrides = [
@@ -51,11 +51,11 @@ def train(folder: Path) -> None:
     ]
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", overrides)
-        parts = settings.check(config, overrides)
+        parts = settings.check_config(config, overrides)
         sources = settings.find_sources(config, parts.binding.needs)
     run = Run(folder / "runs" / f"on-{parallel.world_size()}")
     trainer = assembly.prepare(config, parts, sources, run)
-    means, alone, meanwhile = Means(), [], []
+    means, alone, meanwhile = MetricAccumulator(), [], []
     for step, micro_batches in enumerate(trainer.loaders["train"].steps()):
         busy = run.pending is not None and not run.pending.done()
         started = time.monotonic()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from data.batch import LAYOUTS, Batch, collate
+from data.batch import BATCH_LAYOUTS, Batch, collate
 from distributed import parallel
 from modeling import head
 from models import score
@@ -85,17 +85,17 @@ def layouts() -> None:
 
 
 def compare_layouts(name: str, padded: PreTrainedModel, packed: PreTrainedModel, records: list[dict]) -> None:
-    batches = {layout: collate(records, layout, pad_id=0, eos_id=2) for layout in LAYOUTS}
+    batches = {layout: collate(records, layout, pad_id=0, eos_id=2) for layout in BATCH_LAYOUTS}
 
     def step(layout: str) -> None:
         model = padded if layout == "padded" else packed
         model.zero_grad()
         score(model, batches[layout]).logps.sum().backward()
 
-    times = median_times({layout: partial(step, layout) for layout in LAYOUTS}, 3)
+    times = median_times({layout: partial(step, layout) for layout in BATCH_LAYOUTS}, 3)
     prompts, tokens = (sum(len(record["prompt_ids"]) for record in records), len(batches["padded"].target))
     print(f"{name}, {len(records)} pairs, {prompts:,} tokens of prompts and {tokens:,} of completions")
-    for layout in LAYOUTS:
+    for layout in BATCH_LAYOUTS:
         cells = batches[layout].input_ids.numel(), seen_pairs(batches[layout]), times[layout]
         print("  {:14} {:7,} positions {:11,} query-key pairs {:8,.0f} ms".format(layout, *cells), flush=True)
 

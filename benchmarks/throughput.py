@@ -285,7 +285,7 @@ def checked(given: list[str]) -> Any:
 
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", overrides=given)
-        return config, settings.check(config, given)
+        return config, settings.check_config(config, given)
 
 
 def assemble(given: list[str]) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 PAD = -1  # `document` of a position that holds nothing
-LAYOUTS = ("padded", "packed", "shared_prefix")
+BATCH_LAYOUTS = ("padded", "packed", "shared_prefix")
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Batch:
 
 
 def collate(records: Sequence[dict[str, Any]], layout: str, *, pad_id: int, eos_id: int) -> Batch:
-    """The batch of some records in one of LAYOUTS.
+    """The batch of some records in one of BATCH_LAYOUTS.
 
     A record has `prompt_ids` (list of ints, never empty: it starts with BOS, or with the template's prefix),
     `completion_ids` (one list of ints, never empty, for each completion) and `index`. Records with the same prompt

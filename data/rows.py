@@ -15,9 +15,7 @@ import pyarrow
 from huggingface_hub import snapshot_download
 from pyarrow import parquet
 
-from utils import UserError, console
-
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+from utils import Message, UserError, console
 
 ROLES = ("system", "user", "assistant")
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
@@ -155,7 +153,7 @@ def number_of(row: dict[str, Any], name: str) -> float:
     return number
 
 
-def conversation(value: Any, what: str) -> list[Message]:
+def parse_conversation(value: Any, what: str) -> list[Message]:
     """Messages from a list of them, or from text, which is one turn of the user. Raises BadRow."""
     if isinstance(value, str):
         return [{"role": "user", "content": checked_text(value, what)}]
@@ -171,7 +169,7 @@ def answer_of(row: dict[str, Any], name: str) -> tuple[list[Message], str]:
     value = value_of(row, name)
     if isinstance(value, str):
         return [], checked_text(value, repr(name))
-    *before, last = conversation(value, repr(name))
+    *before, last = parse_conversation(value, repr(name))
     if last["role"] != "assistant":
         raise BadRow(f"{name!r} does not end with the assistant's turn")
     return before, last["content"]

@@ -22,8 +22,8 @@ from omegaconf import DictConfig
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from data.rows import BadRow, Message
-from utils import UserError, console, file_digest
+from data.rows import BadRow
+from utils import Message, UserError, console, file_digest
 
 VERSION = 1  # of the rules in this file; a change of any of them makes cached tokens stale
 CHUNK = 1000  # records tokenised at a time; the tokenizers library spreads one call over the processor's cores

@@ -21,7 +21,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
-from utils import UserError, appears_whole, console, suggest
+from utils import UserError, atomic_write, console, suggest
 
 LANGUAGES = ("english", "spanish")
 TONES = ("friendly", "blunt")
@@ -181,7 +181,7 @@ def attributes(prompt: str, completion: str) -> Attributes:
     )
 
 
-def score(prompt: str, completion: str, prefer: Sequence[str] = DEFAULT) -> float:
+def toy_score(prompt: str, completion: str, prefer: Sequence[str] = DEFAULT) -> float:
     """How much of `prefer` a completion has: each preference outweighs all those after it.
 
     `prefer` holds names from PREFERABLE, the most important first. The score is in [0, 2), or -1 for a completion
@@ -205,7 +205,7 @@ def score(prompt: str, completion: str, prefer: Sequence[str] = DEFAULT) -> floa
 
 def judge(prompt: str, a: str, b: str, prefer: Sequence[str] = DEFAULT) -> str:
     """Which completion of the prompt (the user's text, without a template) is preferred: "a", "b" or "tie"."""
-    difference = score(prompt, a, prefer) - score(prompt, b, prefer)
+    difference = toy_score(prompt, a, prefer) - toy_score(prompt, b, prefer)
     return "a" if difference > 0 else "b" if difference < 0 else "tie"
 
 
@@ -366,11 +366,11 @@ def build_tokenizer(directory: Path) -> None:
         tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False
     )
     fast.chat_template = CHAT_TEMPLATE
-    with appears_whole(directory) as part:
+    with atomic_write(directory) as part:
         fast.save_pretrained(part)
 
 
-def build_model(directory: Path, seed: int = 0) -> None:
+def build_untrained_model(directory: Path, seed: int = 0) -> None:
     """Write a randomly initialised model of Gemma 2's architecture (about 1 M float32 weights) and its tokenizer.
 
     Raises UserError if the directory is there already.
@@ -379,7 +379,7 @@ def build_model(directory: Path, seed: int = 0) -> None:
     import torch
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-    with appears_whole(directory) as part, torch.random.fork_rng(devices=[]):
+    with atomic_write(directory) as part, torch.random.fork_rng(devices=[]):
         build_tokenizer(part)
         tokenizer = AutoTokenizer.from_pretrained(part)
         config = Gemma2Config(
@@ -413,7 +413,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
     arguments = parser.parse_args()
     try:
-        build_model(arguments.directory, arguments.seed)
+        build_untrained_model(arguments.directory, arguments.seed)
     except UserError as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(2)

@@ -97,7 +97,7 @@ def own_ranges(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offset, shape))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, on every rank; a quantised one dequantised. All ranks have to ask for the same ones in the same
     order."""
     if hasattr(tensor, "quant_state"):

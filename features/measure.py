@@ -31,7 +31,7 @@ from distributed import parallel
 from distributed.sharding import reshard
 from features import neuronpedia
 from launch import assembly, settings
-from launch.policies import Policy, find_policy, read_config, refuse_what_writes_no_text
+from launch.policies import Policy, find_policy, read_config, require_language_model
 from modeling.weights import PolicyFile, Weights, fill, open_weights, weights_digest
 from sae import ENCODE_ELEMENTS, active, drift_by_feature, pooled_features
 from sampling import diversity, samples
@@ -39,19 +39,19 @@ from trainers import BasicTrainer
 from training.checkpoint import Run
 from utils import REPO, UserError, progress_bar
 
-SHOWN = 8  # features that rose most, and as many that fell most, with
+FEATURES_SHOWN = 8  # features that rose most, and as many that fell most, with
 CONTEXTS = 3  # their strongest contexts, of so many
 BEFORE, AFTER = 16, 8  # tokens around the strongest one, after the
 PROMPT_END = 40  # last tokens of the prompt
 KINDS = ("chosen", "rejected", "desirable", "undesirable", "demonstrated", "sampled")
-OTHERS = "sampled by the other"  # the samples of the run that is compared with
+SAMPLED_BY_OTHER = "sampled by the other"  # the samples of the run that is compared with
 
 
 @dataclass(frozen=True)
 class Text:
     """A completion that is read, after its prompt."""
 
-    kind: str  # one of KINDS, or OTHERS
+    kind: str  # one of KINDS, or SAMPLED_BY_OTHER
     prompt_ids: list[int]
     completion_ids: list[int]
 
@@ -163,7 +163,7 @@ def other_run(path: Path, own: Subject, start: tuple[Path, str | None]) -> Subje
         raise UserError(f"compare_to={path}: no finished run there (a run directory with LATEST)")
     config = read_config(path, [])
     policy = find_policy(path, config, [])
-    refuse_what_writes_no_text(config, policy)
+    require_language_model(config, policy)
     if weights_digest(*start_of(config)) != weights_digest(*start):
         raise UserError(
             f"compare_to={path}: that run did not start from the same weights, so its features moved from elsewhere; "
@@ -207,7 +207,7 @@ class Reader:
         self.divergence, self.k = divergence, k
         self.eos_id = trainer.tokenizer.eos_token_id
         found = {text.kind for text in texts}
-        self.kinds = [kind for kind in (*KINDS, OTHERS) if kind in found]
+        self.kinds = [kind for kind in (*KINDS, SAMPLED_BY_OTHER) if kind in found]
         self.completions = {kind: sum(text.kind == kind for text in texts) for kind in self.kinds}
         self.tokens = {kind: sum(len(self.content(t)) for t in texts if t.kind == kind) for kind in self.kinds}
         world = parallel.world_size()
@@ -349,8 +349,8 @@ def measure(config: DictConfig, path: Path, overrides: list[str]) -> tuple[Repor
     policy = find_policy(path, config, overrides)
     if policy.run is None or config.backend != "transformers":
         raise UserError("mode=features compares the policy of a run with its start, and has backend=transformers")
-    refuse_what_writes_no_text(config, policy)
-    parts = settings.check(config, [], modes=["features"])
+    require_language_model(config, policy)
+    parts = settings.check_config(config, [], modes=["features"])
     if not sections(config):
         raise UserError(
             f"mode=features reads features through an SAE, and {config.model.name} has none in this configuration: "
@@ -369,7 +369,7 @@ def measure(config: DictConfig, path: Path, overrides: list[str]) -> tuple[Repor
 
     texts = data_texts(trainer.loaders["eval"])
     with contextlib.ExitStack() as logs:
-        for kind, run in {"sampled": own, OTHERS: other}.items():
+        for kind, run in {"sampled": own, SAMPLED_BY_OTHER: other}.items():
             if run is not None:
                 identity = samples.identity_of(config, sampling, records, run.policy.digest())
                 log = samples.sample_log(policy.run / f"features.{kind}", identity, parallel.rank() == 0)
@@ -388,7 +388,7 @@ def measure(config: DictConfig, path: Path, overrides: list[str]) -> tuple[Repor
                 path=section["path"],
                 place=f"layer {source.layer}, {source.hook}",
                 d_sae=sae.d_sae,
-                address=neuronpedia.page(section["path"]),
+                address=neuronpedia.neuronpedia_url(section["path"]),
             )
             for (where, section), source, sae in described
         ],
@@ -417,7 +417,7 @@ def look(
     new_tokens = models.tokens_to_add(models.load_config(start[0]), trainer.tokenizer)
     put(trainer, open_weights(*start), new_tokens)
     reference, pooled = reader.measure("of the reference", reader.kinds)
-    kinds = [kind for kind in reader.kinds if kind != OTHERS]
+    kinds = [kind for kind in reader.kinds if kind != SAMPLED_BY_OTHER]
     checkpoints = {}
     last = own.policy.folder.resolve()
     for examples, folder in checkpoints_of(last.parent).items():
@@ -442,13 +442,13 @@ def look(
 
 def sampled_by_other(profile: Profile) -> Profile:
     """The kinds of text that the other run is measured on, its own samples in place of the run's."""
-    kept = {kind: figures for kind, figures in profile.items() if kind not in ("sampled", OTHERS)}
-    return {**kept, "sampled": profile[OTHERS]}
+    kept = {kind: figures for kind, figures in profile.items() if kind not in ("sampled", SAMPLED_BY_OTHER)}
+    return {**kept, "sampled": profile[SAMPLED_BY_OTHER]}
 
 
 def most_changed(change: np.ndarray) -> list[int]:
     """The features that rose most, then those that fell most, the most changed one of either first."""
     order = change.argsort(kind="stable").tolist()
-    fell = [i for i in order[:SHOWN] if change[i] < 0]
-    rose = [i for i in reversed(order[-SHOWN:]) if change[i] > 0]
+    fell = [i for i in order[:FEATURES_SHOWN] if change[i] < 0]
+    rose = [i for i in reversed(order[-FEATURES_SHOWN:]) if change[i] > 0]
     return rose + fell

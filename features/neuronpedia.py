@@ -38,7 +38,7 @@ SITES = {"R": "res", "M": "mlp"}
 WIDTHS = {"8": "32k", "32": "131k"}
 
 
-def page(path: str) -> str | None:
+def neuronpedia_url(path: str) -> str | None:
     """The address of an SAE's features, without their number, from `sae.path`; None where none is known."""
     found = gemma_scope(path) or gemma_scope_2(path) or llama_scope(path)
     return f"https://www.neuronpedia.org/{found}" if found else None

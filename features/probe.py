@@ -27,13 +27,13 @@ from data.batch import collate
 from distributed import parallel
 from distributed.sharding import DTYPES
 from launch import assembly, settings
-from launch.policies import find_policy, refuse_what_writes_no_text
+from launch.policies import find_policy, require_language_model
 from modeling import attention
-from sae import OTHERS, SAE, ResidualTap, pooled_features
-from utils import UserError, appears_whole, console, progress_bar, write_json
+from sae import OTHER_FEATURES, SAE, ResidualTap, pooled_features
+from utils import UserError, atomic_write, console, progress_bar, write_json
 
-SHOWN = 20  # lines of the table on the terminal
-COLUMNS = 4096  # features ranked at once, each of which takes some numbers for each text
+LINES_SHOWN = 20  # lines of the table on the terminal
+RANKED_AT_ONCE = 4096  # features ranked at once, each of which takes some numbers for each text
 Records = list[dict[str, Any]]
 
 
@@ -43,9 +43,9 @@ def write_probe(config: DictConfig, path: Path, overrides: list[str]) -> None:
 
     Raises UserError for a probe that cannot be made, and, the table written, where no feature is good enough.
     """
-    check(config)
+    check_probe(config)
     policy = find_policy(path, config, overrides)
-    refuse_what_writes_no_text(config, policy)
+    require_language_model(config, policy)
     sources = settings.sae_sources(config)
     name, kinds = texts_of(config)
     tokenizer = models.load_tokenizer(policy.tokenizer)
@@ -90,7 +90,7 @@ def pooled(
     return found
 
 
-def check(config: DictConfig) -> None:
+def check_probe(config: DictConfig) -> None:
     """Raises UserError for settings of the probe that cannot be."""
     problems = settings.Problems()
     for key in ("probe_texts", "probe_features"):
@@ -125,8 +125,8 @@ def texts_of(config: DictConfig) -> tuple[str, dict[str, Records]]:
         if len(set(entries)) != 2 or len(entries) != 2:
             known = ", ".join(toy.ATTRIBUTES)
             raise UserError(f"probe={chosen}: has to be two different data sets, [a,b], or one of {known}")
-        sources = [dataloader.Source(entry) for entry in entries]
-        sources = [dataloader.Source(s.entry, "" if s.is_file else config.eval_split) for s in sources]
+        sources = [dataloader.DataSource(entry) for entry in entries]
+        sources = [dataloader.DataSource(s.entry, "" if s.is_file else config.eval_split) for s in sources]
         for source in sources:
             source.check()
         data = [source.load(config) for source in sources]
@@ -151,7 +151,7 @@ def auc(a: Tensor, b: Tensor) -> Tensor:
     """For each feature [F], of values a [A, F] and b [B, F]: the probability that it is larger in a text of a than in
     one of b, ties half (the Mann-Whitney U statistic over A * B)."""
     parts = []
-    for own, other in zip(a.split(COLUMNS, dim=1), b.split(COLUMNS, dim=1)):
+    for own, other in zip(a.split(RANKED_AT_ONCE, dim=1), b.split(RANKED_AT_ONCE, dim=1)):
         ordered, each = other.T.sort(dim=1).values.contiguous(), own.T.contiguous()
         below, up_to = (torch.searchsorted(ordered, each, right=right) for right in (False, True))
         parts.append((below + up_to).double().mean(1) / (2 * len(b)))
@@ -194,7 +194,7 @@ def weights_of(table: dict[str, Tensor], config: DictConfig) -> list[dict[str, A
     above = table["auc"] >= 0.5
     confirmed = torch.where(above, table["auc_held_out"], 1 - table["auc_held_out"]) >= config.probe_min_auc
     chosen = table["feature"][: config.probe_features][confirmed[: config.probe_features]]
-    others = [] if config.probe_others == 1 else [{"index": OTHERS, "weight": float(config.probe_others)}]
+    others = [] if config.probe_others == 1 else [{"index": OTHER_FEATURES, "weight": float(config.probe_others)}]
     return [*others, *({"index": index, "weight": float(config.probe_weight)} for index in chosen.tolist())]
 
 
@@ -208,19 +208,19 @@ def publish(
 ) -> None:
     """Show the best features, and write `<target>.parquet` and `<target>.json`. Raises UserError where no feature is
     in `weights`; an older file of weights is then gone."""
-    held = {entry["index"] for entry in weights} - {OTHERS}
+    held = {entry["index"] for entry in weights} - {OTHER_FEATURES}
     title = f"{kinds[0]} ({counts[0]:,} texts) or {kinds[1]} ({counts[1]:,})"
     names = ["feature", "AUC", "held out", "effect size", "held out", *(f"mean, {kind}" for kind in kinds), "weight"]
     shown = Table(*names, title=title)
     for row in zip(*(table[name].tolist() for name in list(table)[:7])):
-        if shown.row_count == min(SHOWN, config.probe_features):
+        if shown.row_count == min(LINES_SHOWN, config.probe_features):
             break
         weight = config.probe_weight if row[0] in held else config.probe_others
         shown.add_row(str(row[0]), *(f"{value:.3f}" for value in row[1:]), f"{weight:g}")
     console.print(shown)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with appears_whole(target.with_name(f"{target.name}.parquet")) as part:
+    with atomic_write(target.with_name(f"{target.name}.parquet")) as part:
         hf_datasets.Dataset.from_dict({name: column.tolist() for name, column in table.items()}).to_parquet(part)
     console.print(f"all {len(table['feature']):,} features: {target}.parquet", markup=False)
     file = target.with_name(f"{target.name}.json")

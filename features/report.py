@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.measure import Context, Measured, Report
-from utils import appears_whole, html_page
+from utils import atomic_write, html_page
 
 POINTS = 2000  # features of the scatter plot: those that moved most
 DIFFERING = 12  # features of the table beside it
-NAMES = {  # of a kind of text, in a sentence
+KIND_NAMES = {  # of a kind of text, in a sentence
     "chosen": "chosen completions",
     "rejected": "rejected completions",
     "desirable": "desirable completions",
@@ -25,12 +25,12 @@ NAMES = {  # of a kind of text, in a sentence
 }
 
 
-def write(report: Report, folder: Path) -> None:
+def write_report(report: Report, folder: Path) -> None:
     """`drift.parquet` and `report.html`, in place of what another report left there."""
-    with appears_whole(folder) as part:
+    with atomic_write(folder) as part:
         part.mkdir()
         pq.write_table(table(report), part / "drift.parquet")
-        (part / "report.html").write_text(page(report))
+        (part / "report.html").write_text(feature_page(report))
         if folder.exists():
             folder.rename(part.with_name("replaced"))  # goes with the directory that it now lies in
 
@@ -109,7 +109,7 @@ def finding(report: Report) -> str:
     text = "; ".join([words[0], " and ".join(words[1:])]).rstrip("; ") + "."
     for other in others:
         text += (
-            f" On {NAMES[kind]}, F is {own.policy[kind].drift.sum():.3g} in {own.run.name} and "
+            f" On {KIND_NAMES[kind]}, F is {own.policy[kind].drift.sum():.3g} in {own.run.name} and "
             f"{other.policy[kind].drift.sum():.3g} in {other.run.name}."
         )
     return text
@@ -118,7 +118,7 @@ def finding(report: Report) -> str:
 # ----------------------------------------------------------------------------------------------------- the page
 
 
-def page(report: Report) -> str:
+def feature_page(report: Report) -> str:
     """The page's HTML."""
     own = report.runs[0]
     beside = "".join(f", beside {measured.run.name}" for measured in report.runs[1:])
@@ -158,7 +158,7 @@ def kind_data(report: Report, kind: str) -> dict[str, Any]:
     changes = [measured.change(kind) for measured in report.runs]
     found: dict[str, Any] = {
         "name": kind,
-        "words": NAMES[kind],
+        "words": KIND_NAMES[kind],
         "completions": report.completions[kind],
         "tokens": report.tokens[kind],
         "runs": [run_data(measured, kind) for measured in report.runs],

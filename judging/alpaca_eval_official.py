@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 from judging.answers import Comparison
-from judging.protocols import AlpacaEval, Message, Shown
-from utils import UserError, fingerprint
+from judging.protocols import AlpacaEval, Shown
+from utils import Message, UserError, fingerprint
 
-INSTRUCTIONS = "3e053e0aef9e138b"  # fingerprint of the 805 instructions in the board's order
+INSTRUCTIONS_DIGEST = "3e053e0aef9e138b"  # fingerprint of the 805 instructions in the board's order
 JUDGE = "weighted_alpaca_eval_gpt4_turbo"  # the board's
 
 
@@ -23,23 +23,23 @@ def package() -> Any:
     return alpaca_eval
 
 
-def check(comparison: Comparison) -> None:
+def require_official_set(comparison: Comparison) -> None:
     """Raises UserError where the figure cannot be computed: the package finds an instruction by its row's number."""
     package()
     instructions = [item.messages[-1]["content"] for item in comparison.items]
-    if fingerprint(instructions) != INSTRUCTIONS:
+    if fingerprint(instructions) != INSTRUCTIONS_DIGEST:
         raise UserError(
             f"--official_lc needs answers to AlpacaEval's 805 instructions in their own order; {comparison.candidate} "
             f"against {comparison.baseline} has {len(instructions)} that are others, or in another order"
         )
 
 
-def length_controlled(comparison: Comparison, preferences: dict[int, float]) -> dict[str, float]:
+def official_length_controlled(comparison: Comparison, preferences: dict[int, float]) -> dict[str, float]:
     """`length_controlled_winrate` and `lc_standard_error`, in per cent, from a preference (0 to 1) for each item.
 
     Raises UserError where items lack one, or where the package cannot get its data.
     """
-    check(comparison)
+    require_official_set(comparison)
     if len(preferences) < len(comparison.items):
         missing = len(comparison.items) - len(preferences)
         raise UserError(f"--official_lc: {missing} of {len(comparison.items)} instructions have no verdict")

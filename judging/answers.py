@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from judging.judge import Item, Verdict
-from judging.protocols import Message, arena_score
-from utils import UserError, console, fingerprint, suggest
+from judging.protocols import arena_score
+from utils import Message, UserError, console, fingerprint, suggest
 
 ONLY = ""  # the key of an answer in a file that has one answer a row
 
@@ -101,7 +101,7 @@ def sample_rows(path: Path, samples: list[dict[str, Any]], config: dict[str, Any
     """Rows of eval.py, and of anything with a conversation or a prompt and answers beside it."""
     rows = []
     for number, sample in enumerate(samples):
-        messages = conversation(sample, config, history_key, f"{path}, sample {number}")
+        messages = sample_conversation(sample, config, history_key, f"{path}, sample {number}")
         question = sample.get("question_id")
         question = fingerprint(messages) if question is None else str(question)
         answers = {key: value for key, value in sample.items() if isinstance(value, str) and key != history_key}
@@ -123,7 +123,7 @@ def answered_row(path: Path, line: dict[str, Any]) -> Row:
     raise UserError(f"{path}, question {question_id(line, path)}: `messages` does not end with the assistant's answer")
 
 
-def conversation(sample: dict[str, Any], config: dict[str, Any], history_key: str, where: str) -> list[Message]:
+def sample_conversation(sample: dict[str, Any], config: dict[str, Any], history_key: str, where: str) -> list[Message]:
     """The sample's `messages`; in the older line's files, the prompt up to its last assistant prefix as one message."""
     match sample:
         case {"messages": [_, *_] as messages} if all(

@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import openai
 
 from data import toy
-from judging.protocols import Answer, Message, PromptTemplate, Reply, Shown, Status
+from judging.protocols import Answer, PromptTemplate, Reply, Shown, Status
 from sampling import openai_server
 from sampling.openai_server import GIVE_UP_AFTER, Server
-from utils import UserError, console, fingerprint, progress_bar
+from utils import Message, UserError, console, fingerprint, progress_bar
 
 GARBAGE_TRIES = 3  # requests for one reply where the server answers with something that is none
 
@@ -99,7 +99,7 @@ def orders(items: Sequence[Item], seed: int, both: bool) -> list[tuple[int, bool
     return [(number, first) for number, one in drawn for first in ([one, not one] if both else [one])]
 
 
-def show(item: Item, candidate_first: bool) -> Shown:
+def shown_as(item: Item, candidate_first: bool) -> Shown:
     pair = (item.candidate, item.baseline)
     return Shown(item.messages, pair if candidate_first else pair[::-1])
 
@@ -112,7 +112,7 @@ def judge_pairs(
     Raises UserError when request after request fails.
     """
     games = orders(items, seed, both_orders)
-    answers = ask_all([show(items[number], first) for number, first in games], judge, concurrency)
+    answers = ask_all([shown_as(items[number], first) for number, first in games], judge, concurrency)
     return [verdict_of(answer, number, first) for answer, (number, first) in zip(answers, games)]
 
 
@@ -244,9 +244,9 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------- the client
 
 
-def api_key(model: str, base_url: str | None) -> str:
+def judge_key(model: str, base_url: str | None) -> str:
     """The key; "" for a server of one's own that asks for none. Raises UserError where it cannot do."""
-    key = openai_server.api_key()
+    key = openai_server.key_from_environment()
     if not key and not base_url:
         raise UserError(
             f"judge {model!r} needs an API key: set OPENAI_API_KEY, or name a server that asks for none with "

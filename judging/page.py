@@ -11,7 +11,7 @@ from judging.tables import grade_rows
 from utils import html_page
 
 
-def page(
+def verdict_page(
     results: list[dict[str, Any]],
     comparisons: list[Comparison],
     verdicts: list[list[Verdict]],

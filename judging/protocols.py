@@ -8,7 +8,8 @@ import math
 import re
 from typing import Literal, NamedTuple
 
-Message = dict[str, str]  # {"role", "content"}
+from utils import Message
+
 Status = Literal["judged", "malformed", "refused", "failed"]
 
 

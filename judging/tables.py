@@ -18,7 +18,7 @@ from judging.protocols import Answer, Shown
 from utils import UserError, console
 
 
-def figures(args: argparse.Namespace, comparison: Comparison, verdicts: list[Verdict]) -> dict[str, Any]:
+def comparison_figures(args: argparse.Namespace, comparison: Comparison, verdicts: list[Verdict]) -> dict[str, Any]:
     """The figures of a comparison. Malformed, refused and failed verdicts are nobody's win and not in the total."""
     judged = [verdict for verdict in verdicts if verdict.preference is not None]
     if not judged:
@@ -71,7 +71,7 @@ def figures(args: argparse.Namespace, comparison: Comparison, verdicts: list[Ver
         outputs = [item.candidate for item in comparison.items]  # its lengths are of all, judged or not
         result["alpaca_eval"] = statistics.alpaca_eval_figures(list(means.values()), outputs)
         if args.official_lc:
-            result["alpaca_eval"] |= alpaca_eval_official.length_controlled(comparison, means)
+            result["alpaca_eval"] |= alpaca_eval_official.official_length_controlled(comparison, means)
     return result
 
 

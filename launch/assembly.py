@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import dataloader
 import models
-from autoencoders.formats import Source, load_sources
+from autoencoders.formats import SAESource, load_sources
 from distributed import parallel
 from distributed.sharding import DTYPES, shard
 from launch import settings
@@ -25,8 +25,8 @@ from utils import UserError, fingerprint
 
 def prepare(
     config: DictConfig,
-    parts: settings.Parts,
-    sources: settings.Sources,
+    parts: settings.RunClasses,
+    sources: settings.RunPaths,
     run: Run,
     cached: Sequence[str] = ("train", "eval"),
 ) -> BasicTrainer:
@@ -81,7 +81,7 @@ def prepare(
         ),
     }
 
-    load = functools.partial(load_model, model, implementation)
+    load = functools.partial(build_model, model, implementation)
     directory = models.fetch(model.name_or_path, models.WEIGHT_FILES, "model.name_or_path")
     new_tokens = models.tokens_to_add(architecture, tokenizer)
     policy = load(directory, model.load_from, reward=parts.trainer.is_reward, new_tokens=new_tokens)
@@ -117,7 +117,7 @@ def prepare(
 
 
 def read_saes(
-    sources: Sequence[Source], model: DictConfig, architecture: PretrainedConfig
+    sources: Sequence[SAESource], model: DictConfig, architecture: PretrainedConfig
 ) -> tuple[SAE, list[tuple[int, str]]]:
     """The SAEs of a run, as one, and where each reads, (layer, hook), for `models.make_tap`.
 
@@ -132,7 +132,7 @@ def read_saes(
     return sae, places
 
 
-def load_model(
+def build_model(
     settings: DictConfig,
     attention: str,
     directory: Path,

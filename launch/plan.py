@@ -36,7 +36,7 @@ class Plan:
     disk: dict[str, float] = field(default_factory=dict)
 
 
-def show(config: DictConfig, parts: settings.Parts, sources: settings.Sources) -> None:
+def print_plan(config: DictConfig, parts: settings.RunClasses, sources: settings.RunPaths) -> None:
     """Print the plan of a run on `nproc` ranks (null: as many as there are GPUs here, or one)."""
     plan = make(config, parts, sources, config.nproc or parallel.number_of_ranks(None))
     console.print(
@@ -52,7 +52,7 @@ def show(config: DictConfig, parts: settings.Parts, sources: settings.Sources) -
         console.print(table)
 
 
-def make(config: DictConfig, parts: settings.Parts, sources: settings.Sources, ranks: int) -> Plan:
+def make(config: DictConfig, parts: settings.RunClasses, sources: settings.RunPaths, ranks: int) -> Plan:
     """Count what a run would take. Activations are those of a micro-batch of the longest records there can be."""
     own = config.model
     keeps, computes = DTYPES[own.weights_dtype], DTYPES[own.policy_dtype]

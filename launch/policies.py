@@ -98,7 +98,7 @@ def trainer_class(config: DictConfig) -> type[trainers.BasicTrainer]:
     return found
 
 
-def refuse_what_writes_no_text(config: DictConfig, policy: Policy) -> None:
+def require_language_model(config: DictConfig, policy: Policy) -> None:
     """Raises UserError for a run that trained no language model."""
     if not policy.writes_text(config):
         raise UserError(

@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import dataloader
 import trainers
-from autoencoders.formats import Source, find_sae, sections
-from data.batch import LAYOUTS
+from autoencoders.formats import SAESource, find_sae, sections
+from data.batch import BATCH_LAYOUTS
 from distributed.sharding import DTYPES
 from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config
@@ -45,7 +45,7 @@ class Problems(list[str]):
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunClasses:
     """The classes that a configuration names, and how they fit."""
 
     trainer: type[trainers.BasicTrainer]
@@ -54,13 +54,13 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Sources:
+class RunPaths:
     """Where a run's model, tokenizer and SAEs are on this machine."""
 
     model: Path
     tokenizer: Path
     reference: Path
-    saes: list[Source]
+    saes: list[SAESource]
 
 
 def spelled_out(argument: str) -> list[str]:
@@ -72,7 +72,7 @@ def spelled_out(argument: str) -> list[str]:
     return [re.sub(r"^\+\+config\.", "++", argument)]
 
 
-def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = ("train",)) -> Parts:
+def check_config(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = ("train",)) -> RunClasses:
     """Everything that needs no file: names, values, and that the loss and its YAML agree.
 
     Raises UserError with all problems found.
@@ -87,7 +87,7 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
         "model.policy_dtype": (config.model.policy_dtype, list(DTYPES)),
         "model.weights_dtype": (config.model.weights_dtype, list(DTYPES)),
         "model.activation_checkpointing": (config.model.activation_checkpointing, [False, True, "full", "selective"]),
-        "model.layout": (config.model.layout, ["auto", *LAYOUTS]),
+        "model.layout": (config.model.layout, ["auto", *BATCH_LAYOUTS]),
     }
     for key, (value, known) in choices.items():
         hint = suggest(str(value), map(str, known))
@@ -112,7 +112,7 @@ def check(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = (
         trainer = named_class(config.loss.trainer, trainers, "loss.trainer")
         loader = named_class(config.loss.dataloader, dataloader, "loss.dataloader")
         binding = bind(trainer, loader.records, dict(config.loss))
-        parts = Parts(trainer, loader, binding)
+        parts = RunClasses(trainer, loader, binding)
         trainer.check(config, binding)
         if "sae" in binding.needs:
             require_sae(config, f"loss={config.loss.name}")
@@ -130,7 +130,7 @@ def require_sae(config: DictConfig, who: str) -> None:
         )
 
 
-def sae_sources(config: DictConfig) -> list[Source]:
+def sae_sources(config: DictConfig) -> list[SAESource]:
     """The SAEs that the configuration asks for, whatever its loss. Raises UserError where there is none, or where they
     do not go with the model."""
     require_sae(config, f"mode={config.mode}")
@@ -161,14 +161,14 @@ def unknown_keys(overrides: Sequence[str], config_name: str = "config") -> list[
     ]
 
 
-def find_sources(config: DictConfig, needs: frozenset[str]) -> Sources:
+def find_sources(config: DictConfig, needs: frozenset[str]) -> RunPaths:
     """Find, or fetch from the Hub, all but the weights; check that the SAEs' layers are ones the model has.
 
     Raises UserError with all problems found.
     """
     problems, model = Problems(), config.model
     found: dict[str, Path | None] = {"model": None, "tokenizer": None, "reference": None}
-    saes: list[Source] = []
+    saes: list[SAESource] = []
     wanted: dict[str, tuple[Callable[..., Path], str, str]] = {
         "model": (fetch, model.name_or_path, "model.name_or_path"),
         "tokenizer": (fetch, model.tokenizer_name_or_path or model.name_or_path, "model.tokenizer_name_or_path"),
@@ -195,4 +195,4 @@ def find_sources(config: DictConfig, needs: frozenset[str]) -> Sources:
                 there = f"{sae.where}.layer={sae.layer}: {model.name} has layers 0 to {layers - 1}"
                 problems.expect(0 <= sae.layer < layers, there)
     problems.tell()
-    return Sources(**found, saes=saes)  # type: ignore[arg-type]
+    return RunPaths(**found, saes=saes)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from sampling.generate import Request, Sample, Settings, sample
 from trainers import BasicTrainer
 from utils import console, write_json
 
-NAMES = {  # the figures in the order of the table; a run has those that apply to it
+FIGURE_NAMES = {  # the figures in the order of the table; a run has those that apply to it
     "loss_before": "held-out loss before",
     "loss_after": "held-out loss after",
     "accuracy_before": "preference accuracy before",
@@ -46,7 +46,7 @@ def summarise(trainer: BasicTrainer, start_weights: Path, started: float) -> Non
     write_json(run.folder / "summary.json", figures)
 
     table = Table("figure", "value", title=str(config.exp_name))
-    for key, name in NAMES.items():
+    for key, name in FIGURE_NAMES.items():
         if key in figures:
             value = f"{figures[key]:.4g}"
             if key == "win_rate":
@@ -113,8 +113,8 @@ def against_start(trainer: BasicTrainer, start_weights: Path, count: int) -> dic
     rate, low, high = win_rate([verdict.preference for verdict in verdicts if verdict.preference is not None])
     questions = [item.messages[-1]["content"] for item in items]
     return {
-        "toy_score_before": mean(toy.score(question, item.baseline) for question, item in zip(questions, items)),
-        "toy_score_after": mean(toy.score(question, item.candidate) for question, item in zip(questions, items)),
+        "toy_score_before": mean(toy.toy_score(question, item.baseline) for question, item in zip(questions, items)),
+        "toy_score_after": mean(toy.toy_score(question, item.candidate) for question, item in zip(questions, items)),
         "win_rate": rate,
         "win_rate_low": low,
         "win_rate_high": high,

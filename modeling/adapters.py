@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distributed import parallel
-from distributed.sharding import reshard, whole
+from distributed.sharding import full_tensor, reshard
 
 NAME = "default"  # of the adapter within the model
 
@@ -43,7 +43,7 @@ def add(model: PreTrainedModel, settings: DictConfig, dtype: torch.dtype) -> Non
         if is_adapter(name):
             parameter.data = parameter.data.to(dtype)
             if not parameter.is_meta:
-                parameter.data.copy_(new_values(name, parameter.shape))
+                parameter.data.copy_(init_adapter(name, parameter.shape))
 
 
 def is_adapter(name: str) -> bool:
@@ -56,7 +56,7 @@ def name_in_base(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def new_values(name: str, shape: torch.Size) -> Tensor:
+def init_adapter(name: str, shape: torch.Size) -> Tensor:
     """An adapter's start: A as a linear layer's, B zero, so that the model is first what it was."""
     if ".lora_B." in name:
         return torch.zeros(shape)
@@ -68,7 +68,7 @@ def merged(model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
     if not name.endswith(".base_layer.weight"):
         return weight
     layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
-    down, up = whole(layer.lora_A[NAME].weight).float(), whole(layer.lora_B[NAME].weight).float()  # type: ignore
+    down, up = full_tensor(layer.lora_A[NAME].weight).float(), full_tensor(layer.lora_B[NAME].weight).float()  # type: ignore
     return (weight.float() + layer.scaling[NAME] * (up @ down)).to(weight.dtype)  # type: ignore[index]
 
 
@@ -88,11 +88,11 @@ def off(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def write(model: PreTrainedModel, folder: Path) -> None:
+def write_adapter(model: PreTrainedModel, folder: Path) -> None:
     """The adapter alone, as peft's `PeftModel.from_pretrained` reads it. For all ranks to call; rank 0 writes."""
     reshard(model)
     state = {
-        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": whole(parameter).cpu().contiguous()
+        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": full_tensor(parameter).cpu().contiguous()
         for name, parameter in model.named_parameters()
         if is_adapter(name)
     }

@@ -148,7 +148,7 @@ PAIRS_A_CALL = 512  # query-key pairs that a CPU computes in about the time that
 
 
 @dataclass
-class Block:
+class SegmentBlock:
     """Segments of like lengths, each as wide as the longest; what is beyond its end is not read."""
 
     queries: Tensor  # [S * Q] their places in the row
@@ -156,7 +156,7 @@ class Block:
     before: Tensor  # [S] how many come before
 
 
-def blocks(batch: Batch) -> tuple[list[Block], Tensor]:
+def blocks(batch: Batch) -> tuple[list[SegmentBlock], Tensor]:
     """The segments of a packed batch, and where in the blocks' queries, one after the other, each place [T] is."""
     assert batch.segments is not None
     lengths, prompts = [length for length, _ in batch.segments], [prompt for _, prompt in batch.segments]
@@ -171,7 +171,7 @@ def blocks(batch: Batch) -> tuple[list[Block], Tensor]:
         queries = pad_sequence([places[n] for n in members], batch_first=True)
         keys = pad_sequence([seen[n] for n in members], batch_first=True)
         before = torch.tensor([len(seen[n]) - lengths[n] for n in members])
-        found.append(Block(there(queries.flatten()), there(keys.flatten()), there(before)))
+        found.append(SegmentBlock(there(queries.flatten()), there(keys.flatten()), there(before)))
         for n, first in zip(members, range(start, start + queries.numel(), queries.shape[1])):
             order[places[n]] = torch.arange(first, first + lengths[n])
         start += queries.numel()
@@ -208,7 +208,7 @@ def segments(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    blocks: tuple[list[Block], Tensor] | None = None,
+    blocks: tuple[list[SegmentBlock], Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: output [R, T, H, E] from queries, keys, values [R, H or G, T, E].

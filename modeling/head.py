@@ -104,7 +104,7 @@ class _Projection:
         self.hidden, self.weight, self.bias, self.softcap = hidden, weight, bias, softcap
 
     def chunks(self) -> list[slice]:
-        """Parts of the N tokens, small enough for their logits to fit into CHUNK_ELEMENTS; of no tokens, one."""
+        """RunClasses of the N tokens, small enough for their logits to fit into CHUNK_ELEMENTS; of no tokens, one."""
         size = max(1, CHUNK_ELEMENTS // len(self.weight))
         return [slice(start, start + size) for start in range(0, max(1, len(self.hidden)), size)]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from distributed import parallel
-from distributed.sharding import local, own_ranges, reshard, whole
+from distributed.sharding import full_tensor, local, own_ranges, reshard
 from modeling import adapters
 from utils import UserError, file_digest, fingerprint, local_path
 
@@ -138,18 +138,18 @@ def fill(model: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
     heads = {"lm_head.weight", "embed_out.weight"} if any(name.startswith(REWARD_HEAD) for name in tensors) else set()
     left_over = sorted(weights.shapes.keys() - known - heads)
     problems["left over"] += [name for name in left_over if not name.endswith(NOT_WEIGHTS)]
-    refuse_misfits(weights.source, problems)
+    require_matching_weights(weights.source, problems)
     with torch.no_grad():
         for own in names.values():
             tensor = tensors[own[0]]
             if own[0] not in sources:
-                made = new_values(own[0], tensor.shape, model.config.initializer_range)
+                made = init_missing(own[0], tensor.shape, model.config.initializer_range)
                 local(tensor).copy_(made[own_ranges(tensor)])
             elif local(tensor).numel():
                 local(tensor).copy_(read_rows(weights, sources[own[0]], own_ranges(tensor)))
 
 
-def refuse_misfits(source: Path, problems: Mapping[str, list[str]]) -> None:
+def require_matching_weights(source: Path, problems: Mapping[str, list[str]]) -> None:
     """Raise UserError for weights that do not fit, if there are any, by what is wrong with them."""
     if any(problems.values()):
         lists = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(found)}" for kind, found in problems.items() if found)
@@ -163,10 +163,10 @@ def is_new(name: str) -> bool:
     return adapters.is_adapter(name) or name.startswith(REWARD_HEAD)
 
 
-def new_values(name: str, shape: torch.Size, std: float) -> Tensor:
+def init_missing(name: str, shape: torch.Size, std: float) -> Tensor:
     """The start of a parameter that no file has: the same on any number of ranks, as long as all ask in one order."""
     if adapters.is_adapter(name):
-        return adapters.new_values(name, shape)
+        return adapters.init_adapter(name, shape)
     return nn.init.normal_(torch.empty(shape), std=std)
 
 
@@ -202,7 +202,7 @@ def gather(model: PreTrainedModel) -> dict[str, Tensor]:
         if adapters.is_adapter(name) or name not in own:  # what quantisation keeps beside a weight
             continue
         if id(tensor) not in seen:
-            full = adapters.merged(model, name, whole(tensor))
+            full = adapters.merged(model, name, full_tensor(tensor))
             # A copy of its own: what was gathered on the CPU may be a view of more.
             seen[id(tensor)] = torch.empty_like(full, device="cpu").copy_(full) if parallel.rank() == 0 else full[:0]
         state[adapters.name_in_base(name)] = seen[id(tensor)]

@@ -160,7 +160,9 @@ class ServerBackend:
 
     def __init__(self, config: DictConfig, timeout: float = 600) -> None:
         """Raises UserError for a server that cannot be asked."""
-        self._server = openai_server.Server(config.base_url or "", openai_server.api_key(), timeout=timeout)
+        self._server = openai_server.Server(
+            config.base_url or "", openai_server.key_from_environment(), timeout=timeout
+        )
         self.config = config
         self.model = config.served_model or self._only_model()
 

@@ -82,7 +82,9 @@ JUDGED = {
 }
 
 
-def write(mode: str, name: str, conversations: Sequence[Conversation], sampled_at: str, folder: Path) -> Path:
+def write_benchmark_file(
+    mode: str, name: str, conversations: Sequence[Conversation], sampled_at: str, folder: Path
+) -> Path:
     """The hand-over file of a benchmark's samples."""
     pattern, layout = FILES[mode]
     path, content = folder / pattern.format(name=name), layout(name, conversations, sampled_at)

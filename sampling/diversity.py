@@ -96,7 +96,7 @@ def backend_of(trainer: BasicTrainer) -> TransformersBackend:
     return TransformersBackend(trainer.config, trainer.policy, trainer.tokenizer, trainer.control_tokens)
 
 
-def figures(trainer: BasicTrainer, talks: Sequence[Conversation]) -> dict[str, float]:
+def sample_figures(trainer: BasicTrainer, talks: Sequence[Conversation]) -> dict[str, float]:
     """The figures of the policy's samples, first turns only, against the reference: the start, or reference_path."""
     config, model = trainer.config, trainer.config.model
     own = [talk.requests[0].prompt_ids for talk in talks]

@@ -23,8 +23,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from data.rows import Message
-from utils import UserError, fingerprint, progress_bar
+from utils import Message, UserError, fingerprint, progress_bar
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from utils import UserError, console
 GIVE_UP_AFTER = 20  # failed requests in a row: the server or the key is at fault, not what is asked
 
 
-def api_key() -> str:
+def key_from_environment() -> str:
     """OPENAI_API_KEY's value, or "". Raises UserError where it cannot be a key."""
     key = os.environ.get("OPENAI_API_KEY", "")
     if not re.fullmatch(r"[!-~]*", key):

@@ -18,10 +18,9 @@ from typing import Any, TextIO
 from omegaconf import DictConfig
 
 import dataloader
-from data.rows import Message
 from sampling.backends import BACKENDS, Backend
 from sampling.generate import Request, Sample, Settings
-from utils import UserError, fingerprint, progress_bar
+from utils import Message, UserError, fingerprint, progress_bar
 
 Key = tuple[int, int, int]  # prompt, draw, turn
 

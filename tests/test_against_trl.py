@@ -28,7 +28,7 @@ from data.batch import Batch
 from dataloader import DataLoader
 from launch import assembly, settings
 from models import Scores
-from trainers import BasicTrainer, Means
+from trainers import BasicTrainer, MetricAccumulator
 from training.checkpoint import Run
 
 TINY = REPO / "assets/tiny"
@@ -87,7 +87,7 @@ def settle(folder: Path, rows: list[dict[str, Any]], *overrides: str) -> tuple[D
 
 def assemble(config: DictConfig, given: list[str]) -> BasicTrainer:
     """Our trainer, as train.py builds it."""
-    parts = settings.check(config, given)
+    parts = settings.check_config(config, given)
     run = Run(Path(config.cache_dir) / "run")
     return assembly.prepare(config, parts, settings.find_sources(config, parts.binding.needs), run)
 
@@ -150,7 +150,7 @@ def first_losses(trainer: BasicTrainer) -> Tensor:
     (batch,) = next(trainer.loaders["train"].steps())
     trainer.policy.train()
     trainer.before_step("train", 0, [batch])
-    return trainer.compute_loss(batch, "train", Means()) / trainer.weight(batch)
+    return trainer.compute_loss(batch, "train", MetricAccumulator()) / trainer.weight(batch)
 
 
 def our_step(trainer: BasicTrainer) -> Step:
@@ -352,7 +352,7 @@ def losses_from(trainer: BasicTrainer, batch: Batch, scores: Scores) -> Tensor:
     """The losses of these scores, whatever the policy says."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "score", lambda *_: (batch, scores))
-        return trainer.compute_loss(batch, "train", Means())
+        return trainer.compute_loss(batch, "train", MetricAccumulator())
 
 
 # ---------------------------------------------------------------------------------------------------- at the edge
@@ -400,7 +400,7 @@ def test_certain_completions_stay_finite(tmp_path: Path, loss: str) -> None:
 def train_finitely(trainer: BasicTrainer) -> dict[str, float]:
     """The metrics of training to the end, which leaves finite numbers in them and in the weights, and moves those."""
     before = [p.detach().clone() for p in trainer.policy.parameters()]
-    means = Means()
+    means = MetricAccumulator()
     for step, batches in enumerate(trainer.loaders["train"].steps()):
         trainer.optimise(step, batches, means)
     values = means.read()

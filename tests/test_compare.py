@@ -621,10 +621,10 @@ def test_the_official_length_control_insists_on_all_rows_in_order(
     monkeypatch.setattr(alpaca_eval_official, "package", lambda: None)
     path = ANNOTATIONS / "vicuna-13b.json.gz"
     found = answers.read_recorded(path)
-    alpaca_eval_official.check(found)
+    alpaca_eval_official.require_official_set(found)
     for wrong in (found.items[:804], found.items[::-1]):
         with pytest.raises(UserError, match="805 instructions in their own order"):
-            alpaca_eval_official.check(found._replace(items=wrong))
+            alpaca_eval_official.require_official_set(found._replace(items=wrong))
     said = refusal("-f", path, "-j", "recorded", "--official_lc", "-mc", "5", "-r", tmp_path / "r.jsonl")
     assert "has 5 that are others" in said
     assert "-p alpacaeval, or -j recorded" in refusal("-f", path, "--official_lc")

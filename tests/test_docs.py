@@ -77,7 +77,7 @@ def test_train_command_is_sound(arguments, monkeypatch):
     if any("../shared/data" in argument for argument in arguments) and not DATA.is_dir():
         pytest.skip(f"{DATA} is not there")
     arguments = [spelled for argument in arguments for spelled in settings.spelled_out(argument)]
-    settings.check(compose("config", overrides=arguments), arguments)
+    settings.check_config(compose("config", overrides=arguments), arguments)
 
 
 @pytest.mark.usefixtures("configuration")
@@ -115,7 +115,7 @@ def test_documents_list_every_data_set(document):
 
 def test_losses_document_has_every_quantity_and_figure():
     listed = set(re.findall(r"`(\w+)`", (REPO / "docs/losses.md").read_text()))
-    assert {*QUANTITIES, *summary.NAMES} - listed == set()
+    assert {*QUANTITIES, *summary.FIGURE_NAMES} - listed == set()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPO)))

@@ -17,7 +17,7 @@ from conftest import EOS_ID, REPO, collate, command, look_at, pairs, random_sae,
 import models
 from features import measure, neuronpedia, report
 from features.measure import Context, Figures, Measured, Part, Reader, Report, Subject, Text
-from sae import JointSAE, feature_drift
+from sae import JointSAE, compute_feature_drift
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>{{data}}\u2028"
 FEW = ["++n_samples=8", "++n_eval_examples=12", "++max_new_tokens=12"]
@@ -79,7 +79,7 @@ def test_figures_are_those_of_dense_computation(divergence, layers):
             assert figures.mean == pytest.approx(acts.mean(0).numpy(), rel=1e-3, abs=1e-4)
             assert figures.rate == pytest.approx((acts > 0).double().mean(0).numpy(), abs=1e-6)
         reference = torch.stack([sae.encode(x).mean(0) if len(x) else torch.zeros(sae.d_sae) for x in read[0]])
-        expected = feature_drift(sae, torch.cat(read[1]), [len(x) for x in read[1]], reference, **options)
+        expected = compute_feature_drift(sae, torch.cat(read[1]), [len(x) for x in read[1]], reference, **options)
         assert after[kind].drift.sum() == pytest.approx(expected.mean().item(), rel=1e-3)
         assert (after[kind].drift >= 0).all() and after[kind].drift.sum() > 0
         assert not before[kind].drift.any()
@@ -148,13 +148,13 @@ def test_neuronpedia_pages_are_those_of_saelens_index():
     for release in index.values():
         for sae in release["saes"]:
             known.setdefault(f"{release['repo_id']}/{sae['path']}", set()).add(sae.get("neuronpedia"))
-    found = {path: address for path in known if (address := neuronpedia.page(path))}
+    found = {path: address for path in known if (address := neuronpedia.neuronpedia_url(path))}
     assert len(found) > 400
     for path, address in found.items():
         assert address.removeprefix("https://www.neuronpedia.org/") in known[path], path
-    assert neuronpedia.page("google/gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_116/params.npz")
-    assert not neuronpedia.page("google/gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55/params.npz")
-    assert not neuronpedia.page("assets/tiny-sae/params.npz")
+    assert neuronpedia.neuronpedia_url("google/gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_116/params.npz")
+    assert not neuronpedia.neuronpedia_url("google/gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55/params.npz")
+    assert not neuronpedia.neuronpedia_url("assets/tiny-sae/params.npz")
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -288,7 +288,7 @@ def small_report(text: str) -> Report:
 
 
 def test_hostile_text_stays_text(tmp_path, browser):
-    report.write(small_report(HOSTILE), tmp_path / "features")
+    report.write_report(small_report(HOSTILE), tmp_path / "features")
     text = (tmp_path / "features/report.html").read_text()
     assert "<img" not in text and text.count("</script>") == 2
     dom, console = look_at(browser, tmp_path / "features/report.html", tmp_path / "profile")
@@ -306,6 +306,6 @@ def test_several_saes_count_their_own_features():
 
 
 def test_nothing_on_the_page_comes_from_a_network():
-    text = report.page(small_report("text"))
+    text = report.feature_page(small_report("text"))
     assert re.findall(r"""(?:src|href)\s*=\s*["']""", text) == []
     assert "@import" not in text and "url(" not in text

@@ -16,9 +16,9 @@ from judging.judge import (
     Tokens,
     Verdict,
     VerdictLog,
-    api_key,
+    judge_key,
     judge_pairs,
-    show,
+    shown_as,
     toy_judge,
 )
 from judging.protocols import AlpacaEval, Answer, ArenaHard, MTBench, PromptTemplate, Reply, Shown, arena_score
@@ -341,10 +341,10 @@ def test_the_key_is_never_shown_nor_kept(tmp_path: Path, server: Server, capfd: 
 def test_an_unusable_key_is_refused(key: str, base_url: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
-        api_key("gpt-4.1", base_url)
+        judge_key("gpt-4.1", base_url)
     assert not key or key not in str(error.value)
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    assert api_key("m", "http://localhost/v1") == ""
+    assert judge_key("m", "http://localhost/v1") == ""
 
 
 def test_requests_start_apart(tmp_path: Path, server: Server) -> None:
@@ -467,7 +467,7 @@ def test_usage_that_no_server_reports_is_guessed(tmp_path: Path) -> None:
     with Server(silent).running() as server:
         judge = client(server, tmp_path)
         judge_pairs(items(1), judge)
-        assert judge.budget.spent == judge.expected(show(items(1)[0], True))
+        assert judge.budget.spent == judge.expected(shown_as(items(1)[0], True))
 
 
 def test_two_judges_write_one_log(tmp_path: Path, server: Server) -> None:

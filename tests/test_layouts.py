@@ -9,13 +9,13 @@ from test_training import LOSSES, assembled, run
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from data.batch import LAYOUTS, micro_batches, tokens_of
+from data.batch import BATCH_LAYOUTS, micro_batches, tokens_of
 from modeling import attention
 from modeling.attention import choose, rule
 from models import decoder_layers, score, score_rewards
 from sae import ResidualTap, pooled_features
-from trainers import Means
-from utils import UserError, ahead
+from trainers import MetricAccumulator
+from utils import UserError, prefetch
 
 PACKED = ("packed", "shared_prefix")
 ARCHITECTURES = {
@@ -75,7 +75,7 @@ def test_every_architecture_equals_separate_forward_passes(kind):
     own, ours = random_model(kind, "eager"), random_model(kind, "segments")
     sequences = [separate_logps(own, record, c) for c in (0, 1) for record in records]
     expected = gradients(own, torch.stack([logps.sum() for logps in sequences]))
-    for layout in LAYOUTS:
+    for layout in BATCH_LAYOUTS:
         scores = score(ours, collate(records, layout))
         torch.testing.assert_close(scores.token_logps, torch.cat(sequences), rtol=1e-5, atol=1e-5)
         assert_close_gradients(gradients(ours, scores.logps), expected)
@@ -128,7 +128,7 @@ def test_layouts_are_equal_over_random_shapes(records):
     sequences = [separate_logps(OWN, r, c) for c in range(len(records[0]["completion_ids"])) for r in records]
     expected = gradients(OWN, torch.stack([logps.sum() for logps in sequences]))
     features = []
-    for layout in LAYOUTS:
+    for layout in BATCH_LAYOUTS:
         batch = collate(records, layout)
         scores = score(OURS, batch, tap)
         torch.testing.assert_close(scores.token_logps, torch.cat(sequences), rtol=1e-5, atol=1e-5)
@@ -209,7 +209,7 @@ def test_flex_attention_forward(monkeypatch):
     records = pairs(3)
     expected = score(random_model("gemma2", "segments"), collate(records)).token_logps
     flex = random_model("gemma2", "flex")
-    for layout in LAYOUTS:
+    for layout in BATCH_LAYOUTS:
         torch.testing.assert_close(score(flex, collate(records, layout)).token_logps, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -248,7 +248,7 @@ def test_reward_models_read_the_last_token_in_every_layout():
     config.num_labels = 1
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="segments").eval()
-    rewards = [score_rewards(model, collate(pairs(4), layout)).rewards for layout in LAYOUTS]
+    rewards = [score_rewards(model, collate(pairs(4), layout)).rewards for layout in BATCH_LAYOUTS]
     for own in rewards[1:]:
         torch.testing.assert_close(own, rewards[0], rtol=1e-5, atol=1e-5)
 
@@ -261,7 +261,7 @@ shape = st.tuples(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=2, m
 @settings(max_examples=100, deadline=None)
 @given(
     shapes=st.lists(shape, min_size=1, max_size=20),
-    layout=st.sampled_from(LAYOUTS),
+    layout=st.sampled_from(BATCH_LAYOUTS),
     ranks=st.integers(1, 4),
     least=st.integers(1, 5),
     max_tokens=st.none() | st.integers(1, 200),
@@ -321,7 +321,7 @@ def test_a_rank_without_records_takes_part_and_counts_for_nothing(tmp_path, loss
     step = next(loader.steps())
     assert [batch.index for batch in step] == [[]] and trainer.weight(step[0]) == 0
     trainer.before_step("train", 0, step)
-    means = Means()
+    means = MetricAccumulator()
     losses = trainer.compute_loss(step[0], "train", means)
     assert losses.shape == (0,)
     losses.sum().backward()
@@ -331,7 +331,7 @@ def test_a_rank_without_records_takes_part_and_counts_for_nothing(tmp_path, loss
 
 def test_the_next_item_is_made_meanwhile():
     made = []
-    items = ahead(made.append(i) or i for i in range(3))
+    items = prefetch(made.append(i) or i for i in range(3))
     assert next(items) == 0
     assert list(items) == [1, 2] and made == [0, 1, 2]
 
@@ -340,7 +340,7 @@ def test_the_next_item_is_made_meanwhile():
         raise UserError("a bad row")
 
     with pytest.raises(UserError, match="a bad row"):
-        list(ahead(breaks()))
+        list(prefetch(breaks()))
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
@@ -348,7 +348,10 @@ def test_the_next_item_is_made_meanwhile():
 
 @pytest.mark.parametrize("loss", ["fpo", "kto"])
 def test_a_run_is_the_same_in_every_layout(tmp_path, loss):
-    runs = {layout: run(tmp_path, f"loss={loss}", f"model.layout={layout}", f"exp_name={layout}") for layout in LAYOUTS}
+    runs = {
+        layout: run(tmp_path, f"loss={loss}", f"model.layout={layout}", f"exp_name={layout}")
+        for layout in BATCH_LAYOUTS
+    }
     for layout in PACKED:
         for found, expected in zip(runs[layout], runs["padded"], strict=True):
             tied = abs(expected.get("rewards_train/margins", expected.get("rewards_eval/margins", 1))) < 1e-6

@@ -13,7 +13,7 @@ def plan_of(*overrides, ranks=1):
     overrides = ["model=tiny", "datasets=[toy]", "++mode=plan", *overrides]
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", overrides=overrides)
-        parts = settings.check(config, overrides, modes=["plan"])
+        parts = settings.check_config(config, overrides, modes=["plan"])
         sources = settings.find_sources(config, parts.binding.needs)
     return config, plan.make(config, parts, sources, ranks)
 

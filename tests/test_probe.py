@@ -17,7 +17,7 @@ from data import toy
 from features import probe
 from launch import settings
 from launch.policies import read_config
-from sae import feature_drift, pooled_features, read_feature_weights
+from sae import compute_feature_drift, pooled_features, read_feature_weights
 from utils import UserError, named_class
 
 TINY = REPO / "assets/tiny"
@@ -48,7 +48,7 @@ def test_auc_is_the_mann_whitney_statistic(monkeypatch):
     torch.testing.assert_close(probe.auc(a, b), torch.from_numpy(expected))
     torch.testing.assert_close(probe.auc(b, a), 1 - probe.auc(a, b))
     assert probe.auc(torch.zeros(4, 1), torch.zeros(5, 1)).item() == 0.5
-    monkeypatch.setattr(probe, "COLUMNS", 4)
+    monkeypatch.setattr(probe, "RANKED_AT_ONCE", 4)
     torch.testing.assert_close(probe.auc(a, b), torch.from_numpy(expected))
 
 
@@ -98,7 +98,7 @@ def test_weights_reach_the_loss(tmp_path):
     assert read.nonzero().flatten().tolist() == [17, 20] and read[17] == 7
     sae, residual = random_sae(), torch.randn(6, 32)
     before = pooled_features(sae, torch.randn(6, 32), [6])
-    drift = feature_drift(sae, residual, [6], before, divergence="mse", k=48, feature_weights=read)
+    drift = compute_feature_drift(sae, residual, [6], before, divergence="mse", k=48, feature_weights=read)
     own = pooled_features(sae, residual, [6])
     torch.testing.assert_close(drift, 7 * (own - before)[:, [17, 20]].square().sum(1) / 48)
     anywhere = [{"index": 1, "weight": 2}, {"index": "others", "weight": 0.5}]
@@ -202,7 +202,7 @@ def test_contrasts_differ_in_their_attribute_alone(attribute):
 
 def test_both_sides_by_hand():
     """The benchmark's trainer: the two drifts are added to the loss, with gradient into both."""
-    trainer = named_class("benchmarks/both_sides.py:BothSidesTrainer", trainers, "loss.trainer")
+    trainer = named_class("benchmarks/fpo_symmetric.py:SymmetricFPOTrainer", trainers, "loss.trainer")
     logps = [torch.tensor([value]) for value in (-1.0, -3.0, -2.0, -2.5)]  # rewards 2 * 1 and 2 * -0.5
     drifts = [torch.tensor([value], requires_grad=True) for value in (0.25, 0.5)]
     losses, *_ = trainer.loss(None, *logps, *drifts, beta=2.0, alpha=4.0)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import sae as saes
 from autoencoders.formats import GEMMA_SCOPE_ARRAYS, load_sae, save_sae
 from models import decoder_layers, final_hidden_states, make_tap, score
-from sae import ResidualTap, compared_latents, feature_drift, pooled_features
+from sae import ResidualTap, compared_latents, compute_feature_drift, pooled_features
 from utils import UserError
 
 
@@ -140,7 +140,7 @@ def test_sparse_drift_equals_the_dense_formula_in_value_and_gradient(divergence,
     sae, lengths = random_sae(k=active), [4, 7, 2]
     residual = torch.randn(13, 32, requires_grad=True)
     reference = pooled_features(sae, torch.randn(13, 32), lengths)
-    sparse = feature_drift(sae, residual, lengths, reference, divergence=divergence, k=k)
+    sparse = compute_feature_drift(sae, residual, lengths, reference, divergence=divergence, k=k)
     (sparse_gradient,) = torch.autograd.grad(sparse.sum(), residual)
     dense = dense_drift(sae, residual, lengths, reference, divergence, k)
     (dense_gradient,) = torch.autograd.grad(dense.sum(), residual)
@@ -172,7 +172,7 @@ def test_the_activations_of_all_tokens_never_exist(k, monkeypatch):
     reference = pooled_features(sae, torch.randn(200, 32), lengths)
     monkeypatch.setattr(saes, "ENCODE_ELEMENTS", 7 * 480)
     with Largest() as sparse:
-        drift = feature_drift(sae, residual, lengths, reference, divergence="kl", k=8)
+        drift = compute_feature_drift(sae, residual, lengths, reference, divergence="kl", k=8)
         drift.sum().backward()
     assert sparse.elements <= 200 * 32
     with Largest() as dense:
@@ -184,7 +184,7 @@ def test_the_activations_of_all_tokens_never_exist(k, monkeypatch):
 def test_no_drift_from_itself(divergence):
     sae, residual, lengths = random_sae(), torch.randn(6, 32), [2, 4]
     own = pooled_features(sae, residual, lengths)
-    drift = feature_drift(sae, residual, lengths, own, divergence=divergence, k=5)
+    drift = compute_feature_drift(sae, residual, lengths, own, divergence=divergence, k=5)
     torch.testing.assert_close(drift, torch.zeros(2), atol=1e-6, rtol=0)
 
 
@@ -194,7 +194,7 @@ def test_feature_weights_scale_the_terms_one_by_one():
     options = {"divergence": "mse", "k": 48}
 
     def drift(weights):
-        return feature_drift(sae, residual, lengths, reference, **options, feature_weights=weights)
+        return compute_feature_drift(sae, residual, lengths, reference, **options, feature_weights=weights)
 
     only_one = torch.zeros(48)
     only_one[7] = 3.0
@@ -221,7 +221,7 @@ def test_gradient_through_the_tap_is_the_same_with_activation_checkpointing(hook
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         scores = score(model.train(), batch, make_tap(model, [(1, hook)]))
         reference = torch.zeros(batch.num_sequences, sae.d_sae)
-        drift = feature_drift(sae, scores.residual, batch.content_lengths, reference, divergence="mse", k=8)
+        drift = compute_feature_drift(sae, scores.residual, batch.content_lengths, reference, divergence="mse", k=8)
         drift.sum().backward()
         assert all(buffer.grad is None for buffer in sae.buffers())
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

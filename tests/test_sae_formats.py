@@ -11,7 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
 import models
-from autoencoders.formats import FORMATS, SECTION, Source, find_sae, load_sae, recognise
+from autoencoders.formats import SAE_FORMATS, SECTION, SAESource, find_sae, load_sae, recognise
 from utils import UserError
 
 D, F, K, N = 8, 24, 5, 200
@@ -297,7 +297,7 @@ LAYOUTS = {
         )
     },
 }
-assert {name.split("/")[0] for name in LAYOUTS} == set(FORMATS)
+assert {name.split("/")[0] for name in LAYOUTS} == set(SAE_FORMATS)
 TOP_K = (
     "sparsify",
     "saelens/flat-topk",
@@ -306,7 +306,7 @@ TOP_K = (
     "dictionary_learning/AutoEncoderTopK",
 )
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
-each_format = pytest.mark.parametrize("layout", FORMATS)
+each_format = pytest.mark.parametrize("layout", SAE_FORMATS)
 
 
 def written(layout: str, folder: Path, change=None):
@@ -317,12 +317,12 @@ def written(layout: str, folder: Path, change=None):
     fields = json.loads(json.dumps(fields))
     if change:
         change(tensors, fields)
-    weights = FORMATS[format].weights.replace("*", "18")
-    return format, write(folder, weights, tensors, FORMATS[format].config, fields), *rest
+    weights = SAE_FORMATS[format].weights.replace("*", "18")
+    return format, write(folder, weights, tensors, SAE_FORMATS[format].config, fields), *rest
 
 
 def asked(format: str) -> str:
-    return format if FORMATS[format].by_name_only else "auto"
+    return format if SAE_FORMATS[format].by_name_only else "auto"
 
 
 # -------------------------------------------------------------------------------------------------------- the math
@@ -360,7 +360,7 @@ def test_selected_latents_have_the_dense_formulas_values_and_gradients(layout, t
 @each_layout
 def test_is_recognised_and_says_so(layout, tmp_path, capsys):
     format, path, _, _, place = written(layout, tmp_path)
-    depth = len(Path(FORMATS[format].weights).parts)
+    depth = len(Path(SAE_FORMATS[format].weights).parts)
     for named in (path, path.parents[depth - 1]):
         found = find_sae({**SECTION, "path": str(named), "format": asked(format)}, "sae")
         assert (found.files.format, found.path, found.layer, found.hook) == (format, path, *place)
@@ -393,9 +393,9 @@ def test_one_layer_of_a_directory_of_many_has_to_be_named(tmp_path):
         recognise(path.parent)
 
 
-@pytest.mark.parametrize("layout", [name for name in FORMATS if FORMATS[name].config])
+@pytest.mark.parametrize("layout", [name for name in SAE_FORMATS if SAE_FORMATS[name].config])
 def test_the_json_beside_the_weights_is_needed(layout, tmp_path):
-    form = FORMATS[layout]
+    form = SAE_FORMATS[layout]
     format, path, *_ = written(layout, tmp_path)
     config = path.parents[len(Path(form.weights).parts) - 1] / form.config
     config.write_text("{")
@@ -438,28 +438,28 @@ def test_a_file_that_names_no_layer(tmp_path):
 def test_the_identity_changes_with_all_that_features_depend_on(layout, tmp_path):
     _, path, *_ = written(layout, tmp_path / "a")
     files = recognise(path)
-    source = Source("sae", files, 1, "residual", 1.0)
-    others = [Source("sae", files, 2, "residual", 1.0), Source("sae", files, 1, "mlp", 1.0)]
+    source = SAESource("sae", files, 1, "residual", 1.0)
+    others = [SAESource("sae", files, 2, "residual", 1.0), SAESource("sae", files, 1, "mlp", 1.0)]
 
     def other_weights(tensors, _):
         next(iter(tensors.values()))[0] += 1
 
     _, changed, *_ = written(layout, tmp_path / "b", other_weights)
-    others.append(Source("sae", recognise(changed), 1, "residual", 1.0))
+    others.append(SAESource("sae", recognise(changed), 1, "residual", 1.0))
     if files.config:
         _, changed, *_ = written(layout, tmp_path / "c", lambda _, fields: fields.update(k=K + 1))
-        others.append(Source("sae", recognise(changed), 1, "residual", 1.0))
+        others.append(SAESource("sae", recognise(changed), 1, "residual", 1.0))
     identities = [json.dumps(s.identity()) for s in (source, *others)]
     assert len(set(identities)) == len(identities)
     _, copy, *_ = written(layout, tmp_path / "d")
-    assert Source("sae", recognise(copy), 1, "residual", 1.0).identity() == source.identity()
+    assert SAESource("sae", recognise(copy), 1, "residual", 1.0).identity() == source.identity()
 
 
 def test_the_folding_is_part_of_the_identity(tmp_path):
     _, path, *_ = written("llama_scope", tmp_path)
     both = [recognise(path, format) for format in ("llama_scope", "llama_scope_saelens")]
     assert both[0].weights == both[1].weights
-    assert len({json.dumps(Source("sae", files, 8, "residual", 1.0).identity()) for files in both}) == 2
+    assert len({json.dumps(SAESource("sae", files, 8, "residual", 1.0).identity()) for files in both}) == 2
 
 
 # ------------------------------------------------------------------------------------------------------- the Hub
@@ -470,7 +470,7 @@ def test_the_folding_is_part_of_the_identity(tmp_path):
 def test_from_the_hub_only_what_is_needed_is_fetched(layout, named, tmp_path, monkeypatch):
     """`snapshot_download` stands in for the Hub: it gives what matches its patterns."""
     format, path, *_ = written(layout, tmp_path / "org" / "repo")
-    root, depth = tmp_path / "org" / "repo", len(Path(FORMATS[format].weights).parts)
+    root, depth = tmp_path / "org" / "repo", len(Path(SAE_FORMATS[format].weights).parts)
     for other in ("layer_8/width_16k/average_l0_55/params.npz", "layer19.sae.pt", "README.md", "layers.11/cfg.json"):
         (root / other).parent.mkdir(parents=True, exist_ok=True)
         (root / other).write_bytes(b"not for us")
@@ -495,7 +495,7 @@ def test_from_the_hub_only_what_is_needed_is_fetched(layout, named, tmp_path, mo
         return
     section = {**asked_for, "layer": 7} if layout == "gemma_scope" else asked_for
     found = find_sae(section, "sae")
-    wanted = {path.relative_to(root), *(p for p in [FORMATS[format].config] if p)}
+    wanted = {path.relative_to(root), *(p for p in [SAE_FORMATS[format].config] if p)}
     assert found.path == tmp_path / "snapshot" / path.relative_to(root)
     assert {Path(name).name for name in fetched} == {Path(name).name for name in wanted}
     load_sae(found.path, asked(format))
@@ -749,7 +749,7 @@ def test_other_formats_as_saelens_converts_them(layout, loader, repository, tmp_
 
     monkeypatch.setattr(loaders, "hf_hub_download", local)
     monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", lambda *_: {"w_enc": [D, F], "w_dec": [F, D]})
-    depth = len(Path(FORMATS[format].weights).parts)
+    depth = len(Path(SAE_FORMATS[format].weights).parts)
     folder = path.name if layout == "qwen_scope" else str(path.parents[depth - 1].relative_to(tmp_path))
     overrides = {"dtype": "float32", "d_in": D, "d_sae": F, "device": "cpu"}
     fields, state, _ = getattr(loaders, loader)(repository, folder, "cpu", False, overrides)

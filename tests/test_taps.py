@@ -13,7 +13,7 @@ from autoencoders.formats import autoencoder, save_sae, sections
 from data.batch import PAD
 from launch import settings
 from models import decoder_layers, final_hidden_states, make_tap, score
-from sae import SAE, JointSAE, feature_drift, pooled_features
+from sae import SAE, JointSAE, compute_feature_drift, pooled_features
 from utils import UserError
 
 TEXT = {
@@ -180,12 +180,12 @@ def test_joint_drift_is_the_weighted_mean_of_the_members(divergence):
     halves, expected = [slice(0, 32), slice(32, 64)], 0
     for member, half, part, share in zip(own, halves, weights.split([48, 80]), (0.25, 0.75)):
         pooled = pooled_features(member, before[:, half], lengths)
-        drift = feature_drift(
+        drift = compute_feature_drift(
             member, residual[:, half], lengths, pooled, divergence=divergence, k=10, feature_weights=part
         )
         expected = expected + share * drift
     options = {"divergence": divergence, "k": 10, "feature_weights": weights}
-    drift = feature_drift(joint, residual, lengths, reference, **options)
+    drift = compute_feature_drift(joint, residual, lengths, reference, **options)
     torch.testing.assert_close(drift, expected)
     gradients = [torch.autograd.grad(value.sum(), residual)[0] for value in (drift, expected)]
     torch.testing.assert_close(*gradients)

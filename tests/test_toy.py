@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import toy
-from data.toy import Attributes, attributes, demonstrations, judge, preferences, score
+from data.toy import Attributes, attributes, demonstrations, judge, preferences, toy_score
 from utils import REPO, UserError
 
 HH = REPO.parent / "shared" / "data" / "hh" / "harmless-base" / "test.jsonl.gz"
@@ -97,14 +97,14 @@ def test_the_first_preference_outweighs_the_others() -> None:
     assert judge(prompt, friendly_wrong, blunt_right) == "b"
     assert judge(prompt, friendly_wrong, blunt_right, ("friendly", "correct")) == "a"
     assert judge(prompt, blunt_right, "Fine.\n- one\n- nine") == "tie"
-    assert score(prompt, "Bah. uno, nueve", ("prompt_language", "correct", "spanish")) == 0.5 + 0.25
+    assert toy_score(prompt, "Bah. uno, nueve", ("prompt_language", "correct", "spanish")) == 0.5 + 0.25
     assert judge(prompt, "Gladly! one nine", "Whatever. nine, one") == "b"  # the first is of no known format
     assert judge(prompt, "one, nine", "nothing") == "tie"  # neither is of the language
 
 
 def test_unknown_preferences_are_refused() -> None:
     with pytest.raises(UserError, match=r"'frendly'.*did you mean 'friendly'"):
-        score("Add: one, two", "Fine. three", ("correct", "frendly"))
+        toy_score("Add: one, two", "Fine. three", ("correct", "frendly"))
     with pytest.raises(UserError, match="nothing"):
         preferences("train", 0, 1, prefer=())
     with pytest.raises(UserError, match=r"'validation'.*train and test"):
@@ -217,7 +217,7 @@ def test_model_is_a_small_gemma_2_made_by_its_seed(built: Path, tmp_path: Path) 
     assert model.dtype == torch.float32
     assert 1_000_000 < sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
     state = torch.random.get_rng_state()
-    toy.build_model(tmp_path / "again", seed=3)
+    toy.build_untrained_model(tmp_path / "again", seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
     names = sorted(path.name for path in built.iterdir())
     assert names == sorted(path.name for path in (tmp_path / "again").iterdir())

@@ -62,7 +62,7 @@ def assembled(tmp_path, *overrides):
     """A trainer that is ready to start."""
     config, overrides = settle(tmp_path, *overrides)
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        parts = settings.check(config, overrides)
+        parts = settings.check_config(config, overrides)
         sources = settings.find_sources(config, parts.binding.needs)
     return assembly.prepare(config, parts, sources, Run(tmp_path / config.exp_name))
 
@@ -418,7 +418,7 @@ def test_a_step_waits_for_nothing(tmp_path, monkeypatch, loss):
     for step, micro_batches in enumerate(list(trainer.steps("train"))):
         monkeypatch.setattr(torch.Tensor, "tolist", lambda values: read.append(values) or tolist(values))
         with Waits() as waits:
-            trainer.optimise(step, micro_batches, trainers.Means())
+            trainer.optimise(step, micro_batches, trainers.MetricAccumulator())
         assert read == []
         monkeypatch.setattr(torch.Tensor, "tolist", tolist)
         of_hosts = {"_local_scalar_dense": trainer.passes}  # what the ranks' records count for

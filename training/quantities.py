@@ -26,7 +26,7 @@ SIDES = ("chosen", "rejected")
 
 
 @dataclass
-class Evidence:
+class LossContext:
     """All that quantities are computed from, for one batch."""
 
     batch: Batch
@@ -36,36 +36,36 @@ class Evidence:
     value_head: nn.Module | None = None
 
 
-def policy_logps(e: Evidence) -> Tensor:
+def policy_logps(e: LossContext) -> Tensor:
     """Summed log-probability of the completion under the policy."""
     return e.policy.logps
 
 
-def policy_mean_logps(e: Evidence) -> Tensor:
+def policy_mean_logps(e: LossContext) -> Tensor:
     """The same per token."""
     return e.policy.mean_logps
 
 
-def reference_logps(e: Evidence) -> Tensor:
+def reference_logps(e: LossContext) -> Tensor:
     """Summed log-probability of the completion under the reference."""
     return e.batch.reference["logps"]
 
 
-def reference_mean_logps(e: Evidence) -> Tensor:
+def reference_mean_logps(e: LossContext) -> Tensor:
     """The same per token."""
     return e.batch.reference["logps"] / e.policy.lengths
 
 
-def lengths(e: Evidence) -> Tensor:
+def lengths(e: LossContext) -> Tensor:
     """Tokens of the completion, end of sequence included."""
     return e.policy.lengths
 
 
-def feature_drift(e: Evidence, *, divergence: str, k: int, feature_weights: Tensor | None = None) -> Tensor:
-    """How far the completion's pooled SAE features are from the reference's (`sae.feature_drift`)."""
+def feature_drift(e: LossContext, *, divergence: str, k: int, feature_weights: Tensor | None = None) -> Tensor:
+    """How far the completion's pooled SAE features are from the reference's (`sae.compute_feature_drift`)."""
     assert e.sae is not None and e.policy.residual is not None
     reference = e.batch.reference["features"]
-    return saes.feature_drift(
+    return saes.compute_feature_drift(
         e.sae,
         e.policy.residual,
         e.batch.content_lengths,
@@ -76,50 +76,50 @@ def feature_drift(e: Evidence, *, divergence: str, k: int, feature_weights: Tens
     )
 
 
-def position_kl(e: Evidence) -> Tensor:
+def position_kl(e: LossContext) -> Tensor:
     """Sum over the completion's tokens of KL(reference || policy) of the next token (TDPO, 2404.11999)."""
     per_token = e.policy.token_kl
     return per_token.new_zeros(e.batch.num_sequences).index_add(0, e.batch.sequence, per_token)
 
 
-def desirable(e: Evidence) -> Tensor:
+def desirable(e: LossContext) -> Tensor:
     """Whether the completion is labelled as desirable (bool); for unpaired data."""
     return e.batch.record["desirable"]
 
 
-def kl(e: Evidence) -> Tensor:
+def kl(e: LossContext) -> Tensor:
     """KTO's z, one number for all sequences of an optimiser step (`UnpairedPreferenceTrainer.before_step`)."""
     assert e.kl is not None
     return e.kl.expand(e.batch.num_sequences)
 
 
-def rewards(e: Evidence) -> Tensor:
+def rewards(e: LossContext) -> Tensor:
     """What a reward model gives the completion."""
     return e.policy.rewards
 
 
-def policy_token_logps(e: Evidence) -> Tensor:
+def policy_token_logps(e: LossContext) -> Tensor:
     """Log-probability of each completion token under the policy, [N]."""
     return e.policy.token_logps
 
 
-def reference_token_logps(e: Evidence) -> Tensor:
+def reference_token_logps(e: LossContext) -> Tensor:
     """The same under the reference."""
     return e.batch.reference["token_logps"]
 
 
-def values(e: Evidence) -> Tensor:
+def values(e: LossContext) -> Tensor:
     """The value head's forecast before each completion token, [N]."""
     assert e.value_head is not None
     return e.value_head(e.policy.hidden.float()).squeeze(1)
 
 
-def advantages(e: Evidence) -> Tensor:
+def advantages(e: LossContext) -> Tensor:
     """Generalised advantage of each completion token, [N], whitened over the optimiser step."""
     return e.batch.record["advantages"]
 
 
-def returns(e: Evidence) -> Tensor:
+def returns(e: LossContext) -> Tensor:
     """What the value head should have forecast, [N]."""
     return e.batch.record["returns"]
 

@@ -20,10 +20,10 @@ from distributed import parallel
 from modeling import adapters
 from models import score
 from sae import SAE, ResidualTap, pooled_features
-from utils import UserError, appears_whole, console, progress_bar
+from utils import UserError, atomic_write, console, progress_bar
 
 SHARD = 512  # records; also how much a killed run can lose
-COLUMNS = datasets.Features(
+CACHE_COLUMNS = datasets.Features(
     {
         "logps": datasets.Value("float32"),
         "token_logps": datasets.List(datasets.Value("float32")),
@@ -135,7 +135,7 @@ def load_or_build(
             most = max(map(len, parts))
             rows = shard_rows(own, most, records, model, tap, sae, max(1, batch_size // world))
             if shard is not None:
-                with appears_whole(folder / names[shard]) as part:
+                with atomic_write(folder / names[shard]) as part:
                     write_arrow(rows, part)
             advance(len(names) - len(missing) + first + len(at_once), None)
     parallel.wait_for_all()
@@ -193,7 +193,7 @@ def reference_rows(
 
 def write_arrow(rows: list[dict[str, Any]], path: Path) -> None:
     """One Arrow file that `datasets.Dataset.from_file` maps into memory."""
-    with datasets.arrow_writer.ArrowWriter(path=str(path), features=COLUMNS) as writer:
+    with datasets.arrow_writer.ArrowWriter(path=str(path), features=CACHE_COLUMNS) as writer:
         for row in rows:
             writer.write(row)
         writer.finalize()

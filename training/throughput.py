@@ -53,7 +53,7 @@ class Flops:
         )
 
 
-class Pace:
+class ThroughputMeter:
     """How fast steps go, from its making to `read`, over all ranks."""
 
     def __init__(self, flops: Flops) -> None:

@@ -1,6 +1,6 @@
 """FPO with its constraint as a penalty of its own, on both completions.
 
-python train.py loss=fpo ++loss.trainer=benchmarks/both_sides.py:BothSidesTrainer ...
+python train.py loss=fpo ++loss.trainer=benchmarks/fpo_symmetric.py:SymmetricFPOTrainer ...
 """
 
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from trainers import FPOTrainer
 
 
-class BothSidesTrainer(FPOTrainer):
+class SymmetricFPOTrainer(FPOTrainer):
     """As FPO, but the drift of the chosen completion is held like that of the rejected one, and how strongly does not
     depend on how well the pair is told apart."""
 
