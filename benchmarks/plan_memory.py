@@ -96,7 +96,7 @@ def planned(folder: Path, own: list[str], ranks: int) -> float:
 
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", settings(folder, own, "plan"))
-        parts = checks.check(config, [])
+        parts = checks.check_config(config, [])
         made = plan.make(config, parts, checks.find_sources(config, parts.binding.needs), ranks)
     return sum(made.memory.values())
 
