@@ -35,8 +35,8 @@ from launch.policies import Policy, find_policy, read_config, require_language_m
 from modeling.weights import PolicyFile, Weights, fill, open_weights, weights_digest
 from sae import ENCODE_ELEMENTS, active, drift_by_feature, pooled_features
 from sampling import diversity, samples
-from trainers import BasicTrainer
 from training.checkpoint import Run
+from training.loop import BasicTrainer
 from utils import REPO, UserError, progress_bar
 
 FEATURES_SHOWN = 8  # features that rose most, and as many that fell most, with

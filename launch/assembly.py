@@ -17,8 +17,8 @@ from launch import settings
 from modeling import adapters, attention, head
 from modeling.weights import find_weights, weights_digest
 from sae import SAE, drift_options
-from trainers import BasicTrainer, Setup
 from training.checkpoint import Run
+from training.loop import BasicTrainer, Setup
 from training.reference import LiveReference, Records, Reference, load_or_build
 from utils import UserError, fingerprint
 

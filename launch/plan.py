@@ -21,7 +21,7 @@ from modeling import adapters, attention
 from modeling.head import CHUNK_ELEMENTS
 from models import decoder_layers, final_hidden_states
 from sae import ENCODE_ELEMENTS
-from trainers import make_optimizer
+from training.loop import make_optimizer
 from utils import console
 
 

@@ -11,6 +11,7 @@ import models
 import trainers
 from launch import settings
 from modeling.weights import weights_digest
+from training import loop
 from utils import REPO, UserError, named_class
 
 OWN_DISTRIBUTION = ["++temperature=1.0", "++top_p=1.0", "++top_k=0"]  # of the policy: unbiased entropy, KL and means
@@ -92,9 +93,9 @@ def find_policy(path: Path, config: DictConfig, overrides: list[str]) -> Policy:
     return Policy(run / "LATEST", run / "LATEST", run=run)
 
 
-def trainer_class(config: DictConfig) -> type[trainers.BasicTrainer]:
+def trainer_class(config: DictConfig) -> type[loop.BasicTrainer]:
     """The class whose loss trained the policy."""
-    found: type[trainers.BasicTrainer] = named_class(config.loss.trainer, trainers, "loss.trainer")
+    found: type[loop.BasicTrainer] = named_class(config.loss.trainer, trainers, "loss.trainer")
     return found
 
 

@@ -20,6 +20,7 @@ from data.batch import BATCH_LAYOUTS
 from distributed.sharding import DTYPES
 from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config
+from training import loop
 from training.checkpoint import flat
 from training.quantities import Binding, bind
 from utils import REPO, UserError, named_class, suggest
@@ -48,7 +49,7 @@ class Problems(list[str]):
 class RunClasses:
     """The classes that a configuration names, and how they fit."""
 
-    trainer: type[trainers.BasicTrainer]
+    trainer: type[loop.BasicTrainer]
     loader: type[dataloader.DataLoader]
     binding: Binding
 
@@ -83,7 +84,7 @@ def check_config(config: DictConfig, overrides: Sequence[str], modes: Sequence[s
         "mode": (config.mode, modes),
         "resume": (config.resume, ["auto", "never"]),
         "template": (config.template, ["tulu", "chat"]),
-        "lr_schedule": (config.lr_schedule, list(trainers.SCHEDULES)),
+        "lr_schedule": (config.lr_schedule, list(loop.SCHEDULES)),
         "model.policy_dtype": (config.model.policy_dtype, list(DTYPES)),
         "model.weights_dtype": (config.model.weights_dtype, list(DTYPES)),
         "model.activation_checkpointing": (config.model.activation_checkpointing, [False, True, "full", "selective"]),
@@ -102,7 +103,7 @@ def check_config(config: DictConfig, overrides: Sequence[str], modes: Sequence[s
         config.model.use_peft or not config.model.load_in_4bit, "model.load_in_4bit needs model.use_peft=true as well"
     )
     with problems.collected():
-        trainers.make_optimizer(config, [torch.zeros(1, requires_grad=True)])
+        loop.make_optimizer(config, [torch.zeros(1, requires_grad=True)])
     with problems.collected():
         dataloader.check_datasets(config)
     parts = None

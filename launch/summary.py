@@ -15,7 +15,7 @@ from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
 from sampling.diversity import log_likelihoods
 from sampling.generate import Request, Sample, Settings, sample
-from trainers import BasicTrainer
+from training.loop import BasicTrainer
 from utils import console, write_json
 
 FIGURE_NAMES = {  # the figures in the order of the table; a run has those that apply to it

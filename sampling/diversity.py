@@ -19,7 +19,7 @@ from data.batch import collate
 from distributed import parallel
 from sampling.backends import TransformersBackend
 from sampling.samples import Conversation
-from trainers import BasicTrainer
+from training.loop import BasicTrainer
 
 MAX_N = 4  # BLEU's longest n-grams
 

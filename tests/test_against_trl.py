@@ -28,8 +28,8 @@ from data.batch import Batch
 from dataloader import DataLoader
 from launch import assembly, settings
 from models import Scores
-from trainers import BasicTrainer, MetricAccumulator
 from training.checkpoint import Run
+from training.loop import BasicTrainer, MetricAccumulator
 
 TINY = REPO / "assets/tiny"
 BATCH = 8
