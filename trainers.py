@@ -14,7 +14,6 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,7 +25,8 @@ from models import score_rewards
 from training.loop import BasicTrainer, MetricAccumulator, Setup
 from training.quantities import QUANTITIES, Binding, LossContext
 from training.reference import Reference
-from utils import UserError
+from training.settings import TrainingSettings
+from utils import Count, NonNegative, Positive, Share, UserError
 
 # ---------------------------------------------------------------------------------------------------- SFT
 
@@ -83,7 +83,13 @@ class DPOTrainer(PairedPreferenceTrainer):
     """Direct preference optimisation (Rafailov et al. 2023, 2305.18290, Eq. 7)."""
 
     def loss(
-        self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta
+        self,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        *,
+        beta: Positive,
     ):
         chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
         rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -96,7 +102,16 @@ class CDPOTrainer(PairedPreferenceTrainer):
     A share `label_smoothing` of the preferences is taken to be the wrong way round.
     """
 
-    def loss(self, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, label_smoothing):
+    def loss(
+        self,
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        *,
+        beta: Positive,
+        label_smoothing: Share,
+    ):
         chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
         rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
         right = -F.logsigmoid(chosen_rewards - rejected_rewards)
@@ -107,7 +122,9 @@ class CDPOTrainer(PairedPreferenceTrainer):
 class IPOTrainer(PairedPreferenceTrainer):
     """Identity preference optimisation (Azar et al. 2023, 2310.12036, Eq. 17), of log-ratios per token."""
 
-    def loss(self, chosen_mean_logps, rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps, *, tau):
+    def loss(
+        self, chosen_mean_logps, rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps, *, tau: Positive
+    ):
         chosen_logratios = chosen_mean_logps - ref_chosen_mean_logps
         rejected_logratios = rejected_mean_logps - ref_rejected_mean_logps
         losses = (chosen_logratios - rejected_logratios - 1 / (2 * tau)).square()
@@ -117,7 +134,7 @@ class IPOTrainer(PairedPreferenceTrainer):
 class SLiCTrainer(PairedPreferenceTrainer):
     """Sequence likelihood calibration (Zhao et al. 2023, 2305.10425) with a regulariser on the chosen one."""
 
-    def loss(self, policy_chosen_logps, policy_rejected_logps, *, beta, lambda_coef):
+    def loss(self, policy_chosen_logps, policy_rejected_logps, *, beta: Positive, lambda_coef: NonNegative):
         losses = F.relu(beta - policy_chosen_logps + policy_rejected_logps) - lambda_coef * policy_chosen_logps
         return losses, beta * policy_chosen_logps, beta * policy_rejected_logps
 
@@ -125,7 +142,9 @@ class SLiCTrainer(PairedPreferenceTrainer):
 class SimPOTrainer(PairedPreferenceTrainer):
     """Simple preference optimisation (Meng et al. 2024, 2405.14734, Eq. 6); the margin is gamma_beta_ratio * beta."""
 
-    def loss(self, policy_chosen_mean_logps, policy_rejected_mean_logps, *, beta, gamma_beta_ratio):
+    def loss(
+        self, policy_chosen_mean_logps, policy_rejected_mean_logps, *, beta: Positive, gamma_beta_ratio: NonNegative
+    ):
         chosen_rewards = beta * policy_chosen_mean_logps
         rejected_rewards = beta * policy_rejected_mean_logps
         losses = -F.logsigmoid(chosen_rewards - rejected_rewards - gamma_beta_ratio * beta)
@@ -135,7 +154,7 @@ class SimPOTrainer(PairedPreferenceTrainer):
 class ORPOTrainer(PairedPreferenceTrainer):
     """Odds ratio preference optimisation (Hong et al. 2024, 2403.07691, Eq. 6-7)."""
 
-    def loss(self, policy_chosen_mean_logps, policy_rejected_mean_logps, *, lambda_coef):
+    def loss(self, policy_chosen_mean_logps, policy_rejected_mean_logps, *, lambda_coef: NonNegative):
         log_odds = log_odds_of(policy_chosen_mean_logps) - log_odds_of(policy_rejected_mean_logps)
         losses = -policy_chosen_mean_logps - lambda_coef * F.logsigmoid(log_odds)
         return losses, lambda_coef * policy_chosen_mean_logps, lambda_coef * policy_rejected_mean_logps
@@ -159,7 +178,7 @@ class TDPO1Trainer(PairedPreferenceTrainer):
         chosen_position_kl,
         rejected_position_kl,
         *,
-        beta,
+        beta: Positive,
     ):
         chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
         rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
@@ -180,8 +199,8 @@ class TDPO2Trainer(PairedPreferenceTrainer):
         ref_rejected_logps,
         rejected_position_kl,
         *,
-        beta,
-        alpha,
+        beta: Positive,
+        alpha: NonNegative,
     ):
         chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
         rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
@@ -206,8 +225,8 @@ class FPOTrainer(PairedPreferenceTrainer):
         chosen_feature_drift,
         rejected_feature_drift,
         *,
-        beta,
-        alpha,
+        beta: Positive,
+        alpha: NonNegative,
     ):
         chosen_rewards = beta * (policy_chosen_mean_logps - reference_chosen_mean_logps)
         rejected_rewards = beta * (policy_rejected_mean_logps - reference_rejected_mean_logps)
@@ -242,40 +261,27 @@ class UnpairedPreferenceTrainer(BasicTrainer):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self.mismatched_records = {split: MismatchedRecords(loader) for split, loader in self.loaders.items()}
-        self.upcoming: dict[tuple[str, int], list[Batch]] = {}  # mismatched records of steps that are ready
+        self.mismatched_kl = MismatchedKL(self) if "kl" in self.binding.needs else None
 
     @classmethod
-    def check(cls, config: DictConfig, binding: Binding) -> None:
-        for key in ("batch_size", "eval_batch_size"):
-            if "kl" in binding.needs and config.model[key] == 1:
-                raise UserError(f"model.{key}=1: KTO's z needs the completion of another example, so at least 2")
+    def check(cls, config: TrainingSettings, binding: Binding) -> None:
+        if "kl" in binding.needs and 1 in (config.model.batch_size, config.model.eval_batch_size):
+            raise UserError(
+                "model.batch_size and model.eval_batch_size: KTO's z needs the completion of another example, so at "
+                "least 2"
+            )
 
     def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
         return values if side is None else values[batch.record[side]]
 
-    def make_ready(self, split: str, step: int, micro_batches: list[Batch]) -> list[Batch]:
-        if "kl" in self.binding.needs:
-            self.upcoming[split, step] = self.mismatched(split, step)
-        return super().make_ready(split, step, micro_batches)
+    def prepare_step(self, split: str, step: int, micro_batches: list[Batch]) -> list[Batch]:
+        if self.mismatched_kl:
+            self.mismatched_kl.prepare(split, step)
+        return super().prepare_step(split, step, micro_batches)
 
-    def mismatched(self, split: str, step: int) -> list[Batch]:
-        """The micro-batches of each prompt of a step with another record's completion."""
-        return super().make_ready(f"{split}/mismatched", step, self.mismatched_records[split].batches(step))
-
-    @torch.no_grad()
     def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
-        """KTO's z (2402.01306): the mean log-ratio of each prompt with another record's completion, over
-        the optimiser step on all ranks, and then no less than 0."""
-        if "kl" not in self.binding.needs:
-            return
-        total = torch.zeros(2, device=self.device, dtype=torch.float64)
-        for batch in self.upcoming.pop((split, step), None) or self.mismatched(split, step):
-            batch, scores = self.score(batch, self.references[f"{split}/mismatched"])
-            logratios = scores.logps - batch.reference["logps"]
-            total += torch.stack([logratios.double().sum(), total.new_full((), len(logratios))])
-        logratio, count = parallel.sum_over_ranks(total)
-        self.kl = (logratio / count).clamp(min=0).float()
+        if self.mismatched_kl:
+            self.kl = self.mismatched_kl.estimate(split, step)
 
     def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         for side in ("chosen", "rejected"):
@@ -286,10 +292,50 @@ class UnpairedPreferenceTrainer(BasicTrainer):
             means.add(f"kl/{split}", self.kl)
 
 
+class MismatchedKL:
+    """KTO's z (2402.01306): the mean log-ratio of each prompt with another record's completion, over the optimiser
+    step on all ranks, and at least 0."""
+
+    def __init__(self, trainer: BasicTrainer) -> None:
+        self.trainer = trainer
+        self.records = {split: MismatchedRecords(loader) for split, loader in trainer.loaders.items()}
+        self.prepared: dict[tuple[str, int], list[Batch]] = {}  # for steps that are still to come
+
+    def batches(self, split: str, step: int) -> list[Batch]:
+        """This rank's micro-batches of each prompt of a step with another record's completion."""
+        return self.trainer.prepare_batches(f"{split}/mismatched", self.records[split].batches(step))
+
+    def prepare(self, split: str, step: int) -> None:
+        """Make the batches of a step while an earlier one is in use."""
+        self.prepared[split, step] = self.batches(split, step)
+
+    @torch.no_grad()
+    def estimate(self, split: str, step: int) -> Tensor:
+        """z [], the same on all ranks."""
+        reference = self.trainer.references[f"{split}/mismatched"]
+        total = torch.zeros(2, device=self.trainer.device, dtype=torch.float64)
+        for batch in self.prepared.pop((split, step), None) or self.batches(split, step):
+            batch, scores = self.trainer.score(batch, reference)
+            logratios = scores.logps - batch.reference["logps"]
+            total += torch.stack([logratios.double().sum(), total.new_full((), len(logratios))])
+        logratio, count = parallel.sum_over_ranks(total)
+        return (logratio / count).clamp(min=0).float()
+
+
 class KTOTrainer(UnpairedPreferenceTrainer):
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, 2402.01306, Eq. 8)."""
 
-    def loss(self, policy_logps, reference_logps, desirable, kl, *, beta, desirable_weight, undesirable_weight):
+    def loss(
+        self,
+        policy_logps,
+        reference_logps,
+        desirable,
+        kl,
+        *,
+        beta: Positive,
+        desirable_weight: NonNegative,
+        undesirable_weight: NonNegative,
+    ):
         logratios = policy_logps - reference_logps
         values = torch.sigmoid(beta * signed(logratios - kl, desirable))
         return torch.where(desirable, desirable_weight, undesirable_weight) * (1 - values), beta * logratios
@@ -298,7 +344,17 @@ class KTOTrainer(UnpairedPreferenceTrainer):
 class KTOLogSigmoidTrainer(UnpairedPreferenceTrainer):
     """KTO with -log sigmoid(.) in place of 1 - sigmoid(.), as HALOs has it."""
 
-    def loss(self, policy_logps, reference_logps, desirable, kl, *, beta, desirable_weight, undesirable_weight):
+    def loss(
+        self,
+        policy_logps,
+        reference_logps,
+        desirable,
+        kl,
+        *,
+        beta: Positive,
+        desirable_weight: NonNegative,
+        undesirable_weight: NonNegative,
+    ):
         logratios = policy_logps - reference_logps
         losses = -F.logsigmoid(beta * signed(logratios - kl, desirable))
         return torch.where(desirable, desirable_weight, undesirable_weight) * losses, beta * logratios
@@ -307,7 +363,7 @@ class KTOLogSigmoidTrainer(UnpairedPreferenceTrainer):
 class KTOZeroTrainer(UnpairedPreferenceTrainer):
     """KTO with 0 as its reference point and no weights, as HALOs has it."""
 
-    def loss(self, policy_logps, reference_logps, desirable, *, beta):
+    def loss(self, policy_logps, reference_logps, desirable, *, beta: Positive):
         logratios = policy_logps - reference_logps
         return 1 - torch.sigmoid(beta * signed(logratios, desirable)), beta * logratios
 
@@ -318,7 +374,15 @@ class KTOSurprisalTrainer(UnpairedPreferenceTrainer):
     Its z, a mean of log-probabilities, is never above 0, so it is 0.
     """
 
-    def loss(self, policy_mean_logps, desirable, *, beta, desirable_weight, undesirable_weight):
+    def loss(
+        self,
+        policy_mean_logps,
+        desirable,
+        *,
+        beta: Positive,
+        desirable_weight: NonNegative,
+        undesirable_weight: NonNegative,
+    ):
         values = torch.sigmoid(beta * signed(policy_mean_logps, desirable))
         return torch.where(desirable, desirable_weight, undesirable_weight) * (1 - values), beta * policy_mean_logps
 
@@ -344,10 +408,10 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         setup: Setup,
         *,
         reward: str,
-        gamma: float,
-        lam: float,
-        ppo_epochs: int,
-        value_head_max_grad_norm: float,
+        gamma: Share,
+        lam: Share,
+        ppo_epochs: Count,
+        value_head_max_grad_norm: Positive,
     ) -> None:
         width = setup.policy.config.get_text_config().hidden_size
         value_head = nn.Linear(width, 1).to(parallel.device())  # so small that every rank holds it whole
@@ -365,7 +429,16 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         return self.both
 
     def loss(
-        self, policy_token_logps, reference_token_logps, advantages, returns, values, *, cliprange, critic_coef, KL_coef
+        self,
+        policy_token_logps,
+        reference_token_logps,
+        advantages,
+        returns,
+        values,
+        *,
+        cliprange: Share,
+        critic_coef: NonNegative,
+        KL_coef: NonNegative,
     ):
         ratio = torch.exp(policy_token_logps - reference_token_logps)
         clipped = ratio.clamp(cliprange, 1 / cliprange)

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,6 +31,7 @@ from sae import SAE, ResidualTap
 from training.checkpoint import MetricsLog, Run
 from training.quantities import QUANTITIES, Binding, LossContext
 from training.reference import Reference, ReferenceCache
+from training.settings import TrainingSettings
 from training.throughput import Flops, ThroughputMeter
 from utils import UserError, console, prefetch, progress_bar, suggest
 
@@ -44,23 +44,29 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 }
 
 
-@dataclass
-class Setup:
-    """All that a trainer is given."""
+@dataclass(kw_only=True)
+class Subject:
+    """A model, and all that is needed to read it."""
 
-    config: DictConfig
-    binding: Binding
-    run: Run
     policy: PreTrainedModel
     tokenizer: Tokenizer
     loaders: dict[str, DataLoader]  # "train" and "eval"
     load: Callable[..., PreTrainedModel]  # gives another model, split over the ranks as the policy is
     sae: SAE | None = None
     tap: ResidualTap | None = None
+
+
+@dataclass(kw_only=True)
+class Setup(Subject):
+    """All that a trainer is given."""
+
+    config: TrainingSettings
+    binding: Binding
+    run: Run
     references: dict[str, Reference] = field(default_factory=dict)  # of "train", "eval", "train/mismatched", ...
 
 
-def make_optimizer(config: DictConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainingSettings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     """The class of torch.optim that the configuration names. Raises UserError for a name or an option it has not."""
     known = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
     if config.optimizer not in known:
@@ -71,7 +77,7 @@ def make_optimizer(config: DictConfig, parameters: Sequence[Tensor]) -> torch.op
         raise UserError(f"optimizer={config.optimizer}, lr={config.lr}, {config.optimizer_options}: {error}") from error
 
 
-def make_schedule(config: DictConfig, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+def make_schedule(config: TrainingSettings, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
     """A learning rate that rises evenly over `warmup_steps`, then follows `lr_schedule` to the last step."""
     warmup, after = config.warmup_steps, SCHEDULES[config.lr_schedule]
 
@@ -124,6 +130,7 @@ class BasicTrainer:
     sides: ClassVar[tuple[str | None, ...]] = (None,)  # which sides of a record a loss may ask for
     is_reward: ClassVar[bool] = False  # trains a reward model, not a policy
     control_tokens: ClassVar[tuple[str, ...]] = ()  # added to the vocabulary; sampling starts from the first
+    can_plan: ClassVar[bool] = True  # mode=plan can count what it takes
     passes = 1  # updates from each step of the training data
 
     def __init__(self, setup: Setup) -> None:
@@ -138,6 +145,9 @@ class BasicTrainer:
         reshard(self.module)  # the reference pass has left some of it gathered
         self.last_evaluation: dict[str, float] = {}
         self.unchecked: list[Update] = []
+
+    def start_optimizer(self) -> None:
+        """Make the optimiser and its schedule. A trainer that only evaluates has none."""
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.config, trained)
         self.schedule = make_schedule(self.config, self.optimizer, len(self.loaders["train"]))
@@ -164,12 +174,15 @@ class BasicTrainer:
     def steps(self, split: str, start: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step of a split, made ready while the step before it is in use."""
         loader = self.loaders[split]
-        ready = map(functools.partial(self.make_ready, split), range(start, len(loader)), loader.steps(start))
-        return prefetch(ready)
+        prepared = map(functools.partial(self.prepare_step, split), range(start, len(loader)), loader.steps(start))
+        return prefetch(prepared)
 
-    def make_ready(self, split: str, step: int, micro_batches: list[Batch]) -> list[Batch]:  # noqa: ARG002
-        """What of a step's work needs no model: its cached reference looked up, and all in memory that a GPU copies
-        from by itself."""
+    def prepare_step(self, split: str, step: int, micro_batches: list[Batch]) -> list[Batch]:  # noqa: ARG002
+        """Do the part of a step's work that needs no model."""
+        return self.prepare_batches(split, micro_batches)
+
+    def prepare_batches(self, split: str, micro_batches: list[Batch]) -> list[Batch]:
+        """Look up the cached reference, and put all into memory from which a GPU copies by itself."""
         reference = self.references.get(split)
         if isinstance(reference, ReferenceCache):
             micro_batches = [reference.attach(batch) for batch in micro_batches]
@@ -191,7 +204,7 @@ class BasicTrainer:
         return full_tensor(nn.utils.clip_grad_norm_(module.parameters(), limit if limit else float("inf")))
 
     @classmethod
-    def check(cls, config: DictConfig, binding: Binding) -> None:
+    def check(cls, config: TrainingSettings, binding: Binding) -> None:
         """Raise UserError for a configuration that this trainer cannot work with."""
 
     def compute_loss(self, batch: Batch, split: str, means: MetricAccumulator) -> Tensor:
@@ -225,6 +238,7 @@ class BasicTrainer:
     def train(self) -> None:
         """Train to the end of the data, from the start or from the newest state of the run."""
         config, loader = self.config, self.loaders["train"]
+        self.start_optimizer()
         step, examples, metrics_size = 0, 0, 0
         if state := self.run.newest_state():
             place = self.run.load_state(state, self.module, self.optimizer)
