@@ -265,11 +265,9 @@ class UnpairedPreferenceTrainer(BasicTrainer):
 
     @classmethod
     def check(cls, config: TrainingSettings, binding: Binding) -> None:
-        if "kl" in binding.needs and 1 in (config.model.batch_size, config.model.eval_batch_size):
-            raise UserError(
-                "model.batch_size and model.eval_batch_size: KTO's z needs the completion of another example, so at "
-                "least 2"
-            )
+        for key in ("batch_size", "eval_batch_size"):
+            if "kl" in binding.needs and getattr(config.model, key) == 1:
+                raise UserError(f"model.{key}=1: KTO's z needs the completion of another example, so at least 2")
 
     def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
         return values if side is None else values[batch.record[side]]

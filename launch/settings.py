@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,14 +23,16 @@ import dataloader
 import trainers
 from autoencoders.formats import SAESource, find_sae, sections
 from autoencoders.settings import SAESection
+from data.settings import DataSettings
 from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config
 from sampling.settings import SamplingSettings
 from training import loop
 from training.quantities import Binding, bind
 from training.settings import LossSettings, TrainingSettings
-from utils import REPO, Count, NonNegative, UserError, checked, console, known_keys, named_class, suggest
+from utils import REPO, Count, NonNegative, Settings, UserError, checked, console, known_keys, named_class, suggest
 
+S = TypeVar("S", bound=Settings)
 GROUPS = ("loss", "model", "sae", "experiment")  # each a directory of config/
 
 
@@ -65,7 +67,7 @@ class Problems(list[str]):
 
     def raise_if_any(self) -> None:
         if self:
-            raise UserError("\n".join(self))
+            raise UserError("\n".join(dict.fromkeys("\n".join(self).splitlines())))  # each line once
 
 
 @dataclass(frozen=True)
@@ -194,13 +196,23 @@ def hint_for(key: str) -> str:
 MOVED = {"sae_training.py:SAETrainer": "autoencoders/training.py:SAETrainer"}  # what older configurations name
 
 
-def typed(config: DictConfig) -> Config:
+def typed(raw: DictConfig) -> Config:
     """The configuration with every key's type and range checked. Raises UserError with all that is wrong."""
+    return checked(Config, plain(raw))
+
+
+def plain(raw: DictConfig) -> dict[str, Any]:
+    """The configuration as dictionaries. Raises UserError where a key refers to one that is left open."""
     try:
-        values: Any = OmegaConf.to_container(config, resolve=True)
+        values: dict[str, Any] = without_missing(OmegaConf.to_container(raw, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration is not complete: {str(error).splitlines()[0]}") from None
-    return checked(Config, without_missing(values))
+    return values
+
+
+def part_of(kind: type[S], values: dict[str, Any]) -> S:
+    """Those of the values that belong to some settings, as these."""
+    return checked(kind, {key: value for key, value in values.items() if key in kind.model_fields})
 
 
 def without_missing(values: Any) -> Any:
@@ -239,13 +251,16 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
 
     Raises UserError with all problems found.
     """
-    problems = Problems()
+    problems, values = Problems(), plain(raw)
     classes = config = None
     with problems.collected():
-        config = typed(raw)
+        config = checked(Config, values)
     with problems.collected():
-        loss = without_missing(OmegaConf.to_container(raw.loss, resolve=True))
-        classes = run_classes(checked(LossSettings, loss, "loss"))
+        classes = run_classes(checked(LossSettings, values["loss"], "loss"))
+    with problems.collected():
+        loop.make_optimizer(part_of(TrainingSettings, values), [torch.zeros(1, requires_grad=True)])
+    with problems.collected():
+        dataloader.check_datasets(part_of(DataSettings, values))
     problems.raise_if_any()
     assert config is not None and classes is not None
     problems.expect(config.mode in modes, f"mode={config.mode}: not one of {', '.join(modes)}")
@@ -255,10 +270,6 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
     problems.expect(
         config.model.use_peft or not config.model.load_in_4bit, "model.load_in_4bit needs model.use_peft=true as well"
     )
-    with problems.collected():
-        loop.make_optimizer(config, [torch.zeros(1, requires_grad=True)])
-    with problems.collected():
-        dataloader.check_datasets(config)
     with problems.collected():
         classes.trainer.check(config, classes.binding)
     with problems.collected():

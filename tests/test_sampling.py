@@ -17,6 +17,7 @@ from transformers import TopPLogitsWarper as TopP
 
 import eval as evaluation
 from data import toy
+from launch import settings
 from launch.policies import read_config
 from sampling import samples
 from sampling.backends import LocalPrompts, VLLMBackend
@@ -306,8 +307,7 @@ def test_a_run_another_model_and_a_yaml(tmp_path):
 
 
 def test_prompts_that_are_cut_are_counted(tiny, capsys):
-    config = read_config(TINY, [])
-    config.model.max_prompt_length = 5
+    config = settings.typed(read_config(TINY, ["++model.max_prompt_length=5"]))
     record = {"prompt": [{"role": "user", "content": "a b c d e f"}], "truncation_mode": "keep_start", "source": ""}
     (request,) = LocalPrompts(config, tiny[1], ()).requests([record], [1.0], 0)
     assert len(request.prompt_ids) == 5
@@ -436,10 +436,10 @@ def test_a_later_turn_follows_the_earlier_answers(tiny):
     record |= {"followups": [TOY[1]], "completions": [], "benchmark": {}}
     talk = samples.Conversation(record, 0, 0.0, [], [samples.Sample("An answer.", [], "stop")])
     turn = samples.next_turn(talk)
-    config = read_config(TINY, [])
+    config = settings.typed(read_config(TINY, []))
     (request,) = LocalPrompts(config, tokenizer, ()).requests([turn], [0.0], 0)
     expected = f"\n<|user|>\n{TOY[0]}\n<|assistant|>\nAn answer.\n<|user|>\n{TOY[1]}\n<|assistant|>\n"
     assert request.prompt == expected
-    config.model.max_prompt_length = 12
+    config = settings.typed(read_config(TINY, ["++model.max_prompt_length=12"]))
     (request,) = LocalPrompts(config, tokenizer, ()).requests([turn], [0.0], 0)
     assert expected.endswith(tokenizer.decode(request.prompt_ids[1:]))

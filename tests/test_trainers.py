@@ -257,4 +257,4 @@ def test_every_yaml_composes(group):
             config = compose("config", overrides=choice)
             assert config[group].name
             if group == "model":
-                settings.check_config(compose("config", overrides=["loss=dpo", *choice[1:]]), [])
+                settings.check_config(compose("config", overrides=["loss=dpo", *choice[1:]]))

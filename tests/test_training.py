@@ -8,12 +8,12 @@ import shutil
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPO, metrics
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -54,17 +54,18 @@ def run(tmp_path, *overrides):
     """Train, and give the lines of metrics.jsonl."""
     config, overrides = settle(tmp_path, *overrides)
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        train.train(config, overrides)
+        train.train(config)
     return metrics(tmp_path / config.exp_name)
 
 
 def assembled(tmp_path, *overrides):
     """A trainer that is ready to start."""
-    config, overrides = settle(tmp_path, *overrides)
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        parts = settings.check_config(config, overrides)
-        sources = settings.find_sources(config, parts.binding.needs)
-    return assembly.prepare(config, parts, sources, Run(tmp_path / config.exp_name))
+    raw, overrides = settle(tmp_path, *overrides)
+    config, classes = settings.check_config(raw)
+    paths = settings.find_paths(config, classes.binding.needs)
+    trainer = assembly.prepare(config, classes, paths, Run(tmp_path / config.exp_name))
+    trainer.start_optimizer()
+    return trainer
 
 
 def losses(lines):
@@ -431,7 +432,7 @@ def test_a_step_waits_for_nothing(tmp_path, monkeypatch, loss):
 def test_what_a_step_reads_is_ready_before_it(tmp_path):
     trainer = assembled(tmp_path, "loss=kto")
     micro_batches = next(trainer.steps("train"))
-    for batch in [*micro_batches, *trainer.upcoming["train", 0]]:
+    for batch in [*micro_batches, *trainer.mismatched_kl.prepared["train", 0]]:
         assert len(batch.reference["logps"]) == batch.num_sequences
 
 
@@ -443,7 +444,7 @@ def test_schedules_equal_transformers(name, warmup, steps):
     theirs = {"constant": "constant_with_warmup"}.get(name, name)
     rates = []
     for make in (
-        lambda o: loop.make_schedule(OmegaConf.create({"lr_schedule": name, "warmup_steps": warmup}), o, steps),
+        lambda o: loop.make_schedule(SimpleNamespace(lr_schedule=name, warmup_steps=warmup), o, steps),
         lambda o: get_scheduler(theirs, o, num_warmup_steps=warmup, num_training_steps=steps),
     ):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
