@@ -146,7 +146,8 @@ def test_rows_depend_on_the_seed_alone() -> None:
     assert preferences("train", 0, 50) == preferences("train", 0, 80)[:50]
     assert demonstrations("train", 0, 50) != demonstrations("train", 1, 50)
     # nothing depends on the order of a set: another process, with another hash seed, makes the same rows
-    code = "import json; from data import toy; print(json.dumps([toy.demonstrations('train', 0, 50), toy.preferences('test', 0, 50)]))"
+    rows = "[toy.demonstrations('train', 0, 50), toy.preferences('test', 0, 50)]"
+    code = f"import json; from data import toy; print(json.dumps({rows}))"
     other = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPO,

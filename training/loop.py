@@ -144,6 +144,7 @@ class BasicTrainer:
         self.module = self.trained_module()
         reshard(self.module)  # the reference pass has left some of it gathered
         self.last_evaluation: dict[str, float] = {}
+        self.evaluated_step: int | None = None  # when that was
         self.unchecked: list[Update] = []
 
     def start_optimizer(self) -> None:
@@ -244,13 +245,13 @@ class BasicTrainer:
             place = self.run.load_state(state, self.module, self.optimizer)
             step, examples, metrics_size = place["step"], place["examples"], place["metrics_size"]
             self.schedule.load_state_dict(place["schedule"])
-            self.last_evaluation = place["evaluation"]
+            self.last_evaluation, self.evaluated_step = place["evaluation"], place.get("evaluated_step")
             console.print(f"resuming after {step:,} of {len(loader):,} steps ({examples:,} examples) from {state}")
         self.metrics = MetricsLog(self.run, config, metrics_size)
         if state is None and config.do_first_eval:
             self.log(step, examples, self.evaluate())
 
-        start, evaluated, saved = step, False, False
+        start, saved = step, False
         flops = Flops.of(self.policy)
         means, pace = MetricAccumulator(), ThroughputMeter(flops)
         with StopRequest() as stop, progress_bar("training", len(loader), step) as advance:
@@ -276,10 +277,10 @@ class BasicTrainer:
                     self.save(step, examples)
                     if config.intermediate_checkpoints:
                         self.export(step, examples)
-        if step > start and not evaluated:
-            self.log(step, examples, self.evaluate())
-        if step > start and not saved:
+        if step > start and not saved:  # first, so that a failure from here on loses nothing
             self.save(step, examples)
+        if self.evaluated_step != step:
+            self.log(step, examples, self.evaluate())
         self.run.finish_saving()
         self.export(step, examples)
         self.metrics.close()
@@ -382,7 +383,7 @@ class BasicTrainer:
         """To metrics.jsonl and wandb; evaluations to the terminal too."""
         self.metrics.write({"step": step, "examples": examples, **values})
         if "loss/eval" in values:
-            self.last_evaluation = values
+            self.last_evaluation, self.evaluated_step = values, step
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             console.print(f"[bold]{examples:,} examples[/bold]  {shown}")
 
@@ -394,6 +395,7 @@ class BasicTrainer:
             "metrics_size": self.metrics.size,
             "schedule": self.schedule.state_dict(),
             "evaluation": self.last_evaluation,
+            "evaluated_step": self.evaluated_step,
         }
         self.run.save_state(self.module, self.optimizer, place, keep=self.config.keep_checkpoints)
 
