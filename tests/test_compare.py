@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import DATA, look_at
-from judge_server import CONFIG, KEY, Server, body, completion, items, prefers_good, reply, status, write_samples
+from judge_server import CONFIG, KEY, FakeServer, body, completion, items, prefers_good, reply, status, write_samples
 
 import compare
 from judging import alpaca_eval_official, answers
@@ -30,13 +30,13 @@ with_the_extra = pytest.mark.skipif(EXTRA is None, reason="the extra `alpaca-eva
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with Server().running() as server:
+    with FakeServer().running() as server:
         yield server
 
 
-def run(samples: Path, server: Server, *options: str) -> dict[str, Any]:
+def run(samples: Path, server: FakeServer, *options: str) -> dict[str, Any]:
     """The line that the command appends to the results file beside the samples."""
     results = samples.parent / "results.jsonl"
     compare.main(["-f", str(samples), "-r", str(results), "-j", "m", "--base_url", server.url, *options])
@@ -60,7 +60,7 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 # ---------------------------------------------------------------------------------------------------- the results file
 
 
-def test_a_line_of_results(tmp_path: Path, server: Server) -> None:
+def test_a_line_of_results(tmp_path: Path, server: FakeServer) -> None:
     samples = write_samples(tmp_path, 10)
     server.faults = [reply("Neither."), reply("I'm sorry, I can't."), status(400)]
     result = run(samples, server, "-mc", "8", "--concurrency", "1", "-s", "3")
@@ -76,7 +76,7 @@ def test_a_line_of_results(tmp_path: Path, server: Server) -> None:
     assert result["orders_agree"] is None
 
 
-def test_the_lines_own_command(tmp_path: Path, server: Server) -> None:
+def test_the_lines_own_command(tmp_path: Path, server: FakeServer) -> None:
     """As it is typed; only OpenAI's address is ours."""
     (tmp_path / "samples").mkdir()
     write_samples(tmp_path / "samples", 5, "my_experiment.json", "my_experiment")
@@ -93,7 +93,7 @@ def test_the_lines_own_command(tmp_path: Path, server: Server) -> None:
     ]
 
 
-def test_both_orders_and_a_judge_who_likes_a_place(tmp_path: Path, server: Server) -> None:
+def test_both_orders_and_a_judge_who_likes_a_place(tmp_path: Path, server: FakeServer) -> None:
     server.rule = lambda _: completion("Response 1")
     samples = write_samples(tmp_path, 12)
     result = run(samples, server, "--both_orders")
@@ -106,7 +106,7 @@ def test_both_orders_and_a_judge_who_likes_a_place(tmp_path: Path, server: Serve
     assert (result["win_rate"], result["first_shown"], result["orders_agree"]) == (1, 0.5, 1)
 
 
-def test_a_rerun_pays_for_what_failed_only(tmp_path: Path, server: Server) -> None:
+def test_a_rerun_pays_for_what_failed_only(tmp_path: Path, server: FakeServer) -> None:
     samples = write_samples(tmp_path, 10)
     server.faults = [body(b"{}")] * 3 + [reply("Neither.")]
     first = run(samples, server, "--concurrency", "1")
@@ -120,7 +120,7 @@ def test_a_rerun_pays_for_what_failed_only(tmp_path: Path, server: Server) -> No
     assert len(server.requests) == 23
 
 
-def test_killed_in_the_middle_of_a_line(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_in_the_middle_of_a_line(tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     samples = write_samples(tmp_path, 10)
     whole = run(samples, server)
     log = tmp_path / "results.verdicts.jsonl"
@@ -128,12 +128,12 @@ def test_killed_in_the_middle_of_a_line(tmp_path: Path, server: Server, capsys: 
     log.write_bytes(b"".join(lines[:6]) + lines[6][:-20])
     assert same(run(samples, server), whole)
     assert len(server.requests) == 14
-    assert "ignored 1 unfinished line" in capsys.readouterr().out
+    assert "ignored 1 incomplete line" in capsys.readouterr().out
     run(samples, server)
     assert len(server.requests) == 14  # what was appended after the torn line is read
 
 
-def test_killed_with_no_warning_and_run_again(tmp_path: Path, server: Server) -> None:
+def test_killed_with_no_warning_and_run_again(tmp_path: Path, server: FakeServer) -> None:
     server.delay = 0.1
     samples = write_samples(tmp_path, 40)
     log, results = tmp_path / "results.verdicts.jsonl", tmp_path / "results.jsonl"
@@ -158,7 +158,7 @@ def test_killed_with_no_warning_and_run_again(tmp_path: Path, server: Server) ->
 
 
 def test_the_key_is_in_no_file_and_on_no_terminal(
-    tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, server: FakeServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     samples = write_samples(tmp_path, 6)
     quoting = status(401, f"bad key {KEY}")
@@ -188,7 +188,9 @@ def test_a_password_in_the_address_is_refused(tmp_path: Path, monkeypatch: pytes
         assert "hunter2" not in said
 
 
-def test_a_placeholder_for_a_key_is_no_secret(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_placeholder_for_a_key_is_no_secret(
+    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "1")  # would cut the verdict out of "Response 1"
     assert run(write_samples(tmp_path, 6), server)["total"] == 6
 
@@ -203,7 +205,7 @@ def test_ctrl_c_says_that_nothing_is_lost(
     with pytest.raises(SystemExit) as stop:
         compare.main(["-f", str(write_samples(tmp_path, 2))])
     assert stop.value.code == 130
-    assert capsys.readouterr().err == "stopped; every reply so far is kept, and the same command goes on\n"
+    assert capsys.readouterr().err == "stopped; every reply so far is saved: run the same command again to continue\n"
 
 
 def test_without_a_key_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +219,7 @@ def test_without_a_key_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_equal_answers_are_a_tie_that_nobody_is_asked_about(
-    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = write_samples(tmp_path, 4)
     samples.write_text(samples.read_text().replace("good 1", "bad 1"))
@@ -255,7 +257,7 @@ def test_equal_answers_are_a_tie_that_nobody_is_asked_about(
     ],
 )
 def test_flags_have_the_lines_spelling_and_the_usual_one(
-    one: list[str], two: list[str], tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+    one: list[str], two: list[str], tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples, said = write_samples(tmp_path, 4), []
     for options in (one, two):
@@ -298,7 +300,7 @@ def test_a_dry_run_asks_nothing_and_needs_no_key(
 
 
 def test_spend_is_counted_and_the_limit_stops(
-    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = write_samples(tmp_path, 10)
     assert "no prices are known for 'm'" in refusal(
@@ -306,7 +308,7 @@ def test_spend_is_counted_and_the_limit_stops(
     )
     result = run(samples, server, "-mc", "4", "--prices", "10", "30")
     assert result["cost"] == pytest.approx((400 * 10 + 40 * 30) / 1e6)
-    assert "paid for now: 4 requests, 400 tokens in, 40 out, $0.0052 (prices given" in capsys.readouterr().out
+    assert "paid now: 4 requests, 400 tokens in, 40 out, $0.0052 (prices given" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(samples, server, "--prices", "10", "30", "--max_cost", "0.012", "--concurrency", "1")
     said = capsys.readouterr().err
@@ -321,7 +323,7 @@ def test_spend_is_counted_and_the_limit_stops(
 # --------------------------------------------------------------------------------------------------- files of answers
 
 
-def test_an_older_samples_file_has_its_history_cut_out_of_the_prompt(tmp_path: Path, server: Server) -> None:
+def test_an_older_samples_file_has_its_history_cut_out_of_the_prompt(tmp_path: Path, server: FakeServer) -> None:
     path = tmp_path / "old.json"
     prompt = "\n<|user|>\nHi\n<|assistant|>\nYes?\n<|user|>\nWhy\n<|assistant|>\n"
     samples = [{"prompt": prompt, "policy": "good", "chosen": "bad"}]
@@ -334,7 +336,7 @@ def test_an_older_samples_file_has_its_history_cut_out_of_the_prompt(tmp_path: P
     assert "[Response A]\n" in server.requests[1]["messages"][0]["content"]
 
 
-def test_two_runs_against_each_other_and_the_data(tmp_path: Path, server: Server) -> None:
+def test_two_runs_against_each_other_and_the_data(tmp_path: Path, server: FakeServer) -> None:
     one = write_samples(tmp_path, 6, "one.json", "first")
     two = write_samples(tmp_path, 8, "two.json", "second")
     two.write_text(two.read_text().replace('"good', '"bad'))
@@ -343,7 +345,7 @@ def test_two_runs_against_each_other_and_the_data(tmp_path: Path, server: Server
     assert (result["total"], result["win_rate"], result["skipped"]) == (6, 1, 0)
 
 
-def test_runs_of_one_name_go_by_their_paths(tmp_path: Path, server: Server) -> None:
+def test_runs_of_one_name_go_by_their_paths(tmp_path: Path, server: FakeServer) -> None:
     paths = [tmp_path / "first.json", tmp_path / "second.json"]
     for path in paths:
         write_samples(tmp_path, 3, path.name)
@@ -364,7 +366,7 @@ def rank(request: dict[str, Any]) -> dict[str, Any]:
     return completion("Response 1" if float(first) > float(second) else "Response 2")
 
 
-def test_several_files_are_ranked(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_files_are_ranked(tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.rule = rank
     paths = []
     for name, quality in (("strong", 3), ("weak", 1)):
@@ -402,7 +404,7 @@ def test_the_benchmarks_own_files_are_read(tmp_path: Path) -> None:
     assert (alpaca.name, [row.answers for row in alpaca.rows]) == ("mine", [{"": "a0"}, {"": "a1"}, {"": "a2"}])
     zipped = tmp_path / "other.json.gz"
     zipped.write_bytes(gzip.compress(json.dumps([row | {"generator": "other"} for row in outputs[:2]]).encode()))
-    pair = answers.against(alpaca, answers.read_answers(zipped), "policy", "policy")
+    pair = answers.pair_files(alpaca, answers.read_answers(zipped), "policy", "policy")
     assert (pair.candidate, pair.baseline, len(pair.items), pair.skipped) == ("mine", "other", 2, 1)
 
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": {"answer": "a"}}]
@@ -418,7 +420,7 @@ def test_the_benchmarks_own_files_are_read(tmp_path: Path) -> None:
     assert (first.answers, first.turn, first.category, first.reference) == ({"": "1"}, 1, "math", "ONE")
     assert [message["content"] for message in second.messages] == ["one?", "1", "two?"]
     assert (second.answers, second.turn, second.reference, second.question) == ({"": "2"}, 2, "TWO", first.question)
-    with pytest.raises(UserError, match="name these with --questions"):
+    with pytest.raises(UserError, match="name the file of questions with --questions"):
         answers.read_answers(path)
 
     sampled = {"messages": talk[:1], "policy": "1", "followups": ["two?"], "turns": ["1", "2"]}
@@ -470,7 +472,7 @@ def test_a_bad_samples_file_is_named(content: Any, message: str, tmp_path: Path)
     path = tmp_path / "samples.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UserError, match=message) as error:
-        answers.within(answers.read_answers(path), "policy", "chosen")
+        answers.pair_keys(answers.read_answers(path), "policy", "chosen")
     assert str(path) in str(error.value)
 
 
@@ -483,7 +485,7 @@ def test_misspelt_names_are_suggested(tmp_path: Path) -> None:
     assert "compares two responses" in refusal("-f", path, "-p", "mtbench", "-j", "toy")
 
 
-def test_a_template_of_your_own(tmp_path: Path, server: Server) -> None:
+def test_a_template_of_your_own(tmp_path: Path, server: FakeServer) -> None:
     (tmp_path / "mine.py").write_text(
         "from judging.protocols import PromptTemplate\n\n\nclass Shorter(PromptTemplate):\n"
         '    question = "Which response is shorter?"\n\n\nclass Other:\n    pass\n'
@@ -498,7 +500,7 @@ def test_a_template_of_your_own(tmp_path: Path, server: Server) -> None:
 # ---------------------------------------------------------------------------------------------------------- protocols
 
 
-def test_arena_hards_strong_verdicts_count_thrice(tmp_path: Path, server: Server) -> None:
+def test_arena_hards_strong_verdicts_count_thrice(tmp_path: Path, server: FakeServer) -> None:
     def strongly_for_good(request: dict[str, Any]) -> dict[str, Any]:
         text = request["messages"][-1]["content"]
         number = int(text.split("question ")[1].split("\n")[0])
@@ -515,7 +517,7 @@ def test_arena_hards_strong_verdicts_count_thrice(tmp_path: Path, server: Server
 
 
 def test_mt_bench_grades_turns_and_categories(
-    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions = tmp_path / "question.jsonl"
     asked = [{"question_id": n, "category": ("math", "writing")[n % 2], "turns": ["one?", "two?"]} for n in range(6)]
@@ -534,7 +536,7 @@ def test_mt_bench_grades_turns_and_categories(
     assert (result["turns"], result["categories"]) == ({"1": 6, "2": 8}, {"math": 7, "writing": 7})
     assert result["score_low"] == result["score_high"] == 7  # questions are the units, and all have the same mean
     assert result["candidate"]["name"] == "mine"
-    assert "mine: 10 answers graded, 0 of them beside a reference answer" in capsys.readouterr().out
+    assert "mine: 10 answers graded, 0 of them with a reference answer" in capsys.readouterr().out
     (graded,) = data_of((tmp_path / "results.html").read_text())
     assert [item["candidate"] for item in graded["items"]] == [str(n) for n in range(6) for _ in range(2)]
     outcomes = [verdict["outcome"] for item in graded["items"] for verdict in item["verdicts"]]
@@ -583,7 +585,7 @@ def test_recorded_verdicts_that_are_none(tmp_path: Path) -> None:
     path.write_text(json.dumps([row | {"preference": "m"}]))
     assert "row 0: `preference` is 'm', not a number" in refusal("-f", path, "-j", "recorded")
     path.write_text(json.dumps([row | {"preference": 1}]))
-    assert "2 of the files have verdicts on output_2 against output_1" in refusal("-f", path, path, "-j", "recorded")
+    assert "2 of the files hold verdicts on output_2 against output_1" in refusal("-f", path, path, "-j", "recorded")
     assert "holds no recorded verdicts" in refusal("-f", write_samples(tmp_path, 1), "-j", "recorded")
 
 
@@ -618,7 +620,7 @@ def test_recorded_preferences_as_alpaca_eval_keeps_them(
 def test_the_official_length_control_insists_on_all_rows_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alpaca_eval_official, "package", lambda: None)
+    monkeypatch.setattr(alpaca_eval_official, "import_package", lambda: None)
     path = ANNOTATIONS / "vicuna-13b.json.gz"
     found = answers.read_recorded(path)
     alpaca_eval_official.require_official_set(found)
@@ -626,7 +628,7 @@ def test_the_official_length_control_insists_on_all_rows_in_order(
         with pytest.raises(UserError, match="805 instructions in their own order"):
             alpaca_eval_official.require_official_set(found._replace(items=wrong))
     said = refusal("-f", path, "-j", "recorded", "--official_lc", "-mc", "5", "-r", tmp_path / "r.jsonl")
-    assert "has 5 that are others" in said
+    assert "the 5 of vicuna-13b against gpt4_1106_preview differ from these" in said
     assert "-p alpacaeval, or -j recorded" in refusal("-f", path, "--official_lc")
     assert not (tmp_path / "r.jsonl").exists()
 
@@ -683,8 +685,10 @@ def test_the_boards_figures_are_the_packages_where_preferences_are_missing(tmp_p
 
 @with_the_extra
 def test_the_official_prompt_is_the_packages() -> None:
-    shown = alpaca_eval_official.Shown([{"role": "user", "content": "Hi {output_1}"}], ("FIRST {output_2}", "SECOND"))
-    system, request = alpaca_eval_official.OfficialPrompt().messages(shown)
+    judge_input = alpaca_eval_official.JudgeInput(
+        [{"role": "user", "content": "Hi {output_1}"}], ("FIRST {output_2}", "SECOND")
+    )
+    system, request = alpaca_eval_official.OfficialPrompt().messages(judge_input)
     assert (system["role"], request["role"]) == ("system", "user")
     assert '"instruction": """Hi {output_1}"""' in request["content"]
     assert request["content"].index('"""FIRST {output_2}"""') < request["content"].index('"""SECOND"""')
@@ -698,7 +702,7 @@ def data_of(page: str) -> list[dict[str, Any]]:
     return json.loads(page.split('<script id="data" type="application/json">')[1].split("</script>")[0])
 
 
-def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, server: Server) -> None:
+def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, server: FakeServer) -> None:
     path = tmp_path / "samples.json"
     hostile = "</script><script>alert('good')</script> {{data}} <b>&amp;"
     samples = [{"messages": [{"role": "user", "content": hostile}], "policy": hostile, "chosen": "bad \u2028"}]
@@ -729,7 +733,7 @@ log(document.querySelectorAll('article').length + ' shown');
 </script></body>"""
 
 
-def test_the_page_in_a_browser(tmp_path: Path, server: Server, browser: str) -> None:
+def test_the_page_in_a_browser(tmp_path: Path, server: FakeServer, browser: str) -> None:
     """Chromium runs the page's own script, and a hand at its controls, and prints what came out."""
     server.faults = [reply("Neither."), reply("I'm sorry, I can't."), reply("Response 1"), reply("Response 1")]
     run(write_samples(tmp_path, 30), server, "--concurrency", "1", "--both_orders")
@@ -789,13 +793,12 @@ def ask_real(real_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     return ask
 
 
-class SaysWhatComes(compare.PromptTemplate):
-    """Asks in the built-in model's own language, and takes whatever it says for a choice of the first response, so
-    that a verdict comes of a real reply."""
+class ReadsAnyReply(compare.PromptTemplate):
+    """Asks in the toy language, and reads a reply with a cat as a choice of the first response."""
 
     max_tokens = 12
 
-    def request(self, _: compare.Shown) -> str:
+    def request(self, _: compare.JudgeInput) -> str:
         return "Reverse: dog, cat"
 
     def verdict(self, reply: Any) -> tuple[float | None, int]:
@@ -816,7 +819,7 @@ def test_a_real_server_whose_answers_are_nonsense(
 
 def test_a_real_server_whose_answers_are_read(ask_real: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     result = ask_real(
-        write_samples(tmp_path, 4), "-p", f"{__file__}:SaysWhatComes", "--both_orders", "--concurrency", "1"
+        write_samples(tmp_path, 4), "-p", f"{__file__}:ReadsAnyReply", "--both_orders", "--concurrency", "1"
     )
     assert (result["total"], result["win_rate"], result["first_shown"], result["requests"]) == (8, 0.5, 1, 1)
 
@@ -826,7 +829,7 @@ def test_a_real_server_without_log_probabilities(
 ) -> None:
     with pytest.raises(SystemExit):
         ask_real(write_samples(tmp_path, 4), "-p", "alpacaeval")
-    assert "'assets/tiny' answered without log-probabilities, which this protocol reads" in capsys.readouterr().err
+    assert "'assets/tiny' answered without log-probabilities, but this protocol needs them" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- the toy judge
@@ -854,5 +857,5 @@ def test_toy_end_to_end(tmp_path: Path) -> None:
 
 
 def test_items_are_named_by_their_prompts(tmp_path: Path) -> None:
-    found = answers.within(answers.read_answers(write_samples(tmp_path, 2)), "policy", "chosen")
+    found = answers.pair_keys(answers.read_answers(write_samples(tmp_path, 2)), "policy", "chosen")
     assert found.questions == [fingerprint(item.messages) for item in items(2)]
