@@ -9,7 +9,7 @@ from test_training import LOSSES, assembled, run
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from data.batch import BATCH_LAYOUTS, micro_batches, tokens_of
+from data.batch import BATCH_LAYOUTS, count_positions, micro_batches
 from modeling import attention
 from modeling.attention import choose, rule
 from models import decoder_layers, score, score_rewards
@@ -138,7 +138,7 @@ def test_layouts_are_equal_over_random_shapes(records):
         assert (batch.input_ids.flatten()[batch.position] == batch.target).all()
         if layout in PACKED:
             shapes = [(len(r["prompt_ids"]), [len(ids) for ids in r["completion_ids"]]) for r in records]
-            assert batch.input_ids.numel() <= tokens_of(shapes, layout)
+            assert batch.input_ids.numel() <= count_positions(shapes, layout)
             assert (batch.document >= 0).all(), "no padding"
 
 
@@ -274,7 +274,7 @@ def test_micro_batches(shapes, layout, ranks, least, max_tokens):
     for part in every:
         assert part == sorted(part)
         if max_tokens is not None and len(part) > 1:
-            assert tokens_of([shapes[i] for i in part], layout) <= max_tokens
+            assert count_positions([shapes[i] for i in part], layout) <= max_tokens
     if max_tokens is None:
         assert len(shares[0]) <= least
         assert len(shapes) < ranks or all(every)
