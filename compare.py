@@ -35,7 +35,7 @@ from judging.judge import (
 from judging.page import grades_page, verdict_page
 from judging.protocols import PROTOCOLS, PromptTemplate, Shown
 from sampling.openai_server import Server
-from utils import UserError, console, named_class, suggest, write_text
+from utils import UserError, console, load_class, suggest, write_text
 
 # -------------------------------------------------------------------------------------------------------- what to judge
 
@@ -290,7 +290,7 @@ def template_of(args: argparse.Namespace) -> PromptTemplate:
     found = PROTOCOLS.get(args.protocol)
     if found is None and ":" not in args.protocol:
         raise UserError(f"-p {args.protocol}: not one of {', '.join(PROTOCOLS)}{suggest(args.protocol, PROTOCOLS)}")
-    template = (found or named_class(args.protocol, protocols, "-p"))()
+    template = (found or load_class(args.protocol, protocols, "-p"))()
     if not isinstance(template, PromptTemplate):
         raise UserError(f"-p {args.protocol}: not a subclass of protocols.PromptTemplate")
     if args.labels is not None:

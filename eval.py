@@ -152,7 +152,7 @@ def main() -> None:
         sys.exit(2)
     work = WORK.get(config.mode, write_samples)
     split = config.mode in WORK and config.probe is None
-    ranks = config.nproc if split else parallel.ranks_given() or 1  # a sampler and a probe split only if told to
+    ranks = config.nproc if split else parallel.launched_ranks() or 1  # a sampler and a probe split only if told to
     parallel.run(lambda: work(config, arguments.config_path, arguments.overrides), ranks)
 
 

@@ -36,7 +36,7 @@ from modeling.attention import mask_inputs
 from modeling.head import token_statistics
 from modeling.weights import WEIGHTS, fill, open_weights, require_matching_weights, weight_files
 from sae import JointTap, MLPTap, ResidualTap
-from utils import UserError, local_path
+from utils import UserError, resolve_path
 
 transformers_logging.disable_progress_bar()
 COSTLY = (  # operations whose results selective checkpointing keeps
@@ -201,7 +201,7 @@ def fetch(source: str, patterns: list[str], setting: str) -> Path:
 
     Raises UserError, naming the setting to change, where it is neither.
     """
-    if (local := local_path(source)).is_dir():
+    if (local := resolve_path(source)).is_dir():
         return local
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))

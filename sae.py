@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import UserError, local_path
+from utils import UserError, resolve_path
 
 ENCODE_ELEMENTS = 1 << 24  # activations held at once while encoding: 64 MiB in fp32
 OTHER_FEATURES = "others"  # as an index in feature weights: all features that are not listed
@@ -357,7 +357,7 @@ def read_feature_weights(source: Any, d_sae: int) -> Tensor | None:
     if isinstance(source, str):
         where = source
         try:
-            source = json.loads(local_path(source).read_text())
+            source = json.loads(resolve_path(source).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"loss.feature_weights: cannot read {source} as JSON ({error})") from error
     others, listed = 1.0, {}

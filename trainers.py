@@ -247,7 +247,7 @@ class BasicTrainer:
         means, pace = MetricAccumulator(), ThroughputMeter(flops)
         with StopRequest() as stop, progress_bar("training", len(loader), step) as advance:
             for micro_batches in self.steps("train", start):
-                if number := stop.anywhere():
+                if number := stop.on_any_rank():
                     self.stop(number, step, examples, saved=saved or step == start)
                 self.module.train()
                 self.optimise(step, micro_batches, means)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from models import fetch
 from sae import SAE, JointSAE
-from utils import UserError, atomic_write, console, file_digest, local_path, suggest
+from utils import UserError, atomic_write, console, file_digest, resolve_path, suggest
 
 HOOKS = ("residual", "mlp")
 Place = tuple[int | None, str | None]  # the layer and the hook that a file says it reads; None: it does not say
@@ -523,7 +523,7 @@ def find_sae(section: Mapping[str, Any], where: str) -> SAESource:
 def fetch_sae(source: str, setting: str) -> Path:
     """A local file or directory: `source` itself, or `organisation/repository/path` of the Hub, with the files that an
     SAE there may consist of."""
-    if (local := local_path(source)).exists():
+    if (local := resolve_path(source)).exists():
         return local
     organisation, *rest = source.rstrip("/").split("/")
     if not rest or source.startswith(("/", ".", "~")):

@@ -11,7 +11,7 @@ import models
 import trainers
 from launch import settings
 from modeling.weights import weights_digest
-from utils import REPO, UserError, named_class
+from utils import REPO, UserError, load_class
 
 OWN_DISTRIBUTION = ["++temperature=1.0", "++top_p=1.0", "++top_k=0"]  # of the policy: unbiased entropy, KL and means
 # What a mode sets before the keys of the command line do.
@@ -94,7 +94,7 @@ def find_policy(path: Path, config: DictConfig, overrides: list[str]) -> Policy:
 
 def trainer_class(config: DictConfig) -> type[trainers.BasicTrainer]:
     """The class whose loss trained the policy."""
-    found: type[trainers.BasicTrainer] = named_class(config.loss.trainer, trainers, "loss.trainer")
+    found: type[trainers.BasicTrainer] = load_class(config.loss.trainer, trainers, "loss.trainer")
     return found
 
 

@@ -22,7 +22,7 @@ from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config
 from training.checkpoint import flat
 from training.quantities import Binding, bind
-from utils import REPO, UserError, named_class, suggest
+from utils import REPO, UserError, load_class, suggest
 
 
 class Problems(list[str]):
@@ -109,8 +109,8 @@ def check_config(config: DictConfig, overrides: Sequence[str], modes: Sequence[s
     with problems.collected():
         if OmegaConf.is_missing(config.loss, "trainer"):
             raise UserError(f"loss={config.loss.name} needs a trainer of yours: ++loss.trainer=path/to/file.py:Class")
-        trainer = named_class(config.loss.trainer, trainers, "loss.trainer")
-        loader = named_class(config.loss.dataloader, dataloader, "loss.dataloader")
+        trainer = load_class(config.loss.trainer, trainers, "loss.trainer")
+        loader = load_class(config.loss.dataloader, dataloader, "loss.dataloader")
         binding = bind(trainer, loader.records, dict(config.loss))
         parts = RunClasses(trainer, loader, binding)
         trainer.check(config, binding)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from distributed import parallel
 from distributed.sharding import full_tensor, local, own_ranges, reshard
 from modeling import adapters
-from utils import UserError, file_digest, fingerprint, local_path
+from utils import UserError, file_digest, fingerprint, resolve_path
 
 WEIGHTS = "model*.safetensors"  # beside others: a PPO run's value head, the same weights under names of their authors'
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # buffers in older checkpoints
@@ -84,7 +84,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 def find_weights(load_from: str) -> Path:
     """What `model.load_from` names: a `policy.pt`, or a Hub-format directory (for a run directory, its LATEST)."""
-    path = local_path(load_from)
+    path = resolve_path(load_from)
     if (path / "LATEST").is_dir():
         path = path / "LATEST"
     if path.is_file() or list(path.glob(WEIGHTS)):

@@ -227,7 +227,7 @@ def test_a_crash_on_one_rank_is_told_once_and_ends_all(tmp_path):
     script = tmp_path / "crash.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
-        "import parallel, torch\n"
+        "from distributed import parallel\n"
         "def work():\n"
         "    if parallel.rank() == 1:\n"
         "        raise ValueError('broken here')\n"
@@ -260,9 +260,9 @@ def test_slurm_places_are_read(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "9")
     monkeypatch.setenv("SLURM_LOCALID", "1")
-    assert parallel.given_place() is None  # a batch script's own step
+    assert parallel.launched_place() is None  # a batch script's own step
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
-    assert parallel.given_place() == {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1}
+    assert parallel.launched_place() == {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1}
 
 
 @pytest.mark.slow
