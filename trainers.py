@@ -32,7 +32,7 @@ from distributed import parallel
 from distributed.parallel import Stopped, StopRequest
 from distributed.sharding import full_tensor, reshard
 from modeling import adapters
-from modeling.weights import PolicyFile, fill, find_weights, gather, write_hub_format
+from modeling.weights import PolicyFile, find_weights, gather_weights, load_weights, write_hub_format
 from models import score, score_rewards
 from sae import SAE, ResidualTap
 from training.checkpoint import MetricsLog, Run
@@ -399,7 +399,7 @@ class BasicTrainer:
 
     def write_export(self, folder: Path, step: int) -> None:
         """Hub format, and `policy.pt` as HALOs writes it; beside them the adapter alone, if one was trained."""
-        state = gather(self.policy)
+        state = gather_weights(self.policy)
         if parallel.rank() == 0:
             write_hub_format(self.policy, state, folder)
             self.tokenizer.save_pretrained(folder)
@@ -409,7 +409,7 @@ class BasicTrainer:
 
     def read_export(self, folder: Path) -> None:
         """Put the weights that `write_export` wrote in place of those trained, to evaluate them."""
-        fill(self.policy, PolicyFile(folder / "policy.pt"))
+        load_weights(self.policy, PolicyFile(folder / "policy.pt"))
 
 
 def is_due(every: int | None, before: int, now: int) -> bool:

@@ -32,7 +32,7 @@ from distributed.sharding import reshard
 from features import neuronpedia
 from launch import assembly, settings
 from launch.policies import Policy, find_policy, read_config, require_language_model
-from modeling.weights import PolicyFile, Weights, fill, open_weights, weights_digest
+from modeling.weights import PolicyFile, Weights, load_weights, open_weights, weights_digest
 from sae import ENCODE_ELEMENTS, active, drift_by_feature, pooled_features
 from sampling import diversity, samples
 from trainers import BasicTrainer
@@ -182,7 +182,7 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
 def put(trainer: BasicTrainer, weights: Weights, new_tokens: int = 0) -> None:
     """Let the trainer's policy have other weights."""
     reshard(trainer.policy)
-    fill(trainer.policy, weights, new_tokens)
+    load_weights(trainer.policy, weights, new_tokens)
     trainer.policy.eval()
 
 
