@@ -251,7 +251,7 @@ class Reader:
         for kind, number, _, lengths, residual in self.read(what, kinds):
             weight = residual.new_tensor(lengths, dtype=torch.float64).unsqueeze(1)  # [S, 1]
             means = pooled_features(self.sae, residual, lengths)  # [S, F]
-            rates = pooled_features(self.sae, residual, lengths, of=active)
+            rates = pooled_features(self.sae, residual, lengths, transform=active)
             sums[kind][0] += (means * weight).sum(0)
             sums[kind][1] += (rates * weight).sum(0)
             if reference is None:
