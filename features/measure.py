@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import models
-from autoencoders.formats import sections
+from autoencoders.formats import sae_sections
 from dataloader import DataLoader
 from distributed import parallel
 from distributed.sharding import reshard
@@ -351,7 +351,7 @@ def measure(config: DictConfig, path: Path, overrides: list[str]) -> tuple[Repor
         raise UserError("mode=features compares the policy of a run with its start, and has backend=transformers")
     require_language_model(config, policy)
     parts = settings.check_config(config, [], modes=["features"])
-    if not sections(config):
+    if not sae_sections(config):
         raise UserError(
             f"mode=features reads features through an SAE, and {config.model.name} has none in this configuration: "
             "++sae.path=..., and ++sae.layer=... where its files do not say the layer"
@@ -379,7 +379,7 @@ def measure(config: DictConfig, path: Path, overrides: list[str]) -> tuple[Repor
                 texts += [Text(kind, list(talk.requests[0].prompt_ids), talk.answers[0].ids) for talk in talks]
         reader = Reader(trainer, texts, **options)
         runs, checkpoints, contexts = look(reader, own, other, start)
-    described = zip(sections(config).items(), sources.saes, trainer.sae.members, strict=True)
+    described = zip(sae_sections(config).items(), sources.saes, trainer.sae.members, strict=True)
     report = Report(
         model=config.model.name,
         parts=[

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import dataloader
 import trainers
-from autoencoders.formats import SAESource, find_sae, sections
+from autoencoders.formats import SAESource, find_sae, sae_sections
 from data.batch import BATCH_LAYOUTS
 from distributed.sharding import DTYPES
 from modeling.weights import find_weights
@@ -123,7 +123,7 @@ def check_config(config: DictConfig, overrides: Sequence[str], modes: Sequence[s
 
 def require_sae(config: DictConfig, who: str) -> None:
     """Raises UserError where the configuration has no SAE."""
-    if not sections(config):
+    if not sae_sections(config):
         known = sorted(path.stem for path in (REPO / "config/sae").glob("*.yaml"))
         raise UserError(
             f"{who} needs an SAE: sae={'|'.join(known)}, fitting the model, or ++sae.path=... ++sae.layer=..."
@@ -181,7 +181,7 @@ def find_sources(config: DictConfig, needs: frozenset[str]) -> RunPaths:
             else:
                 found[name] = found["model"]
     if "sae" in needs:
-        for where, section in sections(config).items():
+        for where, section in sae_sections(config).items():
             with problems.collected():
                 saes.append(find_sae(section, where))
     if model.load_from is not None:

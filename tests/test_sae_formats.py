@@ -11,7 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
 import models
-from autoencoders.formats import SAE_FORMATS, SECTION, SAESource, find_sae, load_sae, recognise
+from autoencoders.formats import SAE_FORMATS, SECTION_DEFAULTS, SAESource, detect_format, find_sae, load_sae
 from utils import UserError
 
 D, F, K, N = 8, 24, 5, 200
@@ -362,7 +362,7 @@ def test_is_recognised_and_says_so(layout, tmp_path, capsys):
     format, path, _, _, place = written(layout, tmp_path)
     depth = len(Path(SAE_FORMATS[format].weights).parts)
     for named in (path, path.parents[depth - 1]):
-        found = find_sae({**SECTION, "path": str(named), "format": asked(format)}, "sae")
+        found = find_sae({**SECTION_DEFAULTS, "path": str(named), "format": asked(format)}, "sae")
         assert (found.files.format, found.path, found.layer, found.hook) == (format, path, *place)
     load_sae(path, asked(format))
     said = capsys.readouterr().out
@@ -378,19 +378,19 @@ def test_what_is_not_used_is_said(tmp_path, capsys):
 
 def test_an_unknown_or_ambiguous_directory(tmp_path):
     with pytest.raises(UserError, match=r"no SAE of a known layout \(gemma_scope: params\.npz; .*cfg\.json"):
-        recognise(tmp_path)
+        detect_format(tmp_path)
     _, path, *_ = written("gemma_scope", tmp_path)
     (path.parent / "ae.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"could be gemma_scope or dictionary_learning: set sae\.format"):
-        recognise(path.parent)
-    assert recognise(path.parent, "gemma_scope").weights == path
+        detect_format(path.parent)
+    assert detect_format(path.parent, "gemma_scope").weights == path
 
 
 def test_one_layer_of_a_directory_of_many_has_to_be_named(tmp_path):
     _, path, *_ = written("qwen_scope", tmp_path)
     path.with_name("layer19.sae.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"has 2 files of qwen_scope: name one, such as .*layer18\.sae\.pt"):
-        recognise(path.parent)
+        detect_format(path.parent)
 
 
 @pytest.mark.parametrize("layout", [name for name in SAE_FORMATS if SAE_FORMATS[name].config])
@@ -403,7 +403,7 @@ def test_the_json_beside_the_weights_is_needed(layout, tmp_path):
         load_sae(path, format)
     config.unlink()
     if form.config_optional:
-        assert find_sae({**SECTION, "path": str(path)}, "sae").layer == 17
+        assert find_sae({**SECTION_DEFAULTS, "path": str(path)}, "sae").layer == 17
     else:
         with pytest.raises(UserError, match=f"{layout} has {form.config} beside it"):
             load_sae(path, format)
@@ -422,22 +422,22 @@ def test_the_json_beside_the_weights_is_needed(layout, tmp_path):
 def test_settings_that_do_not_fit(tmp_path, changes, message):
     _, path, *_ = written("gemma_scope", tmp_path)
     with pytest.raises(UserError, match=message):
-        find_sae({**SECTION, "path": str(path), **changes}, "sae")
+        find_sae({**SECTION_DEFAULTS, "path": str(path), **changes}, "sae")
 
 
 def test_a_file_that_names_no_layer(tmp_path):
     _, path, *_ = written("gemma_scope", tmp_path)
     moved = path.rename(tmp_path / "params.npz")
     with pytest.raises(UserError, match=r"sae\.layer=None: set it to the layer"):
-        find_sae({**SECTION, "path": str(moved)}, "sae")
-    found = find_sae({**SECTION, "path": str(moved), "layer": 5}, "sae")
+        find_sae({**SECTION_DEFAULTS, "path": str(moved)}, "sae")
+    found = find_sae({**SECTION_DEFAULTS, "path": str(moved), "layer": 5}, "sae")
     assert (found.layer, found.hook) == (5, "residual")
 
 
 @pytest.mark.parametrize("layout", ["gemma_scope", "sparsify", "qwen_scope"])
 def test_the_identity_changes_with_all_that_features_depend_on(layout, tmp_path):
     _, path, *_ = written(layout, tmp_path / "a")
-    files = recognise(path)
+    files = detect_format(path)
     source = SAESource("sae", files, 1, "residual", 1.0)
     others = [SAESource("sae", files, 2, "residual", 1.0), SAESource("sae", files, 1, "mlp", 1.0)]
 
@@ -445,19 +445,19 @@ def test_the_identity_changes_with_all_that_features_depend_on(layout, tmp_path)
         next(iter(tensors.values()))[0] += 1
 
     _, changed, *_ = written(layout, tmp_path / "b", other_weights)
-    others.append(SAESource("sae", recognise(changed), 1, "residual", 1.0))
+    others.append(SAESource("sae", detect_format(changed), 1, "residual", 1.0))
     if files.config:
         _, changed, *_ = written(layout, tmp_path / "c", lambda _, fields: fields.update(k=K + 1))
-        others.append(SAESource("sae", recognise(changed), 1, "residual", 1.0))
+        others.append(SAESource("sae", detect_format(changed), 1, "residual", 1.0))
     identities = [json.dumps(s.identity()) for s in (source, *others)]
     assert len(set(identities)) == len(identities)
     _, copy, *_ = written(layout, tmp_path / "d")
-    assert SAESource("sae", recognise(copy), 1, "residual", 1.0).identity() == source.identity()
+    assert SAESource("sae", detect_format(copy), 1, "residual", 1.0).identity() == source.identity()
 
 
 def test_the_folding_is_part_of_the_identity(tmp_path):
     _, path, *_ = written("llama_scope", tmp_path)
-    both = [recognise(path, format) for format in ("llama_scope", "llama_scope_saelens")]
+    both = [detect_format(path, format) for format in ("llama_scope", "llama_scope_saelens")]
     assert both[0].weights == both[1].weights
     assert len({json.dumps(SAESource("sae", files, 8, "residual", 1.0).identity()) for files in both}) == 2
 
@@ -488,7 +488,12 @@ def test_from_the_hub_only_what_is_needed_is_fetched(layout, named, tmp_path, mo
 
     monkeypatch.setattr(models, "snapshot_download", snapshot_download)
     inside = (path if named == "file" else path.parents[depth - 1]).relative_to(root)
-    asked_for = {**SECTION, "path": f"org/repo/{inside}".removesuffix("/."), "format": asked(format), "layer": None}
+    asked_for = {
+        **SECTION_DEFAULTS,
+        "path": f"org/repo/{inside}".removesuffix("/."),
+        "format": asked(format),
+        "layer": None,
+    }
     if layout == "qwen_scope" and named == "folder":  # one of many
         with pytest.raises(UserError, match="no SAE of a known layout"):
             find_sae(asked_for, "sae")
@@ -504,7 +509,7 @@ def test_from_the_hub_only_what_is_needed_is_fetched(layout, named, tmp_path, mo
 def test_what_the_hub_does_not_have(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(UserError, match=r"sae\.path=org/repo/layers\.9: org/repo has no layers\.9"):
-        find_sae({**SECTION, "path": "org/repo/layers.9"}, "sae")
+        find_sae({**SECTION_DEFAULTS, "path": "org/repo/layers.9"}, "sae")
 
 
 # ---------------------------------------------------------------------------------------------------------- damage
@@ -627,7 +632,7 @@ def add(name, tensor):
 def test_what_cannot_be_folded_is_refused_by_name(layout, change, message, tmp_path):
     _, path, *_ = written(layout, tmp_path, change)
     with pytest.raises(UserError, match=message):
-        find_sae({**SECTION, "path": str(path)}, "sae")
+        find_sae({**SECTION_DEFAULTS, "path": str(path)}, "sae")
         load_sae(path)
 
 
@@ -636,15 +641,15 @@ def test_other_places_are_refused(tmp_path):
     folder = tmp_path / "gemma-scope-2b-pt-att"
     path.parents[3].rename(folder)
     with pytest.raises(UserError, match="reads embeddings or attention heads"):
-        find_sae({**SECTION, "path": str(folder / "layer_7/width_16k/average_l0_55")}, "sae")
+        find_sae({**SECTION_DEFAULTS, "path": str(folder / "layer_7/width_16k/average_l0_55")}, "sae")
     embedding = (folder / "layer_7").rename(tmp_path / "embedding")
     with pytest.raises(UserError, match="reads embeddings or attention heads"):
-        find_sae({**SECTION, "path": str(embedding / "width_16k/average_l0_55"), "layer": 0}, "sae")
+        find_sae({**SECTION_DEFAULTS, "path": str(embedding / "width_16k/average_l0_55"), "layer": 0}, "sae")
     _, path, *_ = written("gemma_scope_2", tmp_path, put("hf_hook_point_in", None))
     folder = tmp_path / "attn_out"
     path.parents[1].rename(folder)
     with pytest.raises(UserError, match="a attn_out; SAEs are read at"):
-        find_sae({**SECTION, "path": str(next(folder.iterdir()))}, "sae")
+        find_sae({**SECTION_DEFAULTS, "path": str(next(folder.iterdir()))}, "sae")
 
 
 # --------------------------------------------------------------------------------------------------------- SAELens
@@ -679,7 +684,7 @@ def test_files_that_saelens_saves(kind, apply_b_dec, tmp_path):
     theirs = randomised(getattr(lens, f"{kind}SAE")(config))
     theirs.save_model(tmp_path)
     same(load_sae(tmp_path), theirs)
-    assert find_sae({**SECTION, "path": str(tmp_path)}, "sae").layer == 6
+    assert find_sae({**SECTION_DEFAULTS, "path": str(tmp_path)}, "sae").layer == 6
 
 
 def test_a_batch_topk_as_saelens_saves_it(tmp_path):

@@ -9,7 +9,7 @@ from test_sae_formats import write
 from test_training import assembled, run, settle
 
 import models
-from autoencoders.formats import autoencoder, save_sae, sections
+from autoencoders.formats import make_sae, sae_sections, save_sae
 from data.batch import PAD
 from launch import settings
 from models import decoder_layers, final_hidden_states, make_tap, score
@@ -125,7 +125,7 @@ def test_an_mlp_that_cannot_be_found_is_told_before_a_weight_is_read(tmp_path, m
 
 # ------------------------------------------------------------------------------------------------ which tokens count
 
-CENTRED = autoencoder(*(torch.randn(*s) for s in ((32, 48), (48,), (48, 32), (32,))), k=6, centred=True)
+CENTRED = make_sae(*(torch.randn(*s) for s in ((32, 48), (48,), (48, 32), (32,))), k=6, centred=True)
 
 
 @pytest.mark.parametrize("sae", [random_sae(), CENTRED], ids=["JumpReLU", "centred TopK"])
@@ -206,7 +206,7 @@ def test_a_list_of_saes_on_the_command_line(tmp_path):
     config, overrides = settle(tmp_path, "loss=fpo", *settings.spelled_out("sae=[tiny, gemma-2-2b]"))
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         assert settings.unknown_keys(overrides) == []
-    found = sections(config)
+    found = sae_sections(config)
     assert {where: part["layer"] for where, part in found.items()} == {
         "sae.parts.tiny": 2,
         "sae.parts.gemma_2_2b": 25,
