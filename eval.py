@@ -161,7 +161,7 @@ def main() -> None:
         sys.exit(2)
     work = WORK.get(raw.mode, write_samples)
     split = raw.mode in WORK and raw.probe is None
-    ranks = settings.ranks_of(raw) if split else parallel.ranks_given() or 1  # a sampler splits only if told to
+    ranks = settings.ranks_of(raw) if split else parallel.launched_ranks() or 1  # a sampler splits only if told to
     parallel.run(lambda: work(raw, arguments.config_path, overrides), ranks)
 
 

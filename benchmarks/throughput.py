@@ -294,7 +294,7 @@ def assemble(given: list[str]) -> Any:
     from launch import assembly, settings
     from training.checkpoint import Run
 
-    parallel.join(0, 1, dist.HashStore())
+    parallel.init_process_group(0, 1, dist.HashStore())
     config, classes = checked(given)
     run = Run(Path(config.cache_dir) / config.exp_name)
     run.start(config, None)

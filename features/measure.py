@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import models
-from autoencoders.formats import sections
+from autoencoders.formats import sae_sections
 from data.batch import batches_by_length
 from dataloader import DataLoader
 from distributed import parallel
@@ -35,7 +35,7 @@ from features import neuronpedia
 from launch import assembly, settings
 from launch.policies import Policy, find_policy, read_config, require_language_model
 from launch.settings import Config, RunClasses, RunPaths
-from modeling.weights import PolicyFile, Weights, fill, open_weights, weights_digest
+from modeling.weights import PolicyFile, Weights, load_weights, open_weights, weights_digest
 from sae import ENCODE_ELEMENTS, SAE, active, drift_by_feature, pooled_features
 from sampling import samples
 from sampling.backends import TransformersBackend
@@ -178,7 +178,7 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
 def put(policy: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
     """Replace the weights of a model, and put it into eval mode."""
     reshard(policy)
-    fill(policy, weights, new_tokens)
+    load_weights(policy, weights, new_tokens)
     policy.eval()
 
 
@@ -246,7 +246,7 @@ class Reader:
         for kind, number, _, lengths, residual in self.read(what, kinds):
             weight = residual.new_tensor(lengths, dtype=torch.float64).unsqueeze(1)  # [S, 1]
             means = pooled_features(self.sae, residual, lengths)  # [S, F]
-            rates = pooled_features(self.sae, residual, lengths, of=active)
+            rates = pooled_features(self.sae, residual, lengths, transform=active)
             sums[kind][0] += (means * weight).sum(0)
             sums[kind][1] += (rates * weight).sum(0)
             if reference is None:
@@ -344,7 +344,7 @@ def measure(config: Config, classes: RunClasses, path: Path, overrides: list[str
     if policy.run is None or config.backend != "transformers":
         raise UserError("mode=features compares the policy of a run with its start, and has backend=transformers")
     require_language_model(config, policy)
-    if not sections(config.sae):
+    if not sae_sections(config.sae):
         raise UserError(
             f"mode=features reads features through an SAE, and {config.model.name} has none in this configuration: "
             "++sae.path=..., and ++sae.layer=... where its files do not say the layer"
@@ -421,7 +421,9 @@ def described_parts(config: Config, paths: RunPaths, sae: SAE) -> list[Part]:
             d_sae=member.d_sae,
             address=neuronpedia.neuronpedia_url(str(section.path)),
         )
-        for (where, section), source, member in zip(sections(config.sae).items(), paths.saes, sae.members, strict=True)
+        for (where, section), source, member in zip(
+            sae_sections(config.sae).items(), paths.saes, sae.members, strict=True
+        )
     ]
 
 

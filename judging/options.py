@@ -6,7 +6,7 @@ from typing import Any
 
 from judging import protocols
 from judging.protocols import PROTOCOLS, PromptTemplate
-from utils import UserError, named_class, suggest
+from utils import UserError, load_class, suggest
 
 OFFLINE_JUDGES = ("toy", "recorded")  # they send no requests
 A_FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
@@ -202,7 +202,7 @@ def load_template(args: argparse.Namespace) -> PromptTemplate:
     found = PROTOCOLS.get(args.protocol)
     if found is None and ":" not in args.protocol:
         raise UserError(f"-p {args.protocol}: not one of {', '.join(PROTOCOLS)}{suggest(args.protocol, PROTOCOLS)}")
-    template = (found or named_class(args.protocol, protocols, "-p"))()
+    template = (found or load_class(args.protocol, protocols, "-p"))()
     if not isinstance(template, PromptTemplate):
         raise UserError(f"-p {args.protocol}: not a subclass of judging.protocols.PromptTemplate")
     if args.labels is not None:

@@ -211,7 +211,7 @@ def build_model(
                 adapters.add(model, settings, trained)
             models.recompute_activations(model, settings.activation_checkpointing)
         if settings.compile:
-            head.compile_passes()
+            head.compile_passes(model)
             for layer in layers:
                 layer.forward = torch.compile(layer.forward, dynamic=True)  # not the layer: its hooks stay outside
         shard(model, layers, compute, hybrid=settings.hybrid_sharding, offload=settings.cpu_offload)

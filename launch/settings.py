@@ -21,7 +21,7 @@ from pydantic import Field
 
 import dataloader
 import trainers
-from autoencoders.formats import SAESource, find_sae, sections
+from autoencoders.formats import SAESource, find_sae, sae_sections
 from autoencoders.settings import SAESection
 from data.settings import DataSettings
 from modeling.weights import find_weights
@@ -30,7 +30,7 @@ from sampling.settings import SamplingSettings
 from training import loop
 from training.quantities import Binding, bind
 from training.settings import LossSettings, TrainingSettings
-from utils import REPO, Count, NonNegative, Settings, UserError, checked, console, known_keys, named_class, suggest
+from utils import REPO, Count, NonNegative, Settings, UserError, checked, console, known_keys, load_class, suggest
 
 S = TypeVar("S", bound=Settings)
 GROUPS = ("loss", "model", "sae", "experiment")  # each a directory of config/
@@ -283,8 +283,8 @@ def run_classes(loss: LossSettings) -> RunClasses:
     """The classes that the loss names, matched with its hyper-parameters. Raises UserError where they do not fit."""
     if loss.trainer is None:
         raise UserError(f"loss={loss.name} needs a trainer of yours: ++loss.trainer=path/to/file.py:Class")
-    trainer = named_class(loss.trainer, trainers, "loss.trainer")
-    loader = named_class(loss.dataloader, dataloader, "loss.dataloader")
+    trainer = load_class(loss.trainer, trainers, "loss.trainer")
+    loader = load_class(loss.dataloader, dataloader, "loss.dataloader")
     return RunClasses(trainer, loader, bind(trainer, loader.records, loss))
 
 
@@ -293,7 +293,7 @@ def run_classes(loss: LossSettings) -> RunClasses:
 
 def require_sae(config: Config, who: str) -> None:
     """Raises UserError where the configuration has no SAE."""
-    if not sections(config.sae):
+    if not sae_sections(config.sae):
         known = sorted(path.stem for path in (REPO / "config/sae").glob("*.yaml"))
         raise UserError(
             f"{who} needs an SAE: sae={'|'.join(known)}, fitting the model, or ++sae.path=... ++sae.layer=..."
@@ -327,7 +327,7 @@ def find_paths(config: Config, needs: frozenset[str]) -> RunPaths:
             else:
                 found[name] = found["model"]
     if "sae" in needs:
-        for where, section in sections(config.sae).items():
+        for where, section in sae_sections(config.sae).items():
             with problems.collected():
                 saes.append(find_sae(section, where))
     if model.load_from is not None:

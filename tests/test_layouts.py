@@ -9,9 +9,9 @@ from test_training import LOSSES, assembled, run
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from data.batch import BATCH_LAYOUTS, micro_batches, tokens_of
+from data.batch import BATCH_LAYOUTS, count_positions, micro_batches
 from modeling import attention
-from modeling.attention import choose, rule
+from modeling.attention import choose, mask_rule
 from models import decoder_layers, score, score_rewards
 from sae import ResidualTap, pooled_features
 from training.loop import MetricAccumulator
@@ -138,7 +138,7 @@ def test_layouts_are_equal_over_random_shapes(records):
         assert (batch.input_ids.flatten()[batch.position] == batch.target).all()
         if layout in PACKED:
             shapes = [(len(r["prompt_ids"]), [len(ids) for ids in r["completion_ids"]]) for r in records]
-            assert batch.input_ids.numel() <= tokens_of(shapes, layout)
+            assert batch.input_ids.numel() <= count_positions(shapes, layout)
             assert (batch.document >= 0).all(), "no padding"
 
 
@@ -160,22 +160,24 @@ def test_segments_see_what_the_rule_says(layout, window):
     batch = collate(pairs(4), layout)
     width = batch.input_ids.shape[1]
     places = torch.arange(width)
-    mask = rule(batch, window)(torch.tensor(0), torch.tensor(0), places[:, None], places[None])
+    mask = mask_rule(batch, window)(torch.tensor(0), torch.tensor(0), places[:, None], places[None])
     query, key, value = (torch.randn(1, heads, width, 8) for heads in (4, 2, 2))
     bias = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     for softcap in (None, 2.0):
         whole = attention.attend(query, key, value, bias, 0.3, softcap, 0.0).transpose(1, 2)
         options = {"scaling": 0.3, "softcap": softcap, "sliding_window": window}
-        parts, _ = attention.segments(nn.Module(), query, key, value, None, blocks=attention.blocks(batch), **options)
+        parts, _ = attention.segment_attention(
+            nn.Module(), query, key, value, None, blocks=attention.segment_blocks(batch), **options
+        )
         torch.testing.assert_close(parts, whole)
 
 
 def test_short_segments_of_like_lengths_go_together():
     sizes = [(300, 400), (20, 40), (22, 41), (20, 20), (310, 800), (19, 39)]
-    assert attention.alike(sizes) == [[3, 5, 1, 2], [0], [4]]
-    assert attention.alike([(200, 200)] * 3) == [[0, 1, 2]], "no padding"
-    assert attention.alike([(2000, 2000)] * 2) == [[0], [1]], "their scores would be too many to hold at once"
-    assert attention.alike([]) == []
+    assert attention.group_by_length(sizes) == [[3, 5, 1, 2], [0], [4]]
+    assert attention.group_by_length([(200, 200)] * 3) == [[0, 1, 2]], "no padding"
+    assert attention.group_by_length([(2000, 2000)] * 2) == [[0], [1]], "their scores would be too many to hold at once"
+    assert attention.group_by_length([]) == []
 
 
 def test_the_rule_by_hand():
@@ -185,7 +187,7 @@ def test_the_rule_by_hand():
     ]
     batch = collate(records, "shared_prefix")
     places = torch.arange(8)
-    seen = rule(batch, None)(torch.tensor(0), torch.tensor(0), places[:, None], places[None]).int().tolist()
+    seen = mask_rule(batch, None)(torch.tensor(0), torch.tensor(0), places[:, None], places[None]).int().tolist()
     assert batch.input_ids.tolist() == [[1, 5, 6, 2, 7, 1, 8, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1]]
     assert seen == [
@@ -198,7 +200,7 @@ def test_the_rule_by_hand():
         [0, 0, 0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 0, 1, 0, 1],
     ]
-    windowed = rule(batch, 2)(torch.tensor(0), torch.tensor(0), places[:, None], places[None])
+    windowed = mask_rule(batch, 2)(torch.tensor(0), torch.tensor(0), places[:, None], places[None])
     assert windowed[4].int().tolist() == [0, 1, 0, 0, 1, 0, 0, 0], "a window counts positions: 2 and 1, rows 4 and 1"
 
 
@@ -274,7 +276,7 @@ def test_micro_batches(shapes, layout, ranks, least, max_tokens):
     for part in every:
         assert part == sorted(part)
         if max_tokens is not None and len(part) > 1:
-            assert tokens_of([shapes[i] for i in part], layout) <= max_tokens
+            assert count_positions([shapes[i] for i in part], layout) <= max_tokens
     if max_tokens is None:
         assert len(shares[0]) <= least
         assert len(shapes) < ranks or all(every)

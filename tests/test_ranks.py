@@ -260,9 +260,9 @@ def test_slurm_places_are_read(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "9")
     monkeypatch.setenv("SLURM_LOCALID", "1")
-    assert parallel.given_place() is None  # a batch script's own step
+    assert parallel.launched_place() is None  # a batch script's own step
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
-    assert parallel.given_place() == {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1}
+    assert parallel.launched_place() == {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1}
 
 
 @pytest.mark.slow

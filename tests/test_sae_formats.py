@@ -11,7 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
 import models
-from autoencoders.formats import SAE_FORMATS, SAESource, find_sae, load_sae, recognise
+from autoencoders.formats import SAE_FORMATS, SAESource, detect_format, find_sae, load_sae
 from autoencoders.settings import SAESettings
 from utils import UserError, checked
 
@@ -386,19 +386,19 @@ def test_what_is_not_used_is_said(tmp_path, capsys):
 
 def test_an_unknown_or_ambiguous_directory(tmp_path):
     with pytest.raises(UserError, match=r"no SAE of a known layout \(gemma_scope: params\.npz; .*cfg\.json"):
-        recognise(tmp_path)
+        detect_format(tmp_path)
     _, path, *_ = written("gemma_scope", tmp_path)
     (path.parent / "ae.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"could be gemma_scope or dictionary_learning: set sae\.format"):
-        recognise(path.parent)
-    assert recognise(path.parent, "gemma_scope").weights == path
+        detect_format(path.parent)
+    assert detect_format(path.parent, "gemma_scope").weights == path
 
 
 def test_one_layer_of_a_directory_of_many_has_to_be_named(tmp_path):
     _, path, *_ = written("qwen_scope", tmp_path)
     path.with_name("layer19.sae.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"has 2 files of qwen_scope: name one, such as .*layer18\.sae\.pt"):
-        recognise(path.parent)
+        detect_format(path.parent)
 
 
 @pytest.mark.parametrize("layout", [name for name in SAE_FORMATS if SAE_FORMATS[name].config])
@@ -445,7 +445,7 @@ def test_a_file_that_names_no_layer(tmp_path):
 @pytest.mark.parametrize("layout", ["gemma_scope", "sparsify", "qwen_scope"])
 def test_the_identity_changes_with_all_that_features_depend_on(layout, tmp_path):
     _, path, *_ = written(layout, tmp_path / "a")
-    files = recognise(path)
+    files = detect_format(path)
     source = SAESource("sae", files, 1, "residual", 1.0)
     others = [SAESource("sae", files, 2, "residual", 1.0), SAESource("sae", files, 1, "mlp", 1.0)]
 
@@ -453,19 +453,19 @@ def test_the_identity_changes_with_all_that_features_depend_on(layout, tmp_path)
         next(iter(tensors.values()))[0] += 1
 
     _, changed, *_ = written(layout, tmp_path / "b", other_weights)
-    others.append(SAESource("sae", recognise(changed), 1, "residual", 1.0))
+    others.append(SAESource("sae", detect_format(changed), 1, "residual", 1.0))
     if files.config:
         _, changed, *_ = written(layout, tmp_path / "c", lambda _, fields: fields.update(k=K + 1))
-        others.append(SAESource("sae", recognise(changed), 1, "residual", 1.0))
+        others.append(SAESource("sae", detect_format(changed), 1, "residual", 1.0))
     identities = [json.dumps(s.identity()) for s in (source, *others)]
     assert len(set(identities)) == len(identities)
     _, copy, *_ = written(layout, tmp_path / "d")
-    assert SAESource("sae", recognise(copy), 1, "residual", 1.0).identity() == source.identity()
+    assert SAESource("sae", detect_format(copy), 1, "residual", 1.0).identity() == source.identity()
 
 
 def test_the_folding_is_part_of_the_identity(tmp_path):
     _, path, *_ = written("llama_scope", tmp_path)
-    both = [recognise(path, format) for format in ("llama_scope", "llama_scope_saelens")]
+    both = [detect_format(path, format) for format in ("llama_scope", "llama_scope_saelens")]
     assert both[0].weights == both[1].weights
     assert len({json.dumps(SAESource("sae", files, 8, "residual", 1.0).identity()) for files in both}) == 2
 

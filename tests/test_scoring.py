@@ -89,18 +89,22 @@ def test_the_head_equals_autograd(monkeypatch, chunk, softcap, bias):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_compiled_head_equals_autograd(monkeypatch, softcap):
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 50 * 3)
-    plain = heads.to_gradient
-    for name in heads.PASSES:
-        monkeypatch.setattr(heads, name, getattr(heads, name))  # as it was, after this test
-    heads.compile_passes()
-    assert heads.to_gradient is not plain
-    assert_equals_autograd(softcap, bias=False)
+    assert heads.compiled_passes().gradient is not heads.EAGER.gradient
+    assert_equals_autograd(softcap, bias=False, passes=heads.compiled_passes())
 
 
-def assert_equals_autograd(softcap, bias):
+def test_compiling_one_models_passes_leaves_other_models_alone(gemma):
+    other = tiny_gemma()
+    heads.compile_passes(gemma)
+    assert heads.passes_of(gemma.get_output_embeddings()) is heads.compiled_passes()
+    assert heads.passes_of(other.get_output_embeddings()) is heads.EAGER
+
+
+def assert_equals_autograd(softcap, bias, passes=heads.EAGER):
     torch.manual_seed(0)
     hidden, other, target = torch.randn(8, 6, requires_grad=True), torch.randn(8, 6), torch.randint(50, (8,))
     own_head, other_head = (torch.nn.Linear(6, 50, bias=bias) for _ in range(2))
+    heads.use_passes(own_head, passes)
     weights = torch.randn(2, 8)
 
     def logits(x, head):

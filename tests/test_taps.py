@@ -8,7 +8,7 @@ from test_sae_formats import write
 from test_training import assembled, run, settle
 
 import models
-from autoencoders.formats import autoencoder, save_sae, sections
+from autoencoders.formats import make_sae, sae_sections, save_sae
 from data.batch import PAD
 from launch import settings
 from models import decoder_layers, final_hidden_states, make_tap, score
@@ -124,7 +124,7 @@ def test_an_mlp_that_cannot_be_found_is_told_before_a_weight_is_read(tmp_path, m
 
 # ------------------------------------------------------------------------------------------------ which tokens count
 
-CENTRED = autoencoder(*(torch.randn(*s) for s in ((32, 48), (48,), (48, 32), (32,))), k=6, centred=True)
+CENTRED = make_sae(*(torch.randn(*s) for s in ((32, 48), (48,), (48, 32), (32,))), k=6, centred=True)
 
 
 @pytest.mark.parametrize("sae", [random_sae(), CENTRED], ids=["JumpReLU", "centred TopK"])
@@ -204,7 +204,7 @@ def test_joint_encoding_is_the_members_side_by_side():
 def test_a_list_of_saes_on_the_command_line(tmp_path):
     config, overrides = settle(tmp_path, "loss=fpo", *settings.translate_argument("sae=[tiny, gemma-2-2b]"))
     settings.check_overrides(overrides)
-    found = sections(settings.typed(config).sae)
+    found = sae_sections(settings.typed(config).sae)
     assert {where: part.layer for where, part in found.items()} == {"sae.parts.tiny": 2, "sae.parts.gemma2b": 25}
     assert settings.translate_argument("++config.seed=2") == ["++seed=2"]
     assert settings.translate_argument("sae=tiny") == ["sae=tiny"]

@@ -19,6 +19,7 @@ from data import toy
 from data.toy import Attributes, attributes, demonstrations, judge, preferences, toy_score
 from utils import REPO, UserError
 
+BUILD = [sys.executable, "-m", "data.toy"]
 HH = REPO.parent / "shared" / "data" / "hh" / "harmless-base" / "test.jsonl.gz"
 
 
@@ -26,8 +27,7 @@ HH = REPO.parent / "shared" / "data" / "hh" / "harmless-base" / "test.jsonl.gz"
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The untrained model and tokenizer, made by the documented command."""
     directory = tmp_path_factory.mktemp("toy") / "tiny"
-    make = [sys.executable, "-m", "data.toy", str(directory), "--seed", "3"]
-    subprocess.run(make, cwd=REPO, check=True, capture_output=True)
+    subprocess.run([*BUILD, str(directory), "--seed", "3"], cwd=REPO, check=True, capture_output=True)
     return directory
 
 
@@ -134,7 +134,7 @@ def test_demonstrations_mix_every_attribute() -> None:
     assert sum(a.language == a.prompt_language for a in friendly) / len(friendly) == pytest.approx(0.8, abs=0.04)
 
 
-@pytest.mark.parametrize("prefer", [toy.DEFAULT, ("spanish", "list")])
+@pytest.mark.parametrize("prefer", [toy.DEFAULT_PREFERENCES, ("spanish", "list")])
 def test_preferences_are_the_judges(prefer: tuple[str, ...]) -> None:
     rows = preferences("test", 5, 300, prefer)
     assert len(rows) == 300
@@ -147,9 +147,8 @@ def test_rows_depend_on_the_seed_alone() -> None:
     assert demonstrations("train", 0, 50) != demonstrations("train", 1, 50)
     # nothing depends on the order of a set: another process, with another hash seed, makes the same rows
     rows = "[toy.demonstrations('train', 0, 50), toy.preferences('test', 0, 50)]"
-    code = f"import json; from data import toy; print(json.dumps({rows}))"
     other = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"import json; from data import toy; print(json.dumps({rows}))"],
         cwd=REPO,
         env={**os.environ, "PYTHONHASHSEED": "7"},
         check=True,
@@ -228,7 +227,7 @@ def test_model_is_a_small_gemma_2_made_by_its_seed(built: Path, tmp_path: Path) 
 
 def test_nothing_is_overwritten(built: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.iterdir()}
-    run = subprocess.run([sys.executable, "-m", "data.toy", str(built)], cwd=REPO, capture_output=True, text=True)
+    run = subprocess.run([*BUILD, str(built)], cwd=REPO, capture_output=True, text=True)
     assert run.returncode == 2
     assert "is there already" in run.stdout + run.stderr
     assert "Traceback" not in run.stdout + run.stderr

@@ -27,7 +27,7 @@ def test_the_published_row_of_alpaca_evals_board(model: str) -> None:
     found = answers.read_recorded(DATA / f"alpaca_eval/annotations/{model}.json.gz")
     assert (found.candidate, found.verdicts is not None) == (model, True)
     preferences = [verdict.preference for verdict in found.verdicts or ()]
-    figures = statistics.alpaca_eval_figures(preferences, [item.candidate for item in found.items])
+    figures = statistics.alpaca_eval_row(preferences, [item.candidate for item in found.items])
     assert len(figures) == 8
     assert figures == pytest.approx({name: float(published[name]) for name in figures}, abs=1e-4)
 
@@ -41,7 +41,7 @@ def test_the_counts_of_every_row_of_alpaca_evals_board() -> None:
     assert (len(rows), sum(row["n_total"] != "805" for row in rows)) == (222, 13)
     for row in rows:
         wins, losses, draws = (int(row[name]) for name in ("n_wins", "n_wins_base", "n_draws"))
-        figures = statistics.alpaca_eval_figures([0.9] * wins + [0.2] * losses + [0.5] * draws, [""])
+        figures = statistics.alpaca_eval_row([0.9] * wins + [0.2] * losses + [0.5] * draws, [""])
         names = ("n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate")
         assert {name: figures[name] for name in names} == pytest.approx(
             {name: float(row[name]) for name in names}, abs=1e-4

@@ -25,7 +25,7 @@ from distributed import parallel
 from distributed.parallel import Stopped, StopRequest
 from distributed.sharding import full_tensor, reshard
 from modeling import adapters
-from modeling.weights import PolicyFile, fill, gather, write_hub_format
+from modeling.weights import PolicyFile, gather_weights, load_weights, write_hub_format
 from models import score
 from sae import SAE, ResidualTap
 from training.checkpoint import MetricsLog, Run
@@ -256,7 +256,7 @@ class BasicTrainer:
         means, pace = MetricAccumulator(), ThroughputMeter(flops)
         with StopRequest() as stop, progress_bar("training", len(loader), step) as advance:
             for micro_batches in self.steps("train", start):
-                if number := stop.anywhere():
+                if number := stop.on_any_rank():
                     self.stop(number, step, examples, saved=saved or step == start)
                 self.module.train()
                 self.optimise(step, micro_batches, means)
@@ -409,7 +409,7 @@ class BasicTrainer:
 
     def write_export(self, folder: Path, step: int) -> None:
         """Hub format, and `policy.pt` as HALOs writes it; beside them the adapter alone, if one was trained."""
-        state = gather(self.policy)
+        state = gather_weights(self.policy)
         if parallel.rank() == 0:
             write_hub_format(self.policy, state, folder)
             self.tokenizer.save_pretrained(folder)
@@ -419,7 +419,7 @@ class BasicTrainer:
 
     def read_export(self, folder: Path) -> None:
         """Put the weights that `write_export` wrote in place of those trained, to evaluate them."""
-        fill(self.policy, PolicyFile(folder / "policy.pt"))
+        load_weights(self.policy, PolicyFile(folder / "policy.pt"))
 
 
 def is_due(every: int | None, before: int, now: int) -> bool:
