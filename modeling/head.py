@@ -208,8 +208,12 @@ CHOSEN = "_passes"  # the attribute of a vocabulary projection that holds its pa
 @cache
 def compiled_passes() -> Passes:
     """The four functions, each fused by torch.compile. They are compiled once in a process."""
-    functions = (EAGER.soft_cap, EAGER.target_logps, EAGER.kl, EAGER.gradient)
-    return Passes(*(torch.compile(function, dynamic=True) for function in functions))
+    return Passes(
+        soft_cap=torch.compile(soft_cap, dynamic=True),
+        target_logps=torch.compile(target_logps, dynamic=True),
+        kl=torch.compile(kl_divergence, dynamic=True),
+        gradient=torch.compile(logits_to_gradient, dynamic=True),
+    )
 
 
 def use_passes(head: nn.Module, passes: Passes) -> None:
