@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distributed import parallel
-from launch import assembly, plan, settings
+from launch import assembly, completions, plan, settings
 from training.checkpoint import Run
 
 MODES = ("train", "plan")
@@ -37,6 +37,7 @@ def train(config: DictConfig, overrides: list[str]) -> None:
         parallel.from_rank_zero(lambda: run.start(config))
         torch.manual_seed(config.seed)
         trainer = assembly.prepare(config, parts, sources, run)
+        completions.write_completions(trainer, "before")
         trainer.train()
         from launch import summary  # takes a while to import, and the first step need not wait for it
 

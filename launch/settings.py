@@ -22,8 +22,11 @@ from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config
 from training import loop
 from training.checkpoint import flat
+from training.metrics import check_trackers
 from training.quantities import Binding, bind
 from utils import REPO, UserError, named_class, suggest
+
+RENAMED = {"wandb.enabled": "log_to=[wandb]"}  # keys of before, and what to write now
 
 
 class Problems(list[str]):
@@ -66,11 +69,17 @@ class RunPaths:
 
 def spelled_out(argument: str) -> list[str]:
     """A command's argument in Hydra's words: `++config.key=value` as HALOs' FAQ has it, and `sae=[a,b]`, where Hydra
-    would lay the second over the first."""
+    would lay the second over the first. A renamed key is added, for `check_config` to name the new one."""
     if several := re.fullmatch(r"sae=\[(.*)\]", argument):
         names = [name.strip() for name in several[1].split(",")]
         return ["~sae", *(f"+sae@sae.parts.{re.sub(r'[^a-zA-Z0-9]', '_', name)}={name}" for name in names)]
+    if argument.partition("=")[0] in RENAMED:
+        return [f"++{argument}"]
     return [re.sub(r"^\+\+config\.", "++", argument)]
+
+
+def renamed(key: str) -> str:
+    return f"{key} is a key no more: {RENAMED[key]} has taken its place"
 
 
 def check_config(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = ("train",)) -> RunClasses:
@@ -80,6 +89,8 @@ def check_config(config: DictConfig, overrides: Sequence[str], modes: Sequence[s
     """
     problems = Problems()
     problems.extend(unknown_keys(overrides))
+    given = {key for key in RENAMED if "train" in modes and OmegaConf.select(config, key)}  # in a config.yaml of before
+    problems.extend(line for line in map(renamed, sorted(given)) if line not in problems)
     choices: dict[str, tuple[Any, Sequence[Any]]] = {
         "mode": (config.mode, modes),
         "resume": (config.resume, ["auto", "never"]),
@@ -104,6 +115,9 @@ def check_config(config: DictConfig, overrides: Sequence[str], modes: Sequence[s
     )
     with problems.collected():
         loop.make_optimizer(config, [torch.zeros(1, requires_grad=True)])
+    if "train" in modes:
+        with problems.collected():
+            check_trackers(config.log_to)
     with problems.collected():
         dataloader.check_datasets(config)
     parts = None
@@ -156,7 +170,9 @@ def unknown_keys(overrides: Sequence[str], config_name: str = "config") -> list[
         return key.startswith(("loss.", *(f"{f}." for f in free))) or any(f"{k}.".startswith(f"{key}.") for k in keys)
 
     return [
-        f"{o.key_or_group} is read by nothing{suggest(o.key_or_group, keys)}"
+        renamed(o.key_or_group)
+        if o.key_or_group in RENAMED
+        else f"{o.key_or_group} is read by nothing{suggest(o.key_or_group, keys)}"
         for o in added
         if not is_known(o.key_or_group)
     ]
