@@ -33,7 +33,7 @@ from training.checkpoint import Run
 from training.metrics import MetricAccumulator, MetricsLog, StepLines, evaluation_table
 from training.quantities import QUANTITIES, Binding, LossContext
 from training.reference import Reference, ReferenceCache
-from training.report import write_report
+from training.report import RunPage
 from training.throughput import Flops, ThroughputMeter
 from utils import UserError, console, prefetch, progress_bar, suggest
 
@@ -217,6 +217,7 @@ class BasicTrainer:
             self.last_evaluation = place["evaluation"]
             console.print(f"resuming after {step:,} of {len(loader):,} steps ({examples:,} examples) from {state}")
         self.metrics = MetricsLog(self.run.folder, config, step, metrics_size)
+        self.page = RunPage(self.run.folder)
         if state is None and config.do_first_eval:
             self.log(step, examples, self.evaluate())
 
@@ -357,7 +358,7 @@ class BasicTrainer:
             self.last_evaluation = values
             console.print(evaluation_table(step, examples, values))
             if parallel.rank() == 0:
-                write_report(self.run.folder)
+                self.page.update()
 
     def save(self, step: int, examples: int) -> None:
         """The state that a resumed run starts from."""

@@ -95,7 +95,7 @@ class StepLines:
             self.headline(means),
             f"lr {values['lr']:.3g}",
             f"{speed:,.0f} tokens/s",
-            f"{clock(left)} left",
+            *([f"{clock(left)} left"] if step < self.total else []),
         ]
         console.print("  ".join(parts), markup=False)
         self.since, self.due = [], now + SECONDS_BETWEEN_LINES
@@ -109,19 +109,21 @@ def clock(seconds: float) -> str:
 
 
 def evaluation_table(step: int, examples: int, values: dict[str, float]) -> Table:
-    """The metrics of an evaluation, the chosen and the rejected completions' side by side."""
+    """The metrics of an evaluation; those of chosen and rejected completions, or of several layers, side by side."""
     rows: dict[str, dict[str, float]] = {}
+    columns = [""]
     for name, value in values.items():
         group, _, parts = MetricName.of(name)
-        side = parts[-1] if parts and parts[-1] in SIDES else ""
-        rows.setdefault("/".join([group, *parts]).removesuffix(f"/{side}"), {})[side] = value
-    columns = ["", *SIDES] if any(side in row for row in rows.values() for side in SIDES) else [""]
+        column = parts[-1] if parts and parts[-1] in SIDES else parts[0] if len(parts) > 1 else ""
+        row = "/".join([group, *(part for part in parts if part != column)])
+        rows.setdefault(row, {})[column] = value
+        columns += [column] if column not in columns else []
     title = f"held-out data after {step:,} steps ({examples:,} examples)"
-    table = Table("", title=title, title_justify="left", title_style="bold", box=None)
+    table = Table("", title=title, title_justify="left", title_style="bold", box=None, show_header=len(columns) > 1)
     for column in columns:
-        table.add_column(column or "mean", justify="right", min_width=8)
-    for name, row in rows.items():
-        table.add_row(name, *(f"{row[column]:.4g}" if column in row else "" for column in columns))
+        table.add_column(column, justify="right", min_width=8)
+    for row, figures in rows.items():
+        table.add_row(row, *(f"{figures[column]:.4g}" if column in figures else "" for column in columns))
     return table
 
 
@@ -174,8 +176,8 @@ class TensorBoard:
         self.writer.add_text("config", f"```yaml\n{(folder / 'config.yaml').read_text()}\n```")
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        for name in values.keys() - {"step"}:
+            self.writer.add_scalar(name, values[name], step)
 
     def finish(self) -> None:
         self.writer.close()

@@ -6,6 +6,7 @@ python -m training.report outputs/my_run    writes the page again, for instance 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from html import escape
 from math import ceil, isfinite
@@ -68,6 +69,21 @@ LINKED = {"features/report.html": "what training did to the features"}
 FILES = ("metrics.jsonl", "config.yaml", "summary.json", "completions.json", "eval.json")
 
 Lines = list[dict[str, Any]]
+Columns = dict[str, list[tuple[int, float]]]  # the (step, value) of each metric
+
+
+class RunPage:
+    """Keeps the page of a run that goes on up to date, in a twentieth of the time at most: that of 100,000 steps takes
+    seconds to write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.due = folder, 0.0
+
+    def update(self) -> None:
+        began = time.monotonic()
+        if began >= self.due:
+            write_report(self.folder)
+            self.due = time.monotonic() + 20 * (time.monotonic() - began)
 
 
 def write_report(folder: Path) -> Path:
@@ -96,7 +112,8 @@ def run_page(folder: Path, lines: Lines) -> str:
     """The page's HTML."""
     config = read_config(folder)
     summary = read_json(folder / "summary.json") or {}
-    charts = charts_of(lines)
+    columns = columns_of(lines)
+    charts = charts_of(columns)
     last = lines[-1] if lines else {"step": 0, "examples": 0}
     places = {
         "title": escape(str(OmegaConf.select(config, "exp_name") or folder.absolute().name)),
@@ -110,7 +127,7 @@ def run_page(folder: Path, lines: Lines) -> str:
     }
     data = {
         "steps": last["step"],
-        "bin": max((ceil(count / POINTS) for count in map(len, columns(lines).values())), default=1),
+        "bin": max((ceil(count / POINTS) for count in map(len, columns.values())), default=1),
         "learning": [chart for chart in charts.values() if chart["of_data"]],
         "machine": [chart for chart in charts.values() if not chart["of_data"]],
     }
@@ -137,9 +154,9 @@ def read_config(folder: Path) -> DictConfig:
 # ---------------------------------------------------------------------------------------------------- the curves
 
 
-def columns(lines: Lines) -> dict[str, list[tuple[int, float]]]:
-    """The (step, value) of each metric. A value that is no number is left out: JSON has no NaN."""
-    found: dict[str, list[tuple[int, float]]] = {}
+def columns_of(lines: Lines) -> Columns:
+    """The values of each metric. One that is no number is left out: JSON has no NaN."""
+    found: Columns = {}
     for line in lines:
         for name, value in line.items():
             if name not in UNDRAWN and isinstance(value, (int, float)) and isfinite(value):
@@ -147,10 +164,10 @@ def columns(lines: Lines) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def charts_of(lines: Lines) -> dict[str, dict[str, Any]]:
+def charts_of(columns: Columns) -> dict[str, dict[str, Any]]:
     """The charts of a run by their keys in `CHARTS`, in order, each with all curves that belong together."""
     found: dict[str, dict[str, Any]] = {}
-    for name, points in columns(lines).items():
+    for name, points in columns.items():
         group, split, parts = MetricName.of(name)
         *layers, last = parts or [""]
         key = "/".join(filter(None, [group, CURVES_TOGETHER.get(last, last)]))
