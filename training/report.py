@@ -4,6 +4,7 @@ python -m training.report outputs/my_run    writes the page again, for instance 
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from training.checkpoint import flat
 from training.metrics import SIDES, MetricName, clock
@@ -320,24 +322,40 @@ def settings_table(config: DictConfig) -> str:
 def changed_settings(config: DictConfig) -> dict[str, tuple[str, str]]:
     """Values that differ from those of config/config.yaml, config/model/base.yaml and config/loss/<name>.yaml, and what
     stands there; "" for a key without a default."""
-    parts = [OmegaConf.load(REPO / "config/config.yaml"), {"model": OmegaConf.load(REPO / "config/model/base.yaml")}]
-    loss = REPO / f"config/loss/{OmegaConf.select(config, 'loss.name')}.yaml"
-    if loss.is_file():
-        own = OmegaConf.load(loss)
-        parts.append(own if "@package _global_" in loss.read_text() else {"loss": own})
-    defaults = OmegaConf.merge(*parts)
-    assert isinstance(defaults, DictConfig)
-    for key in ("defaults", "hydra"):  # which tell Hydra how to compose, and are no settings of a run
-        defaults.pop(key, None)
+    if not config:
+        return {}
     ours = flat(OmegaConf.to_container(config))
-    missing = [key for key, value in flat(OmegaConf.to_container(defaults)).items() if value == "???" and key in ours]
-    for key in missing:  # others refer to them
-        OmegaConf.update(defaults, key, ours[key])
-    theirs = flat(OmegaConf.to_container(defaults, resolve=True))
-    for key in missing:
-        del theirs[key]
+    defaults = OmegaConf.merge(*default_parts(str(ours.get("loss.name"))))
+    named = ["loss.name", "model.name", "model.name_or_path"]  # have no defaults, and others refer to them
+    for key in named:
+        OmegaConf.update(defaults, key, ours.get(key))
+    theirs = {key: value for key, value in flat(resolved(defaults)).items() if key not in named and value != "???"}
     changed = [key for key in ours if key not in theirs or ours[key] != theirs[key]]
-    return {key: (written(ours[key]), written(theirs[key]) if key in theirs else "") for key in changed}
+    own = [key for key in changed if key not in ("loss.name", "model.name")]  # the page begins with these
+    return {key: (written(ours[key]), written(theirs[key]) if key in theirs else "") for key in own}
+
+
+def default_parts(loss: str) -> list[Any]:
+    """The files of the defaults, each to be laid over those before it. A loss's file may name one that it builds on."""
+    parts: list[Any] = [OmegaConf.load(REPO / "config/config.yaml")]
+    parts.append({"model": OmegaConf.load(REPO / "config/model/base.yaml")})
+    path, chain = REPO / f"config/loss/{loss}.yaml", []
+    while path.is_file():
+        own: Any = OmegaConf.load(path)
+        chain.append(own if "@package _global_" in path.read_text() else {"loss": own})
+        below = [name for name in own.get("defaults", []) if name != "_self_" and isinstance(name, str)]
+        path = path.with_stem(below[0]) if below else Path()
+    return parts + chain[::-1]
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """The sections of a configuration as plain values, but for those that refer to what is not there."""
+    found = {}
+    for key in config.keys() - {"defaults", "hydra"}:  # which tell Hydra how to compose, and are no settings of a run
+        with contextlib.suppress(OmegaConfBaseException):
+            value = config[key]
+            found[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return found
 
 
 def written(value: Any) -> str:
