@@ -22,7 +22,8 @@ from dataloader import BAD, GOOD, MismatchedRecords
 from distributed import parallel
 from modeling.weights import find_weights
 from models import score_rewards
-from training.loop import BasicTrainer, MetricAccumulator, Setup
+from training.loop import BasicTrainer, Setup
+from training.metrics import MetricAccumulator
 from training.quantities import QUANTITIES, Binding, LossContext
 from training.reference import Reference
 from training.settings import TrainingSettings

@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 REPO = Path(__file__).resolve().parent
 T = TypeVar("T")
@@ -160,9 +161,9 @@ class progress_bar:
     """A live bar on a terminal, and nothing elsewhere. `with progress_bar(...) as advance: advance(done, text)`."""
 
     def __init__(self, name: str, total: int, done: int) -> None:
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        text = TextColumn("{task.fields[text]}")
-        self.progress = Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal)
+        times = (kind(table_column=Column(no_wrap=True)) for kind in (TimeElapsedColumn, TimeRemainingColumn))
+        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.fields[text]}"))
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.progress.add_task(name, total=total, completed=done, text="")
 
     def __enter__(self) -> Callable[[int, str | None], None]:

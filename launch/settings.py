@@ -28,6 +28,7 @@ from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config
 from sampling.settings import SamplingSettings
 from training import loop
+from training.metrics import check_trackers
 from training.quantities import Binding, bind
 from training.settings import LossSettings, TrainingSettings
 from utils import REPO, Count, NonNegative, Settings, UserError, checked, console, known_keys, load_class, suggest
@@ -96,6 +97,7 @@ class RunPaths:
 ELSEWHERE = {
     "bf16": "model.policy_dtype=bfloat16",
     "dataset_name": "datasets",
+    "enabled": "log_to=[wandb]",
     "eval_steps": "eval_every",
     "gradient_checkpointing": "model.activation_checkpointing",
     "learning_rate": "lr",
@@ -114,6 +116,7 @@ ELSEWHERE = {
     "save_steps": "save_every",
     "save_total_limit": "keep_checkpoints",
     "torch_dtype": "model.policy_dtype",
+    "report_to": "log_to",
     "warmup_ratio": "warmup_steps",
     "weight_decay": "optimizer_options.weight_decay",
 }
@@ -230,6 +233,9 @@ def completed(saved: DictConfig) -> DictConfig:
         del defaults[section]
     merged = OmegaConf.merge(defaults, {"model": model}, saved)
     assert isinstance(merged, DictConfig)
+    OmegaConf.set_struct(merged, False)
+    if merged.wandb.pop("enabled", False):
+        merged.log_to = ["wandb"]
     trainer = OmegaConf.select(merged, "loss.trainer")
     if trainer in MOVED:
         OmegaConf.update(merged, "loss.trainer", MOVED[trainer])
@@ -270,6 +276,8 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
     problems.expect(
         config.model.use_peft or not config.model.load_in_4bit, "model.load_in_4bit needs model.use_peft=true as well"
     )
+    with problems.collected():
+        check_trackers(config.log_to)
     with problems.collected():
         classes.trainer.check(config, classes.binding)
     with problems.collected():

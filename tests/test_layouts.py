@@ -14,7 +14,7 @@ from modeling import attention
 from modeling.attention import choose, mask_rule
 from models import decoder_layers, score, score_rewards
 from sae import ResidualTap, pooled_features
-from training.loop import MetricAccumulator
+from training.metrics import MetricAccumulator
 from utils import UserError, prefetch
 
 PACKED = ("packed", "shared_prefix")

@@ -24,6 +24,7 @@ from launch import assembly, settings
 from sae import pooled_features
 from training import checkpoint, loop
 from training.checkpoint import Run
+from training.metrics import MetricAccumulator
 from training.reference import LiveReference
 from utils import UserError
 
@@ -419,7 +420,7 @@ def test_a_step_waits_for_nothing(tmp_path, monkeypatch, loss):
     for step, micro_batches in enumerate(list(trainer.steps("train"))):
         monkeypatch.setattr(torch.Tensor, "tolist", lambda values: read.append(values) or tolist(values))
         with Waits() as waits:
-            trainer.optimise(step, micro_batches, loop.MetricAccumulator())
+            trainer.optimise(step, micro_batches, MetricAccumulator())
         assert read == []
         monkeypatch.setattr(torch.Tensor, "tolist", tolist)
         of_hosts = {"_local_scalar_dense": trainer.passes}  # what the ranks' records count for

@@ -28,9 +28,11 @@ from modeling import adapters
 from modeling.weights import PolicyFile, gather_weights, load_weights, write_hub_format
 from models import score
 from sae import SAE, ResidualTap
-from training.checkpoint import MetricsLog, Run
+from training.checkpoint import Run
+from training.metrics import MetricAccumulator, MetricsLog, StepLines, evaluation_table
 from training.quantities import QUANTITIES, Binding, LossContext
 from training.reference import Reference, ReferenceCache
+from training.report import RunPage
 from training.settings import TrainingSettings
 from training.throughput import Flops, ThroughputMeter
 from utils import UserError, console, prefetch, progress_bar, suggest
@@ -41,6 +43,13 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "cosine": lambda done, _left: (1 + math.cos(math.pi * done)) / 2,
     "linear": lambda done, _left: 1 - done,
     "trapezoid": lambda _done, left: min(1.0, 5 * left),
+}
+
+HEADLINE = {  # what the terminal shows of a step, and as what
+    "loss/train": "loss",
+    "rewards_train/accuracies": "accuracy",
+    "rewards_train/margins": "margin",
+    "kl/train": "KL",
 }
 
 
@@ -87,31 +96,6 @@ def make_schedule(config: TrainingSettings, optimizer: torch.optim.Optimizer, st
         return after((step - warmup) / max(1, steps - warmup), 1 - step / max(1, steps))
 
     return LambdaLR(optimizer, share)
-
-
-class MetricAccumulator:
-    """Weighted means of what a batch reports, summed on the device and read once, over all ranks."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[Tensor, float]] = {}
-
-    def add(self, name: str, values: Tensor, weight: float | None = None) -> None:
-        """Add values of any shape; `weight` is what they count for, their number if not given."""
-        total, count = self.sums.get(name, (torch.zeros((), device=values.device), 0.0))
-        self.sums[name] = (
-            total + values.detach().float().sum(),
-            count + (values.numel() if weight is None else weight),
-        )
-
-    def read(self) -> dict[str, float]:
-        """The means. Every rank has to ask, and to have added the same names."""
-        if not self.sums:
-            return {}
-        sums = torch.stack([total for total, _ in self.sums.values()]).double().cpu()
-        counts = torch.tensor([count for _, count in self.sums.values()], dtype=torch.float64)
-        sums, counts = parallel.sum_over_ranks(torch.stack([sums, counts]))
-        values = zip(self.sums, sums.tolist(), counts.tolist())
-        return {name: total / count for name, total, count in values if count}
 
 
 @dataclass
@@ -247,13 +231,14 @@ class BasicTrainer:
             self.schedule.load_state_dict(place["schedule"])
             self.last_evaluation, self.evaluated_step = place["evaluation"], place.get("evaluated_step")
             console.print(f"resuming after {step:,} of {len(loader):,} steps ({examples:,} examples) from {state}")
-        self.metrics = MetricsLog(self.run, config, metrics_size)
+        self.metrics = MetricsLog(self.run.folder, config, step, metrics_size)
+        self.page = RunPage(self.run.folder)
         if state is None and config.do_first_eval:
             self.log(step, examples, self.evaluate())
 
         start, saved = step, False
         flops = Flops.of(self.policy)
-        means, pace = MetricAccumulator(), ThroughputMeter(flops)
+        means, pace, lines = MetricAccumulator(), ThroughputMeter(flops), StepLines(len(loader), step, self.headline)
         with StopRequest() as stop, progress_bar("training", len(loader), step) as advance:
             for micro_batches in self.steps("train", start):
                 if number := stop.on_any_rank():
@@ -268,7 +253,9 @@ class BasicTrainer:
                 if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
                     norm = self.check_updates()
                     values = {**means.read(), "grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
-                    self.log(step, examples, {**values, **pace.read()})
+                    values |= pace.read()
+                    self.log(step, examples, values)
+                    lines.add(step, values)
                     advance(step, self.headline(values))
                     means, pace = MetricAccumulator(), ThroughputMeter(flops)
                 if evaluated:
@@ -290,8 +277,8 @@ class BasicTrainer:
         pace.add(micro_batches, self.passes)
 
     def headline(self, values: dict[str, float]) -> str:
-        """What the progress bar says of the metrics."""
-        return f"loss {values['loss/train']:.4f}"
+        """What the terminal shows of the metrics of some steps."""
+        return "  ".join(f"{word} {values[name]:.4g}" for name, word in HEADLINE.items() if name in values)
 
     def stop(self, number: int, step: int, examples: int, *, saved: bool) -> NoReturn:
         """End the run between two steps because of a signal, with its state saved."""
@@ -380,12 +367,13 @@ class BasicTrainer:
     # ------------------------------------------------------------------------------------------------ what is kept
 
     def log(self, step: int, examples: int, values: dict[str, float]) -> None:
-        """To metrics.jsonl and wandb; evaluations to the terminal too."""
+        """To metrics.jsonl and the trackers; evaluations to the terminal and the run page too."""
         self.metrics.write({"step": step, "examples": examples, **values})
         if "loss/eval" in values:
             self.last_evaluation, self.evaluated_step = values, step
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            console.print(f"[bold]{examples:,} examples[/bold]  {shown}")
+            console.print(evaluation_table(step, examples, values))
+            if parallel.rank() == 0:
+                self.page.update()
 
     def save(self, step: int, examples: int) -> None:
         """The state that a resumed run starts from."""
