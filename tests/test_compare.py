@@ -335,7 +335,7 @@ def test_the_cost_is_counted_and_limited(
     )
     result = run(samples, server, "-mc", "4", "--prices", "10", "30")
     assert result["cost"] == pytest.approx((400 * 10 + 40 * 30) / 1e6)
-    assert "paid now: 4 requests, 400 tokens in, 40 out, $0.0052 (prices given" in capsys.readouterr().out
+    assert "this run: 4 requests, 400 tokens in, 40 out, $0.0052 (prices given" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(samples, server, "--prices", "10", "30", "--max_cost", "0.012", "--concurrency", "1")
     said = capsys.readouterr().err
