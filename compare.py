@@ -233,7 +233,7 @@ def print_end(args: argparse.Namespace, judge: Judge) -> None:
         note = price_note(budget.prices, bool(args.prices))
         cost = "" if budget.cost is None else f", ${budget.cost:.4f}{note}"
         tokens = f"{budget.used.input:,} tokens in, {budget.used.output:,} out"
-        console.print(f"paid now: {budget.requests:,} requests, {tokens}{cost}", markup=False)
+        console.print(f"this run: {budget.requests:,} requests, {tokens}{cost}", markup=False)
     console.print(f"results appended to {args.results_file}; verdicts to read in {args.page}", markup=False)
 
 

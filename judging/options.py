@@ -153,7 +153,8 @@ def add_cost_flags(parser: argparse.ArgumentParser) -> None:
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "output",
-        "--official_lc needs the extra `alpaca-eval`, data from the Hub and answers to all\n805 instructions.",
+        "The flag --official_lc needs the extra `alpaca-eval`, data from the Hub, and\n"
+        "answers to all 805 instructions.",
     ).add_argument
     results = Path("results.jsonl")
     add(
