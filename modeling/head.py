@@ -5,7 +5,7 @@ Shape letters: N completion tokens, n those of one chunk, D hidden width, V voca
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -208,8 +208,8 @@ CHOSEN = "_passes"  # the attribute of a vocabulary projection that holds its pa
 @cache
 def compiled_passes() -> Passes:
     """The four functions, each fused by torch.compile. They are compiled once in a process."""
-    functions = (EAGER.soft_cap, EAGER.target_logps, EAGER.kl, EAGER.gradient)
-    return Passes(*(torch.compile(function, dynamic=True) for function in functions))
+    fused = partial(torch.compile, dynamic=True)
+    return Passes(fused(soft_cap), fused(target_logps), fused(kl_divergence), fused(logits_to_gradient))
 
 
 def use_passes(head: nn.Module, passes: Passes) -> None:
