@@ -81,7 +81,8 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
             )
     cut = sum(talk.answers[-1].finish_reason == "length" for talk in conversations)
     console.print(f"{len(conversations)} samples in {target}, {cut} of them cut at max_new_tokens", markup=False)
-    console.print(f"judge them: python compare.py {judged}", markup=False)
+    judge = " -j toy" if set(config.datasets if config.eval_datasets is None else config.eval_datasets) <= TOY else ""
+    console.print(f"judge them: python compare.py {judged}{judge}", markup=False)
 
 
 def is_there(target: Path, identity: dict[str, Any]) -> bool:
@@ -145,6 +146,7 @@ def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     console.print(f"written to {run / 'features'}: report.html, drift.parquet", markup=False)
 
 
+TOY = {"toy", "toy_sft"}  # data sets whose answers the toy language's rules can judge
 WORK = {"eval": write_metrics, "features": write_features}  # by mode, where it is not sampling
 
 

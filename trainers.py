@@ -341,7 +341,7 @@ class KTOTrainer(UnpairedPreferenceTrainer):
 
 
 class KTOLogSigmoidTrainer(UnpairedPreferenceTrainer):
-    """KTO with -log sigmoid(.) in place of 1 - sigmoid(.), as HALOs has it."""
+    """KTO with the loss -log sigmoid(.) instead of 1 - sigmoid(.), as in HALOs."""
 
     def loss(
         self,
@@ -368,7 +368,7 @@ class KTOZeroTrainer(UnpairedPreferenceTrainer):
 
 
 class KTOSurprisalTrainer(UnpairedPreferenceTrainer):
-    """KTO without a reference: log-probabilities per token in place of log-ratios, as HALOs has it.
+    """KTO without a reference: log-probabilities per token replace log-ratios, as in HALOs.
 
     Its z, a mean of log-probabilities, is never above 0, so it is 0.
     """
@@ -506,7 +506,7 @@ def generalised_advantages(
     left = torch.searchsorted(sequence, sequence, right=True) - 1 - places  # tokens that follow in the completion
     ends = torch.where(left == 0, rewards[sequence], 0)
     advantages = gamma * torch.where(left > 0, values.roll(-1), 0) - values + ends
-    reach = 1  # of how many tokens each advantage is the discounted sum so far: that many more are its neighbour's
+    reach = 1  # how many tokens each advantage sums so far; adding its neighbour's sum doubles that
     while reach < longest:
         further = torch.where(left >= reach, advantages.roll(-reach), 0)
         advantages = advantages + (gamma * lam) ** reach * further

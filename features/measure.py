@@ -267,7 +267,7 @@ class Reader:
         return profile, pooled
 
     def activations(self, what: str, shown: dict[str, list[int]]) -> dict[int, Tensor]:
-        """The activations [M, K] of the features that are shown for its kind, of each of this rank's texts."""
+        """For each of this rank's texts, the activations [M, K] of the features that the page shows for its kind."""
         found: dict[int, Tensor] = {}
         for kind, _, own, lengths, residual in self.read(what, list(shown)):
             latents = torch.tensor(shown[kind], dtype=torch.long, device=residual.device)
@@ -279,7 +279,7 @@ class Reader:
     def contexts(
         self, shown: dict[str, list[int]], reference: dict[int, Tensor], policy: dict[int, Tensor]
     ) -> dict[str, dict[int, list[Context]]]:
-        """The strongest contexts of the features shown, of all ranks, each in another text."""
+        """The strongest contexts of the features shown, over all ranks, at most one from each text."""
         own: dict[str, dict[int, list[Context]]] = {}
         for kind, latents in shown.items():
             texts = [i for batch in self.batches[kind] for i in batch if len(policy[i])]
@@ -459,7 +459,7 @@ def look(
 
 
 def sampled_by_other(profile: Profile) -> Profile:
-    """The kinds of text that the other run is measured on, its own samples in place of the run's."""
+    """The profile of the other run: its own samples take the place of the run's samples."""
     kept = {kind: figures for kind, figures in profile.items() if kind not in ("sampled", SAMPLED_BY_OTHER)}
     return {**kept, "sampled": profile[SAMPLED_BY_OTHER]}
 

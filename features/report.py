@@ -26,7 +26,7 @@ KIND_NAMES = {  # of a kind of text, in a sentence
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """`drift.parquet` and `report.html`, in place of what another report left there."""
+    """Write `drift.parquet` and `report.html`; they replace those of an earlier report."""
     with atomic_write(folder) as part:
         part.mkdir()
         pq.write_table(table(report), part / "drift.parquet")
@@ -96,7 +96,7 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def finding(report: Report) -> str:
-    """What the figures come to, in a sentence or two."""
+    """The result, in a sentence or two."""
     own, *others = report.runs
     drift, change = own.policy["sampled"].drift, own.change("sampled")
     half, kind = holding(drift, 0.5), next(iter(own.policy))

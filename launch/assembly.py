@@ -153,8 +153,8 @@ def make_references(
     reading: Reading | None,
     cached: Sequence[str],
 ) -> dict[str, Reference]:
-    """What the reference says of each split's records, as far as the loss asks for it: a cache, or a live model. The
-    policy itself computes the cache, unless the configuration names another reference."""
+    """The reference of each split, if the loss asks for one: a cache of its scores, or a live model. The policy itself
+    computes the cache, unless the configuration names another reference."""
     needs, model = binding.needs, config.model
     if not needs & {"reference", "live_reference"}:
         return {}

@@ -180,7 +180,7 @@ class Run:
 
     @staticmethod
     def complete(written: "Future[Any]", part: Path, target: Path, place: dict[str, Any], keep: int) -> None:
-        """When every rank has written its part: add the rest, let it appear, remove what is too old."""
+        """Finish a state once every rank has written its part: add the rest, rename it, and remove older states."""
         try:
             written.result()
             files = {path.name: file_digest(path) for path in sorted(part.iterdir())}
@@ -282,7 +282,7 @@ PLACE = "trainer.json"  # of a state: where the run stood, and the digests of th
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """What of a state is not as it was written, of this rank's share of the files."""
+    """The damaged files of a state, among this rank's share of its files."""
     try:
         files = json.loads((folder / PLACE).read_text())["files"]
     except (OSError, ValueError, KeyError):

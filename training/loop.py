@@ -100,7 +100,7 @@ def make_schedule(config: TrainingSettings, optimizer: torch.optim.Optimizer, st
 
 @dataclass
 class Update:
-    """What is to be known of an update of the weights, on the device."""
+    """The outcome of an update of the weights. It stays on the device until `check_updates` reads it."""
 
     step: int
     records: list[list[Any]]  # of each micro-batch: what they are known by
@@ -157,7 +157,7 @@ class BasicTrainer:
         return batch, score(self.policy, batch, self.tap)
 
     def steps(self, split: str, start: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of each step of a split, made ready while the step before it is in use."""
+        """The micro-batches of each step of a split. Each step is prepared while the one before it is in use."""
         loader = self.loaders[split]
         prepared = map(functools.partial(self.prepare_step, split), range(start, len(loader)), loader.steps(start))
         return prefetch(prepared)
@@ -406,7 +406,7 @@ class BasicTrainer:
             adapters.write_adapter(self.policy, folder / "adapter")
 
     def read_export(self, folder: Path) -> None:
-        """Put the weights that `write_export` wrote in place of those trained, to evaluate them."""
+        """Load the weights that `write_export` wrote, to evaluate them."""
         load_weights(self.policy, PolicyFile(folder / "policy.pt"))
 
 

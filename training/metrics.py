@@ -28,7 +28,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class MetricAccumulator:
-    """Weighted means of what a batch reports, summed on the device and read once, over all ranks."""
+    """Weighted means of metrics. They are summed on the device, and read once, over all ranks."""
 
     def __init__(self) -> None:
         self.sums: dict[str, tuple[Tensor, float]] = {}

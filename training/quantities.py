@@ -158,7 +158,7 @@ NEEDS = {  # what has to be there before the first step, for those that take mor
 
 @dataclass(frozen=True)
 class Input:
-    """One positional parameter of a loss: a quantity, of all sequences or of one side."""
+    """A positional parameter of a loss: it names a quantity, for all sequences or for one side."""
 
     parameter: str
     quantity: str
@@ -246,7 +246,7 @@ def bind(trainer: type, loader: Callable[..., Any], settings: LossSettings) -> B
 
 
 def hyperparameters(name: str, readers: Iterable[Mapping[str, inspect.Parameter]]) -> type[Settings]:
-    """The settings that keyword-only parameters make, of the types that their annotations name."""
+    """The hyper-parameters as settings: the annotation of each keyword-only parameter is its type."""
     fields: dict[str, Any] = {}
     for parameters in readers:
         for key, parameter in parameters.items():

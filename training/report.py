@@ -100,7 +100,7 @@ def write_report(folder: Path) -> Path:
 
 
 def read_lines(path: Path) -> Lines:
-    """The lines of a metrics.jsonl, but for one that a killed run did not write to its end."""
+    """The complete lines of a metrics.jsonl. A killed run may have left an incomplete one."""
     found = []
     for text in path.read_text().splitlines():
         try:
@@ -349,7 +349,7 @@ def default_parts(loss: str) -> list[Any]:
 
 
 def resolved(config: Any) -> dict[str, Any]:
-    """The sections of a configuration as plain values, but for those that refer to what is not there."""
+    """The sections of a configuration as plain values, without those that refer to a missing key."""
     found = {}
     for key in config.keys() - {"defaults", "hydra"}:  # which tell Hydra how to compose, and are no settings of a run
         with contextlib.suppress(OmegaConfBaseException):
