@@ -26,6 +26,7 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+import dataloader
 import models
 from distributed import parallel
 from features import measure, probe, report
@@ -81,7 +82,7 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
             )
     cut = sum(talk.answers[-1].finish_reason == "length" for talk in conversations)
     console.print(f"{len(conversations)} samples in {target}, {cut} of them cut at max_new_tokens", markup=False)
-    judge = " -j toy" if set(config.datasets if config.eval_datasets is None else config.eval_datasets) <= TOY else ""
+    judge = " -j toy" if {source.entry for source in dataloader.sources(config, "test")} <= TOY else ""
     console.print(f"judge them: python compare.py {judged}{judge}", markup=False)
 
 
