@@ -20,7 +20,9 @@ from distributed import parallel
 from sae import SAE
 
 REPO = Path(__file__).resolve().parent.parent
-DATA = REPO.parent / "shared" / "data"
+# Whole files of real data, where someone has them; tests that need one are skipped without. And 100 rows for everyone.
+DATA = Path(os.environ["FPO_DATA"]).resolve() if os.environ.get("FPO_DATA") else Path("FPO_DATA (not set)")
+HH_100 = REPO / "tests" / "data" / "hh-100"
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA, HH_100
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import toy
 from data.toy import Attributes, attributes, demonstrations, judge, preferences, toy_score
-from utils import REPO, UserError
+from utils import UserError
 
 BUILD = [sys.executable, "-m", "data.toy"]
-HH = REPO.parent / "shared" / "data" / "hh" / "harmless-base" / "test.jsonl.gz"
+HH = "harmless-base/test.jsonl.gz"
 
 
 @pytest.fixture(scope="module")
@@ -176,12 +177,13 @@ def test_tokenizer_writes_any_text(built: Path) -> None:
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_tokenizer_reads_real_dialogue(built: Path) -> None:
-    if not HH.exists():
-        pytest.skip(f"{HH} is not here")
+@pytest.mark.parametrize("file", [HH_100 / HH, DATA / "hh" / HH], ids=["hh-100", "hh"])
+def test_tokenizer_reads_real_dialogue(built: Path, file: Path) -> None:
+    if not file.exists():
+        pytest.skip(f"no real data in {file}")
     tokenizer = AutoTokenizer.from_pretrained(built)
-    with gzip.open(HH, "rt") as file:
-        for line in islice(file, 200):
+    with gzip.open(file, "rt") as rows:
+        for line in islice(rows, 200):
             text = json.loads(line)["chosen"]
             assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
