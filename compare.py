@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare(args: argparse.Namespace, template: PromptTemplate) -> None:
     """Judge the answers, append the results to the results file, write the page, and print the results."""
-    if template.n_responses == 1:
+    if template.responses == 1:
         grade_answers(args, template)
     else:
         compare_pairs(args, template)

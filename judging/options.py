@@ -216,7 +216,7 @@ def load_template(args: argparse.Namespace) -> PromptTemplate:
 
 def complete_settings(args: argparse.Namespace, template: PromptTemplate) -> None:
     """Fill in the defaults that depend on other flags. Raises UserError for flags that contradict each other."""
-    if template.n_responses == 1 and args.judge in OFFLINE_JUDGES:
+    if template.responses == 1 and args.judge in OFFLINE_JUDGES:
         raise UserError(
             f"-j {args.judge} compares two responses, but -p {args.protocol} grades single ones: -j needs a chat model"
         )

@@ -66,7 +66,7 @@ class PromptTemplate:
     max_tokens = 256
     temperature = 0
     logprobs = 0
-    n_responses = 2  # in each input: 2 are compared, 1 is graded
+    responses = 2  # in each input: 2 are compared, 1 is graded
     both_orders = False  # the default of --both_orders
 
     def request(self, judge_input: JudgeInput) -> str:
@@ -188,7 +188,7 @@ class MTBench(PromptTemplate):
 
     system = "You grade answers of an assistant, impartially."
     max_tokens = 2048
-    n_responses = 1
+    responses = 1
 
     def request(self, judge_input: JudgeInput) -> str:
         (response,) = judge_input.responses
