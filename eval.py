@@ -142,7 +142,7 @@ def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     config, classes = settings.check_config(raw, modes=["features"])
     measured, run = measure.measure(config, classes, path, overrides)
     if parallel.rank() == 0:
-        report.write_report(measured, run / "features")
+        report.write_feature_report(measured, run / "features")
     console.print(report.finding(measured), markup=False)
     console.print(f"written to {run / 'features'}: report.html, drift.parquet", markup=False)
 

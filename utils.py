@@ -266,7 +266,7 @@ def _wanted(kind: type[Settings], key: str, value: Any, problem: Any) -> str:
 
 def written(value: Any) -> str:
     """A value as YAML writes it."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def known_keys(kind: type[Settings], prefix: str = "") -> list[str]:

@@ -185,7 +185,7 @@ def tokenised(folder: Path, arguments: dict[str, Any], loss: str) -> Any:
     from launch import assembly
 
     config, classes = checked(overrides(folder, arguments, loss, "padded"))
-    return assembly.load_tokens(config, classes, models.load_tokenizer(folder / "model"), "train").rows
+    return assembly.tokenise_split(config, classes, models.load_tokenizer(folder / "model"), "train").rows
 
 
 def trl_rows(folder: Path, arguments: dict[str, Any], loss: str) -> list[dict[str, Any]]:

@@ -90,7 +90,7 @@ def load_subject(
     implementation, layout = models.choose_attention(model, architecture, pairs=pairs)
     if parallel.device().type == "cpu" and layout != "padded":  # padded rows need tensors too large to use again
         parallel.keep_freed_memory()
-    data = {split: load_tokens(config, classes, tokenizer, split) for split in splits}
+    data = {split: tokenise_split(config, classes, tokenizer, split) for split in splits}
     loaders = {split: make_loader(config, classes, tokenizer, layout, split, tokens) for split, tokens in data.items()}
 
     load = functools.partial(build_model, model, implementation)
@@ -103,7 +103,7 @@ def load_subject(
     return subject, data
 
 
-def load_tokens(config: Config, classes: RunClasses, tokenizer: Tokenizer, split: str) -> TokenisedData:
+def tokenise_split(config: Config, classes: RunClasses, tokenizer: Tokenizer, split: str) -> TokenisedData:
     """The tokenised rows of "train" or "eval"; rank 0 tokenises them, the others find them."""
     return parallel.rank_zero_first(
         lambda: dataloader.load_tokens(

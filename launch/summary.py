@@ -18,7 +18,7 @@ from launch.settings import Config
 from sampling.diversity import log_likelihoods
 from sampling.generate import Decoding, Request, Sample
 from training.loop import BasicTrainer
-from training.report import FIGURE_NAMES, write_report
+from training.report import FIGURE_NAMES, write_run_page
 from utils import console, write_json
 
 
@@ -34,7 +34,7 @@ def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, starte
     if parallel.rank() != 0:
         return
     write_json(run.folder / "summary.json", figures)
-    page = write_report(run.folder)
+    page = write_run_page(run.folder)
 
     table = Table("figure", "value", title=str(config.exp_name))
     for key, name in FIGURE_NAMES.items():

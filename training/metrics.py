@@ -20,10 +20,10 @@ from rich.table import Table
 from torch import Tensor
 
 from distributed import parallel
+from training.quantities import SIDES
 from training.settings import TrainingSettings
 from utils import UserError, console
 
-SIDES = ("chosen", "rejected")
 SECONDS_BETWEEN_LINES = 30.0
 
 

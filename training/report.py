@@ -20,10 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.checkpoint import flat
-from training.metrics import SIDES, MetricName, clock
-from utils import REPO, UserError, console, html_page, write_text
+from training.metrics import MetricName, clock
+from training.quantities import SIDES
+from utils import REPO, UserError, console, html_page, write_text, written
 
-POINTS = 500  # of a curve, at most
+CURVE_POINTS = 500  # of a curve, at most
 FIGURE_NAMES = {  # of summary.json, in order; a run has those that apply to it
     "loss_before": "held-out loss before",
     "loss_after": "held-out loss after",
@@ -66,9 +67,14 @@ CHARTS = {
 SHARES = ("accuracies", "dead", "ce_recovered", "mfu")  # shown from 0 to 100 %
 CURVES_TOGETHER = {"chosen": "", "rejected": "", "ce_clean": "ce", "ce_sae": "ce", "ce_zero": "ce"}  # in one chart
 UNDRAWN = ("step", "examples", "seconds")
-HEADLINE = ("loss", "logps/accuracies", "rewards/accuracies", "sae/fvu")  # what the first sentence says, if it is there
+SUMMED_UP = (
+    "loss",
+    "logps/accuracies",
+    "rewards/accuracies",
+    "sae/fvu",
+)  # what the first sentence says, if it is there
 LINKED = {"features/report.html": "what training did to the features"}
-FILES = ("metrics.jsonl", "config.yaml", "summary.json", "completions.json", "eval.json")
+LINKED_FILES = ("metrics.jsonl", "config.yaml", "summary.json", "completions.json", "eval.json")
 
 Lines = list[dict[str, Any]]
 Columns = dict[str, list[tuple[int, float]]]  # the (step, value) of each metric
@@ -84,11 +90,11 @@ class RunPage:
     def update(self) -> None:
         began = time.monotonic()
         if began >= self.due:
-            write_report(self.folder)
+            write_run_page(self.folder)
             self.due = time.monotonic() + 20 * (time.monotonic() - began)
 
 
-def write_report(folder: Path) -> Path:
+def write_run_page(folder: Path) -> Path:
     """Write the page of a run, finished or not, and give its path. Raises UserError where there is no run."""
     try:
         lines = read_lines(folder / "metrics.jsonl")
@@ -112,38 +118,38 @@ def read_lines(path: Path) -> Lines:
 
 def run_page(folder: Path, lines: Lines) -> str:
     """The page's HTML."""
-    config = read_config(folder)
-    summary = read_json(folder / "summary.json") or {}
+    config = read_saved_config(folder)
+    summary = read_json_if_there(folder / "summary.json") or {}
     columns = columns_of(lines)
     charts = charts_of(columns)
     last = lines[-1] if lines else {"step": 0, "examples": 0}
     places = {
         "title": escape(str(OmegaConf.select(config, "exp_name") or folder.absolute().name)),
-        "finding": escape(finding(charts)),
+        "finding": escape(result_sentence(charts)),
         "subtitle": escape(subtitle(config, last, summary)),
         "links": links(folder),
         "tables": figures_table(charts) + facts_table(lines, summary),
-        "completions": completions(read_json(folder / "completions.json")),
+        "completions": completions(read_json_if_there(folder / "completions.json")),
         "settings": settings_table(config),
         "script": (REPO / "assets/page.js").read_text(),
     }
     data = {
         "steps": last["step"],
-        "bin": max((ceil(count / POINTS) for count in map(len, columns.values())), default=1),
+        "bin": max((ceil(count / CURVE_POINTS) for count in map(len, columns.values())), default=1),
         "learning": [chart for chart in charts.values() if chart["of_data"]],
         "machine": [chart for chart in charts.values() if not chart["of_data"]],
     }
     return html_page("training/report.html", places, data)
 
 
-def read_json(path: Path) -> Any:
+def read_json_if_there(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
 
 
-def read_config(folder: Path) -> DictConfig:
+def read_saved_config(folder: Path) -> DictConfig:
     """The run's saved configuration; empty where there is none."""
     try:
         config = OmegaConf.load(folder / "config.yaml")
@@ -195,19 +201,19 @@ def side_order(name: str) -> int:
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
-    """At most `POINTS` of [step, value], or [last step, mean, lowest, highest] of as many values in a row each."""
-    size = ceil(len(points) / POINTS)
+    """At most `CURVE_POINTS` points: [step, value], or [last step, mean, lowest, highest] of several values in a row."""
+    size = ceil(len(points) / CURVE_POINTS)
     if size == 1:
-        return [[step, short(value)] for step, value in points]
+        return [[step, six_digits(value)] for step, value in points]
     bins = [points[start : start + size] for start in range(0, len(points), size)]
     found = []
     for own in bins:
         values = [value for _, value in own]
-        found.append([own[-1][0], *map(short, (fmean(values), min(values), max(values)))])
+        found.append([own[-1][0], *map(six_digits, (fmean(values), min(values), max(values)))])
     return found
 
 
-def short(value: float) -> float:
+def six_digits(value: float) -> float:
     """Six significant digits: more than the page shows, and a third of the bytes."""
     return float(f"{value:.6g}")
 
@@ -224,10 +230,10 @@ def shown(chart: dict[str, Any], value: float) -> str:
     return f"{100 * value:.3g}\N{NO-BREAK SPACE}%" if chart["share"] else f"{value:.4g}"
 
 
-def finding(charts: dict[str, dict[str, Any]]) -> str:
+def result_sentence(charts: dict[str, dict[str, Any]]) -> str:
     """What the run came to, in a sentence. A start from 0 says nothing: rewards are 0 before the first step."""
     words = []
-    for key in HEADLINE:
+    for key in SUMMED_UP:
         for name, points in held_out(charts[key]) if key in charts else []:
             first, last = (shown(charts[key], points[n][1]) for n in (0, -1))
             title = charts[key]["title"]
@@ -358,17 +364,12 @@ def resolved(config: Any) -> dict[str, Any]:
     return found
 
 
-def written(value: Any) -> str:
-    """A value as in YAML."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def links(folder: Path) -> str:
     """The pages beside this one, and the files that it is made from."""
     pages = {
         path.name: f"verdicts: {path.name}" for path in sorted(folder.glob("*.html")) if path.name != "report.html"
     }
-    found = LINKED | pages | dict.fromkeys(FILES, "")
+    found = LINKED | pages | dict.fromkeys(LINKED_FILES, "")
     return "".join(
         f'<a href="{quote(name)}">{escape(text or name)}</a>'
         for name, text in found.items()
@@ -380,7 +381,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.report", description="Write the page of a run again.")
     parser.add_argument("run", type=Path, help="the run directory, such as outputs/my_run")
     try:
-        console.print(f"written to {write_report(parser.parse_args().run)}", markup=False)
+        console.print(f"written to {write_run_page(parser.parse_args().run)}", markup=False)
     except UserError as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(2)
