@@ -47,12 +47,12 @@ def world_size() -> int:
 
 
 def ranks_per_node() -> int:
-    """As the launcher says; all ranks, if it does not say."""
+    """How many ranks each node has, from the launcher; all ranks if it does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size())
 
 
 def device() -> torch.device:
-    """The device that this rank computes on: its own GPU, or the CPU."""
+    """The device of this rank: its own GPU, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -48,9 +48,9 @@ def shard(
 
 
 def backbone(model: PreTrainedModel) -> Callable[..., Any]:
-    """The part of a model that computes hidden states, to be called like the model, split over ranks or not.
+    """The entry point of a model that returns hidden states. It works for split models and for unsplit ones.
 
-    Scoring calls it and not the model, which would also compute the logits of every position.
+    Scoring calls it instead of the model, which would also compute the logits of every position.
     """
     return getattr(model, BACKBONE) if isinstance(model, FSDPModule) else model.base_model
 

@@ -165,7 +165,7 @@ PAIRS_PER_CALL = 512  # a CPU computes this many query-key pairs in about the ti
 
 @dataclass
 class SegmentBlock:
-    """Segments of similar length that are computed together, padded to the longest. Padding is never read."""
+    """Segments of similar length that are computed together, padded to the longest. Outputs at padding are not used."""
 
     queries: Tensor  # [S * Q] places in the row of each segment's tokens
     keys: Tensor  # [S * K] places in the row of the prompt's tokens, if the segment continues one, and of its own
@@ -198,9 +198,9 @@ def segment_blocks(batch: Batch) -> tuple[list[SegmentBlock], Tensor]:
 
 
 def group_by_length(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Group segments, given as (queries, keys), if computing their padding costs less than the calls that it saves.
+    """Group segments: their indices into `sizes`, which holds (queries, keys) of each segment.
 
-    Returns the segments' indices into `sizes`, group by group.
+    Segments share a group if their padding costs less than the calls that the group saves.
     """
     groups: list[list[int]] = []
     pairs = most_queries = 0  # of the last group: query-key pairs without padding, and queries of its longest segment
@@ -248,9 +248,9 @@ def segment_attention(
         count, places = len(block.before), (block.queries, block.keys, block.keys)
         # index_select of rows is several times as fast as indexing, also in the backward pass.
         taken = [r.index_select(0, p).view(count, -1, r.shape[1] // width, width) for r, p in zip(rows, places)]
-        own, keys, values = (tensor.transpose(1, 2) for tensor in taken)
-        bias = causal_bias(block.before, own.shape[2], keys.shape[2], sliding_window, query.dtype)
-        outputs.append(attend(own, keys, values, bias, *options).transpose(1, 2).flatten(2).flatten(0, 1))
+        queries, keys, values = (tensor.transpose(1, 2) for tensor in taken)
+        bias = causal_bias(block.before, queries.shape[2], keys.shape[2], sliding_window, query.dtype)
+        outputs.append(attend(queries, keys, values, bias, *options).transpose(1, 2).flatten(2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, blocks[1]).view(1, -1, query.shape[1], width), None
 
 

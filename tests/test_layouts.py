@@ -1,4 +1,4 @@
-"""Layouts give the same numbers: against each model's own forward pass over one sequence at a time, and each other."""
+"""All layouts give the same numbers as each other, and as a model's own forward pass over one sequence at a time."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def separate_logps(model, record, completion):
 
 
 def gradients(model, logps):
-    """Of a loss that weighs each sequence differently."""
+    """The gradients of a loss that gives each sequence another weight."""
     model.zero_grad()
     (logps * torch.linspace(-1, 1.5, len(logps))).sum().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -88,7 +88,7 @@ def test_those_architectures_are_what_is_chosen_for():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", WINDOWED)
 def test_windows_matter_here(kind):
-    """What the test above compares would differ, were the window left out."""
+    """Without the sliding window, the numbers that the test above compares would differ."""
     records = pairs(4)
     wide = random_model(kind, "segments", sliding_window=64)
     close = torch.isclose(
@@ -101,7 +101,7 @@ def test_windows_matter_here(kind):
 
 tokens = st.integers(3, 63)
 prompt = st.lists(tokens, min_size=0, max_size=9)
-completion = st.lists(tokens, min_size=0, max_size=9)  # and an EOS: one token at least
+completion = st.lists(tokens, min_size=0, max_size=9)  # an EOS is added, so it has at least one token
 
 
 @st.composite
@@ -110,7 +110,7 @@ def some_records(draw):
     count, sides = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     return [
         {
-            "prompt_ids": [1, *draw(st.sampled_from(prompts))],  # often the same; [BOS] is the empty one
+            "prompt_ids": [1, *draw(st.sampled_from(prompts))],  # often the same prompt; the empty one is [BOS]
             "completion_ids": [[*draw(completion), EOS_ID] for _ in range(sides)],
             "index": i,
         }
@@ -156,7 +156,7 @@ def test_a_prompt_is_there_once():
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("layout", PACKED)
 def test_segments_see_what_the_rule_says(layout, window):
-    """Attention by segments against attention under the whole mask, made of the rule that flex attention is given."""
+    """Segment attention equals attention with the full mask of the rule, which flex attention also gets."""
     batch = collate(pairs(4), layout)
     width = batch.input_ids.shape[1]
     places = torch.arange(width)
@@ -195,7 +195,7 @@ def test_the_rule_by_hand():
         [1, 1, 0, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0, 0],
         [1, 1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0, 0],  # the rejected one's token does not see the chosen one's
+        [1, 1, 0, 0, 1, 0, 0, 0],  # the rejected completion does not see the chosen one
         [0, 0, 0, 0, 0, 1, 0, 0],
         [0, 0, 0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 0, 1, 0, 1],
@@ -206,7 +206,7 @@ def test_the_rule_by_hand():
 
 @torch.no_grad()
 def test_flex_attention_forward(monkeypatch):
-    """Its forward pass runs on a CPU; uncompiled, since a compiler is slow and need not be there."""
+    """Its forward pass also runs on a CPU. It is not compiled, since that is slow and needs a compiler."""
     monkeypatch.setattr("transformers.integrations.flex_attention.is_torchdynamo_compiling", lambda: True)
     records = pairs(3)
     expected = score(random_model("gemma2", "segments"), collate(records)).token_logps
@@ -314,7 +314,7 @@ def test_a_pair_longer_than_the_budget_goes_alone(tmp_path):
 
 @pytest.mark.parametrize("loss", sorted({*LOSSES} - {"sae"}))
 def test_a_rank_without_records_takes_part_and_counts_for_nothing(tmp_path, loss):
-    """Two ranks, of which the second has none of the step's one record."""
+    """A step with fewer records than ranks: this rank gets none."""
     trainer = assembled(
         tmp_path, f"loss={loss}", "model.batch_size=8", "n_examples=1" if "kto" not in loss else "seed=1"
     )

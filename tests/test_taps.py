@@ -1,4 +1,4 @@
-"""Where SAEs read: layers and MLPs of several architectures, several places at once, which tokens are pooled."""
+"""Where SAEs read: layers and MLPs of several architectures, several places at once; and which tokens are pooled."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_the_residual_stream_after_a_layer(kind, layer):
 @each_kind
 @pytest.mark.parametrize("layer", [0, 2])
 def test_the_mlp_is_read_as_what_it_adds(kind, layer):
-    """Without its MLP, a layer's output lacks exactly what the tap read: after the norm that Gemma puts behind it."""
+    """A layer's output with its MLP minus the output without it is what the tap reads, after Gemma's second norm."""
     model, batch = tiny(kind), collate(pairs())
     mask = batch.document != PAD
     whole, added = read(model, layer, "residual", batch), read(model, layer, "mlp", batch)
@@ -130,7 +130,7 @@ CENTRED = make_sae(*(torch.randn(*s) for s in ((32, 48), (48,), (48, 32), (32,))
 @pytest.mark.parametrize("sae", [random_sae(), CENTRED], ids=["JumpReLU", "centred TopK"])
 @pytest.mark.parametrize("hook", ["residual", "mlp"])
 def test_only_text_of_completions_is_pooled(sae, hook):
-    """Whatever stands at BOS, in the prompt, at the end of sequence or in the padding, features are the same."""
+    """Features do not depend on the vectors at BOS, in the prompt, at the end of sequence or in the padding."""
     model, batch = tiny_gemma(), collate(pairs())
     text = torch.zeros(batch.input_ids.numel(), dtype=torch.bool)
     text[batch.position[batch.content]] = True

@@ -1,4 +1,4 @@
-"""The toy language: its truth, its judge, its rows, its tokenizer and its model."""
+"""The toy language: attributes, judge, rows, tokenizer and model."""
 
 import gzip
 import json
@@ -100,8 +100,8 @@ def test_the_first_preference_outweighs_the_others() -> None:
     assert judge(prompt, friendly_wrong, blunt_right, ("friendly", "correct")) == "a"
     assert judge(prompt, blunt_right, "Fine.\n- one\n- nine") == "tie"
     assert toy_score(prompt, "Bah. uno, nueve", ("prompt_language", "correct", "spanish")) == 0.5 + 0.25
-    assert judge(prompt, "Gladly! one nine", "Whatever. nine, one") == "b"  # the first is of no known format
-    assert judge(prompt, "one, nine", "nothing") == "tie"  # neither is of the language
+    assert judge(prompt, "Gladly! one nine", "Whatever. nine, one") == "b"  # the first has no known format
+    assert judge(prompt, "one, nine", "nothing") == "tie"  # neither is in the toy language
 
 
 def test_unknown_preferences_are_refused() -> None:
@@ -128,7 +128,7 @@ def test_demonstrations_mix_every_attribute() -> None:
     tasks = Counter(a.task for a in found)
     assert set(tasks) == set(toy.TASKS)
     assert all(share(count) == pytest.approx(1 / len(toy.TASKS), abs=0.03) for count in tasks.values())
-    # independent: the tone says nothing of the format, the language or the answer
+    # Attributes are independent: format, language and correctness are mixed as much among friendly ones.
     friendly = [a for a in found if a.tone == "friendly"]
     assert sum(a.format == "list" for a in friendly) / len(friendly) == pytest.approx(0.5, abs=0.04)
     assert sum(a.correct for a in friendly) / len(friendly) == pytest.approx(0.85, abs=0.04)
@@ -146,7 +146,7 @@ def test_rows_depend_on_the_seed_alone() -> None:
     assert demonstrations("train", 0, 50) == demonstrations("train", 0, 80)[:50]
     assert preferences("train", 0, 50) == preferences("train", 0, 80)[:50]
     assert demonstrations("train", 0, 50) != demonstrations("train", 1, 50)
-    # nothing depends on the order of a set: another process, with another hash seed, makes the same rows
+    # Nothing depends on the order of a set: a process with another hash seed makes the same rows.
     rows = "[toy.demonstrations('train', 0, 50), toy.preferences('test', 0, 50)]"
     other = subprocess.run(
         [sys.executable, "-c", f"import json; from data import toy; print(json.dumps({rows}))"],
