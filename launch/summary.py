@@ -13,37 +13,28 @@ from data import toy
 from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
+from launch.completions import draw, prompts_of, write_completions
+from launch.settings import Config
 from sampling.diversity import log_likelihoods
-from sampling.generate import Request, Sample, Settings, sample
-from trainers import BasicTrainer
+from sampling.generate import Decoding, Request, Sample
+from training.loop import BasicTrainer
+from training.report import FIGURE_NAMES, write_run_page
 from utils import console, write_json
 
-FIGURE_NAMES = {  # the figures in the order of the table; a run has those that apply to it
-    "loss_before": "held-out loss before",
-    "loss_after": "held-out loss after",
-    "accuracy_before": "preference accuracy before",
-    "accuracy_after": "preference accuracy after",
-    "toy_score_before": "toy score before",
-    "toy_score_after": "toy score after",
-    "win_rate": "win rate against the start",
-    "feature_drift": "feature drift",
-    "kl": "KL to the reference, nats a completion",
-    "seconds": "seconds",
-    "peak_rss_mb": "peak memory, MB",
-}
 
-
-def summarise(trainer: BasicTrainer, start_weights: Path, started: float) -> None:
-    """Write summary.json and print it, with the names of the files that the run wrote."""
-    run, config = trainer.run, trainer.config
+def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, started: float) -> None:
+    """Write summary.json and print it, with the names of the files that the run wrote; complete the run page."""
+    run = trainer.run
+    write_completions(trainer, config, "after")
     figures = from_metrics(run.folder / "metrics.jsonl")
     if config.toy_comparison:
-        figures |= against_start(trainer, start_weights, config.toy_comparison)
+        figures |= against_start(trainer, config, start_weights)
     figures["seconds"] = time.monotonic() - started
     figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if parallel.rank() != 0:
         return
     write_json(run.folder / "summary.json", figures)
+    page = write_run_page(run.folder)
 
     table = Table("figure", "value", title=str(config.exp_name))
     for key, name in FIGURE_NAMES.items():
@@ -54,6 +45,7 @@ def summarise(trainer: BasicTrainer, start_weights: Path, started: float) -> Non
             table.add_row(name, value)
     console.print(table)
     console.print(f"{run.folder}/: LATEST/ (policy.pt and Hub format), summary.json, metrics.jsonl, config.yaml")
+    console.print(f"curves, completions and settings, to look at in a browser: {page}")
 
 
 def from_metrics(path: Path) -> dict[str, float]:
@@ -76,30 +68,22 @@ def from_metrics(path: Path) -> dict[str, float]:
     return figures
 
 
-def against_start(trainer: BasicTrainer, start_weights: Path, count: int) -> dict[str, float]:
+def against_start(trainer: BasicTrainer, config: Config, start_weights: Path) -> dict[str, float]:
     """The tuned policy against the policy it started as, on held-out prompts, by the toy language's rules.
 
     Both are sampled as they are (temperature 1, no truncation), so the same samples give an unbiased KL:
     the mean over the policy's completions of log policy - log start.
     """
-    config, model = trainer.config, trainer.config.model
+    model = config.model
     start = trainer.load(start_weights, model.load_from, frozen=True)
     rows = {row["prompt"]: row for row in trainer.loaders["eval"].rows}
-    prompts = list(rows.values())[:count]
+    prompts = list(rows.values())[: config.toy_comparison]
 
-    control = [trainer.tokenizer.encode(token, add_special_tokens=False)[0] for token in trainer.control_tokens]
-    plain = [row["prompt_ids"] for row in prompts]
-    controlled = [[*ids, *control[:1]] for ids in plain]
+    plain, controlled = (prompts_of(trainer, prompts, trained=trained) for trained in (False, True))
 
     def completions(policy: Any, prompt_ids: list[list[int]], seed: int) -> list[Sample]:
-        return sample(
-            policy,
-            trainer.tokenizer,
-            [Request(ids, temperature=1.0) for ids in prompt_ids],
-            Settings(config.max_new_tokens, seed),
-            batch_size=model.eval_batch_size,
-            never=control if policy is trainer.policy else (),
-        )
+        requests = [Request(ids, temperature=1.0) for ids in prompt_ids]
+        return draw(trainer, policy, requests, Decoding(config.max_new_tokens, seed))
 
     def log_likelihood(policy: Any, prompt_ids: list[list[int]], samples: list[Sample]) -> float:
         ids, tokenizer = [drawn.ids for drawn in samples], trainer.tokenizer

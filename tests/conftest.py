@@ -84,7 +84,7 @@ def collate(records: list[dict], layout: str = "padded") -> Batch:
 @pytest.fixture(scope="session", autouse=True)
 def process_group():
     """One rank, as the commands have it."""
-    parallel.join(0, 1, dist.HashStore())
+    parallel.init_process_group(0, 1, dist.HashStore())
     yield
     dist.destroy_process_group()
 

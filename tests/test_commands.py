@@ -96,7 +96,7 @@ def quickstart(tmp_path_factory):
     """The quickstart, shortened, with everything on."""
     folder = tmp_path_factory.mktemp("quickstart")
     arguments = ["experiment=quickstart", "n_examples=640", "warmup_steps=5", "n_eval_examples=64"]
-    done = command("train.py", *arguments, "toy_comparison=64", f"cache_dir={folder}", "++wandb.enabled=true")
+    done = command("train.py", *arguments, "toy_comparison=64", f"cache_dir={folder}", "log_to=[wandb]")
     return folder / "quickstart", done.stdout, arguments
 
 

@@ -2,6 +2,7 @@
 
     config.yaml       the whole configuration, resolved
     metrics.jsonl     one line for each logged step and evaluation
+    report.html       the run page, made from the other files (training/report.py)
     step-<examples>/  policy.pt as HALOs writes it, and the same weights in Hub format
     LATEST            a link to the newest of those
     state/step-<n>/   what a resumed run needs: weights, optimiser, place in the data
@@ -13,8 +14,6 @@ and a policy.pt of plain tensors that `torch.load(weights_only=True)` reads.
 import contextlib
 import fcntl
 import json
-import netrc
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,16 +25,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from omegaconf import DictConfig, OmegaConf
+import yaml
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from distributed import parallel
 from distributed.sharding import reshard
+from training.settings import TrainingSettings
 from utils import UserError, console, file_digest, flush_to_disk, write_text
 
 # All that a run leaves in its directory, and so all that starting over removes.
-OWN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "LATEST", "step-*", "state", "wandb", "features")
+OWN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "completions.json",
+    "report.html",
+    "LATEST",
+    "step-*",
+    "state",
+    "tensorboard",
+    "wandb",
+    "features",
+)
 
 # Keys that may differ between a run and its resumption: none of them changes a step that is still to come.
 MAY_CHANGE = (
@@ -43,6 +55,7 @@ MAY_CHANGE = (
     "mode",
     "cache_dir",
     "nproc",
+    "log_to",
     "wandb",
     "do_first_eval",
     "eval_every",
@@ -94,23 +107,26 @@ class Run:
             shutil.rmtree(part)
         return lock
 
-    def start(self, config: DictConfig) -> None:
+    def start(self, config: TrainingSettings, saved: TrainingSettings | None) -> None:
         """On rank 0: write the configuration, and with `resume: never` remove what the run of this name left.
 
-        Raises UserError where the run there was started with another configuration.
+        `saved` is the configuration that the run there was started with, if there is one. Raises UserError where it
+        differs in something that changes the steps to come.
         """
         if config.resume == "never":
             for path in [found for pattern in OWN_FILES for found in self.folder.glob(pattern)]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if self.saved():
-            differing = differences(OmegaConf.load(self.folder / "config.yaml"), config)
+            differing = {} if saved is None else differences(saved, config)
             if differing:
                 raise UserError(
                     f"{self.folder} holds a run with another configuration:\n"
                     + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items())
                     + "\nUse another exp_name, or resume=never to start over and replace it."
                 )
-        write_text(self.folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write_text(
+            self.folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+        )
 
     def saved(self) -> list[Path]:
         """The states on disk, the newest first."""
@@ -164,7 +180,7 @@ class Run:
 
     @staticmethod
     def complete(written: "Future[Any]", part: Path, target: Path, place: dict[str, Any], keep: int) -> None:
-        """When every rank has written its part: add the rest, let it appear, remove what is too old."""
+        """Finish a state once every rank has written its part: add the rest, rename it, and remove older states."""
         try:
             written.result()
             files = {path.name: file_digest(path) for path in sorted(part.iterdir())}
@@ -266,7 +282,7 @@ PLACE = "trainer.json"  # of a state: where the run stood, and the digests of th
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """What of a state is not as it was written, of this rank's share of the files."""
+    """The damaged files of a state, among this rank's share of its files."""
     try:
         files = json.loads((folder / PLACE).read_text())["files"]
     except (OSError, ValueError, KeyError):
@@ -317,64 +333,9 @@ def root_causes(error: BaseException) -> list[BaseException]:
     return [cause for cause, _ in failures.values()]
 
 
-class MetricsLog:
-    """`metrics.jsonl`, one JSON object a line, and wandb where it is enabled.
-
-    `size` goes into each state, so that a resumed run cuts off what the killed one wrote after it.
-    """
-
-    def __init__(self, run: Run, config: DictConfig, size: int) -> None:
-        self.file, self.wandb = None, None
-        if parallel.rank() == 0:
-            path = run.folder / "metrics.jsonl"
-            self.file = path.open("a")
-            os.truncate(path, size)
-            self.file.seek(size)
-            self.wandb = start_wandb(run, config) if config.wandb.enabled else None
-
-    def write(self, values: dict[str, Any]) -> None:
-        """On rank 0; the others have nothing to write."""
-        if self.file is None:
-            return
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
-        if self.wandb is not None:
-            self.wandb.log(values, step=values["step"])
-
-    @property
-    def size(self) -> int:
-        return self.file.tell() if self.file is not None else 0
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-
-
-def start_wandb(run: Run, config: DictConfig) -> Any:
-    """A wandb run. It never asks for a login: without a key it is kept offline, in the run directory."""
-    import wandb  # a second to import, so only where it is used
-
-    try:
-        has_key = netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        has_key = False
-    default = "online" if has_key or os.environ.get("WANDB_API_KEY") else "offline"
-    return wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        name=config.exp_name,
-        dir=run.folder,
-        mode=os.environ.get("WANDB_MODE", default),  # type: ignore[arg-type]
-        config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
-        settings=wandb.Settings(silent=True),
-    )
-
-
-def differences(old: Any, new: DictConfig) -> dict[str, tuple[Any, Any]]:
+def differences(old: TrainingSettings, new: TrainingSettings) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, of those that may not change between a run and its resumption."""
-    a, b = flat(OmegaConf.to_container(old, resolve=True)), flat(OmegaConf.to_container(new, resolve=True))
+    a, b = flat(old.model_dump()), flat(new.model_dump())
     return {
         key: (a.get(key), b.get(key))
         for key in sorted(a.keys() | b.keys())
