@@ -39,6 +39,13 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}
+
+
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that change when any part does. RunClasses are JSON values."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)

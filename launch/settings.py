@@ -21,10 +21,9 @@ from distributed.sharding import DTYPES
 from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config
 from training import loop
-from training.checkpoint import flat
 from training.metrics import check_trackers
 from training.quantities import Binding, bind
-from utils import REPO, UserError, named_class, suggest
+from utils import REPO, UserError, flat, named_class, suggest
 
 RENAMED = {"wandb.enabled": "log_to=[wandb]"}  # keys of before, and what to write now
 
