@@ -6,6 +6,7 @@ python -m training.report outputs/my_run    writes the page again, for instance 
 import argparse
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -13,16 +14,13 @@ from html import escape
 from math import ceil, isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.checkpoint import flat
-from training.metrics import MetricName, clock
-from training.quantities import SIDES
-from utils import REPO, UserError, console, html_page, write_text, written
+from utils import REPO, SIDES, UserError, console, flat, html_page, write_text, written
 
 CURVE_POINTS = 500  # of a curve, at most
 FIGURE_NAMES = {  # of summary.json, in order; a run has those that apply to it
@@ -78,6 +76,19 @@ LINKED_FILES = ("metrics.jsonl", "config.yaml", "summary.json", "completions.jso
 
 Lines = list[dict[str, Any]]
 Columns = dict[str, list[tuple[int, float]]]  # the (step, value) of each metric
+
+
+class MetricName(NamedTuple):
+    """What a metric's name says: `sae_eval/layer_2/l0` is ("sae", "eval", ("layer_2", "l0"))."""
+
+    group: str
+    split: str | None  # "train" or "eval"; None for what belongs to no data, such as lr
+    parts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str) -> "MetricName":
+        found = re.fullmatch(r"(\w+?)[_/](train|eval)((?:/.+)?)", name)
+        return cls(found[1], found[2], tuple(filter(None, found[3].split("/")))) if found else cls(name, None, ())
 
 
 class RunPage:
@@ -140,6 +151,13 @@ def run_page(folder: Path, lines: Lines) -> str:
         "machine": [chart for chart in charts.values() if not chart["of_data"]],
     }
     return html_page("training/report.html", places, data)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` for less than an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def read_json_if_there(path: Path) -> Any:
