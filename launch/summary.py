@@ -17,7 +17,7 @@ from launch.completions import draw, prompts_of, write_completions
 from sampling.diversity import log_likelihoods
 from sampling.generate import Request, Sample, Settings
 from training.loop import BasicTrainer
-from training.report import FIGURE_NAMES, write_report
+from training.report import FIGURE_NAMES, write_run_page
 from utils import console, write_json
 
 
@@ -33,7 +33,7 @@ def summarise(trainer: BasicTrainer, start_weights: Path, started: float) -> Non
     if parallel.rank() != 0:
         return
     write_json(run.folder / "summary.json", figures)
-    page = write_report(run.folder)
+    page = write_run_page(run.folder)
 
     table = Table("figure", "value", title=str(config.exp_name))
     for key, name in FIGURE_NAMES.items():

@@ -55,7 +55,7 @@ def made_up(folder: Path, lines: list[dict[str, Any]], text: str = "text") -> Pa
     prompt = {"messages": [{"role": "system", "content": text}, {"role": "user", "content": text}]}
     completions = {"max_new_tokens": 4, "prompts": [prompt | {"before": text, "after": text}]}
     (folder / "completions.json").write_text(json.dumps(completions))
-    return report.write_report(folder)
+    return report.write_run_page(folder)
 
 
 # --------------------------------------------------------------------------------------------------------------- page
@@ -93,7 +93,7 @@ def test_the_page_in_a_browser(runs, name, width, browser, tmp_path):
         document.getElementById('dom').textContent = page.body.innerHTML;
         document.body.dataset.beyond = root.scrollWidth - root.clientWidth;
     }"""
-    (tmp_path / "page.html").write_text(f"<!doctype html><body>{frame}<pre id="dom"></pre><script>{look}</script></body>")
+    (tmp_path / "page.html").write_text(f"<!doctype html><body>{frame}<pre id='dom'></pre><script>{look}</script>")
     outer, said = look_at(browser, tmp_path / "page.html", tmp_path / "profile")
     assert said == []  # nor anything of a request, which the page forbids
     assert 'data-beyond="0"' in outer
@@ -140,7 +140,7 @@ def test_a_long_run_has_a_small_page(browser, tmp_path):
     page = made_up(tmp_path / "run", lines)
     with (tmp_path / "run/metrics.jsonl").open("a") as file:
         file.write('{"step": 20001, "loss/tr')  # a killed run wrote no more
-    report.write_report(tmp_path / "run")
+    report.write_run_page(tmp_path / "run")
     loss, lr = series_of(page)
     assert len(loss["points"]) == report.POINTS and page.stat().st_size < 100_000
     assert loss["points"][0] == [40, 0.5, 0.0, 1.0] and loss["points"][-1][0] == 20_000
@@ -155,7 +155,7 @@ def test_the_page_is_written_at_evaluations_but_seldom(tmp_path, monkeypatch):
     """Of a run that has just begun; what takes long is not done at each."""
     seconds, written = iter([100, 103, 103, 162, 163, 163, 163]), []
     monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    monkeypatch.setattr(report, "write_report", written.append)
+    monkeypatch.setattr(report, "write_run_page", written.append)
     page = report.RunPage(tmp_path)  # takes 3 seconds: not again within 60 s
     page.update()
     page.update()
