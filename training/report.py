@@ -211,7 +211,7 @@ def side_order(name: str) -> int:
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
-    """At most `CURVE_POINTS` of [step, value], or [last step, mean, lowest, highest] of as many values in a row each."""
+    """At most `CURVE_POINTS` points: [step, value], or [last step, mean, lowest, highest] of several values."""
     size = ceil(len(points) / CURVE_POINTS)
     if size == 1:
         return [[step, rounded(value)] for step, value in points]
