@@ -140,14 +140,14 @@ def test_a_ninth_module_at_the_root_is_found(small_house):
 
 
 def test_wings_and_modules_are_on_the_map():
-    """In CONTRIBUTING's table a row is a module at the root, or a wing with its modules."""
+    """In CONTRIBUTING's table a row is a module at the root, or one of a wing, which stands in the first of its rows."""
     section = (REPO / "CONTRIBUTING.md").read_text().split("## Where things are\n")[1].split("\n## ")[0]
-    mapped = set()
-    for first, rest in re.findall(r"^\| ([^|]*) \| (.*) \|$", section, re.MULTILINE):
-        for place in re.findall(r"`([^`]+)`", first):
-            if place.endswith("/"):
-                mapped |= {f"{place}{module}.py" for module in re.findall(r"`(\w+)`", rest)}
-            elif place.endswith(".py"):
-                mapped.add(place)
+    mapped, wing = set(), ""
+    for first, second in re.findall(r"^\|([^|]*)\| (.*) \|$", section, re.MULTILINE):
+        places = re.findall(r"`([^`]+)`", first)
+        mapped |= {place for place in places if place.endswith(".py")}
+        wing = next((place for place in places if place.endswith("/")), wing)
+        if module := re.match(r"`(\w+)`: ", second):
+            mapped.add(f"{wing}{module[1]}.py")
     there = {str(path.relative_to(REPO)) for path in modules(REPO).values() if path.name != "__init__.py"}
     assert mapped == there
