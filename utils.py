@@ -23,6 +23,7 @@ from rich.table import Column
 
 REPO = Path(__file__).resolve().parent
 T = TypeVar("T")
+SIDES = ("chosen", "rejected")  # of a pair
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 console = Console(highlight=False, soft_wrap=True)
 
@@ -45,6 +46,13 @@ def suggest(word: str, known: Iterable[str]) -> str:
     names = {name.lower(): name for name in known}
     close = get_close_matches(word.lower(), names, n=1)
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def fingerprint(*parts: Any) -> str:

@@ -96,7 +96,7 @@ def quickstart(tmp_path_factory):
     """The quickstart, shortened, with everything on."""
     folder = tmp_path_factory.mktemp("quickstart")
     arguments = ["experiment=quickstart", "n_examples=640", "warmup_steps=5", "n_eval_examples=64"]
-    done = command("train.py", *arguments, "toy_comparison=64", f"cache_dir={folder}", "log_to=[wandb]")
+    done = command("train.py", *arguments, "toy_comparison=64", f"cache_dir={folder}", "++log_to=[tensorboard,wandb]")
     return folder / "quickstart", done.stdout, arguments
 
 
@@ -108,7 +108,8 @@ def test_quickstart_ends_with_the_figures(quickstart):
     for words in ("preference accuracy before", "win rate", "95 % interval", "feature drift", "KL to the reference"):
         assert words in out
     assert str(run) in out.replace("\n", "")
-    assert list(run.glob("wandb/offline-run-*"))
+    assert list(run.glob("wandb/offline-run-*")) and list(run.glob("tensorboard/events.*"))
+    assert str(run / "report.html") in out and (run / "report.html").is_file()
 
 
 def test_a_second_quickstart_finds_the_cache(quickstart):

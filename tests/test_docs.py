@@ -137,7 +137,6 @@ PATHS = {
     "config-path": False,
     "loss.trainer": False,
     "loss.feature_weights": False,
-    "served_model": True,
 }
 LISTS = ("datasets", "eval_datasets", "probe")
 FLAGS = ("-f", "--file", "--against", "--questions", "--references", "-p")
@@ -148,7 +147,7 @@ def paths_of(command: Command) -> Iterator[tuple[str, bool]]:
     """The paths that a command reads, and whether each may be a place on the Hub."""
     for key, value in command.values.items():
         key = re.sub(r"^sae\.parts\.\w+\.", "sae.", key)
-        if key in PATHS and ("/" in value or "." in value and key != "served_model") and not value.startswith("["):
+        if key in PATHS and not value.startswith("[") and (key != "loss.trainer" or ":" in value):
             yield value, PATHS[key]
         if key in LISTS:
             yield from ((item, False) for item in value.strip("[]").split(",") if "/" in item or "." in item)

@@ -140,7 +140,7 @@ def test_a_ninth_module_at_the_root_is_found(small_house):
 
 
 def test_wings_and_modules_are_on_the_map():
-    """A row of the table is a module at the root, or one of a wing; the wing stands in the first of its rows."""
+    """In CONTRIBUTING's table a row is a module at the root, or a module of the wing that a row above it names."""
     section = (REPO / "CONTRIBUTING.md").read_text().split("## Where things are\n")[1].split("\n## ")[0]
     mapped, wing = set(), ""
     for first, second in re.findall(r"^\|([^|]*)\| (.*) \|$", section, re.MULTILINE):

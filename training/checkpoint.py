@@ -32,7 +32,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from distributed import parallel
 from distributed.sharding import reshard
 from training.settings import TrainingSettings
-from utils import UserError, console, file_digest, flush_to_disk, write_text
+from utils import UserError, console, file_digest, flat, flush_to_disk, write_text
 
 # All that a run leaves in its directory, and so all that starting over removes.
 OWN_FILES = (
@@ -341,10 +341,3 @@ def differences(old: TrainingSettings, new: TrainingSettings) -> dict[str, tuple
         for key in sorted(a.keys() | b.keys())
         if a.get(key) != b.get(key) and key.split(".")[0] not in MAY_CHANGE
     }
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}

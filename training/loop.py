@@ -222,22 +222,37 @@ class BasicTrainer:
 
     def train(self) -> None:
         """Train to the end of the data, from the start or from the newest state of the run."""
-        config, loader = self.config, self.loaders["train"]
         self.start_optimizer()
+        start, examples = self.start_or_resume()
+        step, examples, saved = self.take_steps(start, examples)
+        if step > start and not saved:  # first, so that a failure from here on loses nothing
+            self.save(step, examples)
+        if self.evaluated_step != step:
+            self.log(step, examples, self.evaluate())
+        self.run.finish_saving()
+        self.export(step, examples)
+        self.metrics.close()
+
+    def start_or_resume(self) -> tuple[int, int]:
+        """Load the newest state, if there is one, and open the log; gives how many steps and examples are done."""
         step, examples, metrics_size = 0, 0, 0
         if state := self.run.newest_state():
             place = self.run.load_state(state, self.module, self.optimizer)
             step, examples, metrics_size = place["step"], place["examples"], place["metrics_size"]
             self.schedule.load_state_dict(place["schedule"])
             self.last_evaluation, self.evaluated_step = place["evaluation"], place.get("evaluated_step")
-            console.print(f"resuming after {step:,} of {len(loader):,} steps ({examples:,} examples) from {state}")
-        self.metrics = MetricsLog(self.run.folder, config, step, metrics_size)
+            total = len(self.loaders["train"])
+            console.print(f"resuming after {step:,} of {total:,} steps ({examples:,} examples) from {state}")
+        self.metrics = MetricsLog(self.run.folder, self.config, step, metrics_size)
         self.page = RunPage(self.run.folder)
-        if state is None and config.do_first_eval:
+        if state is None and self.config.do_first_eval:
             self.log(step, examples, self.evaluate())
+        return step, examples
 
-        start, saved = step, False
-        flops = Flops.of(self.policy)
+    def take_steps(self, start: int, examples: int) -> tuple[int, int, bool]:
+        """Take all steps from `start` on. Gives how many steps and examples are done, and whether they are saved."""
+        config, loader = self.config, self.loaders["train"]
+        step, saved, flops = start, False, Flops.of(self.policy)
         means, pace, lines = MetricAccumulator(), ThroughputMeter(flops), StepLines(len(loader), step, self.headline)
         with StopRequest() as stop, progress_bar("training", len(loader), step) as advance:
             for micro_batches in self.steps("train", start):
@@ -264,13 +279,7 @@ class BasicTrainer:
                     self.save(step, examples)
                     if config.intermediate_checkpoints:
                         self.export(step, examples)
-        if step > start and not saved:  # first, so that a failure from here on loses nothing
-            self.save(step, examples)
-        if self.evaluated_step != step:
-            self.log(step, examples, self.evaluate())
-        self.run.finish_saving()
-        self.export(step, examples)
-        self.metrics.close()
+        return step, examples, saved
 
     def count(self, pace: ThroughputMeter, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
         """Add what this rank did in a step to how fast the run goes."""

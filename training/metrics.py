@@ -1,28 +1,24 @@
-"""Metrics: averaged over steps, written to metrics.jsonl and to trackers, shown on the terminal.
-
-The name of a metric says what it is and on which data: `rewards_eval/margins` is the margins of the rewards on the
-evaluation set. `MetricName` takes it apart, for the terminal and for the run page (training/report.py).
-"""
+"""Metrics: averaged over steps, written to metrics.jsonl and to trackers, shown on the terminal. What their names mean,
+and the page that draws them, is in training/report.py."""
 
 import importlib.util
 import json
 import netrc
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from distributed import parallel
-from training.quantities import SIDES
+from training.report import MetricName, clock
 from training.settings import TrainingSettings
-from utils import UserError, console
+from utils import SIDES, UserError, console
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -50,19 +46,6 @@ class MetricAccumulator:
         sums, counts = parallel.sum_over_ranks(torch.stack([sums, counts]))
         values = zip(self.sums, sums.tolist(), counts.tolist())
         return {name: total / count for name, total, count in values if count}
-
-
-class MetricName(NamedTuple):
-    """The parts of a metric's name: `sae_eval/layer_2/l0` is ("sae", "eval", ("layer_2", "l0"))."""
-
-    group: str
-    split: str | None  # "train" or "eval"; None for what belongs to no data, such as lr
-    parts: tuple[str, ...]
-
-    @classmethod
-    def of(cls, name: str) -> "MetricName":
-        found = re.fullmatch(r"(\w+?)[_/](train|eval)((?:/.+)?)", name)
-        return cls(found[1], found[2], tuple(filter(None, found[3].split("/")))) if found else cls(name, None, ())
 
 
 # ---------------------------------------------------------------------------------------------------- the terminal
@@ -99,13 +82,6 @@ class StepLines:
         ]
         console.print("  ".join(parts), markup=False)
         self.since, self.due = [], now + SECONDS_BETWEEN_LINES
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03`, or `2:03` for less than an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def evaluation_table(step: int, examples: int, values: dict[str, float]) -> Table:

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 import sae as saes
 from data.batch import Batch
 from training.settings import LossSettings
-from utils import Count, Settings, UserError, checked, suggest
-
-SIDES = ("chosen", "rejected")
+from utils import SIDES, Count, Settings, UserError, checked, suggest
 
 
 @dataclass

@@ -1,11 +1,12 @@
-"""The run page: `<run>/report.html`, from the files in the run directory alone. It fetches nothing.
+"""The run page: `<run>/report.html`, made from the files in the run directory alone. It fetches nothing.
 
-python -m training.report outputs/my_run    writes the page again, for instance when there are new pages to link to
+`python -m training.report outputs/my_run` writes it again: for an old run, or when there are new pages to link to.
 """
 
 import argparse
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -13,16 +14,13 @@ from html import escape
 from math import ceil, isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.checkpoint import flat
-from training.metrics import MetricName, clock
-from training.quantities import SIDES
-from utils import REPO, UserError, console, html_page, write_text, written
+from utils import REPO, SIDES, UserError, console, flat, html_page, write_text, written
 
 CURVE_POINTS = 500  # of a curve, at most
 FIGURE_NAMES = {  # of summary.json, in order; a run has those that apply to it
@@ -42,13 +40,10 @@ FIGURE_NAMES = {  # of summary.json, in order; a run has those that apply to it
 # name: first those that belong to data, then the rest.
 CHARTS = {
     "loss": ("Loss", ""),
-    "rewards/accuracies": ("Reward accuracy", "share of pairs where the chosen completion has the higher reward"),
+    "rewards/accuracies": ("Reward accuracy", "share of pairs whose chosen completion has the higher reward"),
     "rewards/margins": ("Reward margin", "reward of the chosen completion less that of the rejected one"),
     "rewards": ("Rewards", ""),
-    "logps/accuracies": (
-        "Preference accuracy",
-        "share of pairs where the policy finds the chosen one likelier a token",
-    ),
+    "logps/accuracies": ("Preference accuracy", "share of pairs whose chosen completion is likelier per token"),
     "logps": ("Log-probability", "nats a completion"),
     "feature_drift": ("Feature drift", "from the reference"),
     "kl": ("KL to the reference", "nats a completion"),
@@ -67,12 +62,7 @@ CHARTS = {
 SHARES = ("accuracies", "dead", "ce_recovered", "mfu")  # shown from 0 to 100 %
 CURVES_TOGETHER = {"chosen": "", "rejected": "", "ce_clean": "ce", "ce_sae": "ce", "ce_zero": "ce"}  # in one chart
 UNDRAWN = ("step", "examples", "seconds")
-SUMMED_UP = (
-    "loss",
-    "logps/accuracies",
-    "rewards/accuracies",
-    "sae/fvu",
-)  # what the first sentence says, if it is there
+OUTCOME = ("loss", "logps/accuracies", "rewards/accuracies", "sae/fvu")  # the first sentence has those that are there
 LINKED = {"features/report.html": "what training did to the features"}
 LINKED_FILES = ("metrics.jsonl", "config.yaml", "summary.json", "completions.json", "eval.json")
 
@@ -80,9 +70,22 @@ Lines = list[dict[str, Any]]
 Columns = dict[str, list[tuple[int, float]]]  # the (step, value) of each metric
 
 
+class MetricName(NamedTuple):
+    """What a metric's name says: `sae_eval/layer_2/l0` is ("sae", "eval", ("layer_2", "l0"))."""
+
+    group: str
+    split: str | None  # "train" or "eval"; None for what belongs to no data, such as lr
+    parts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str) -> "MetricName":
+        found = re.fullmatch(r"(\w+?)[_/](train|eval)((?:/.+)?)", name)
+        return cls(found[1], found[2], tuple(filter(None, found[3].split("/")))) if found else cls(name, None, ())
+
+
 class RunPage:
-    """Keeps the page of a run that goes on up to date, in a twentieth of the time at most: that of 100,000 steps takes
-    seconds to write."""
+    """Writes the page again while the run goes on. This takes at most a twentieth of the run's time: the page of
+    100,000 steps takes seconds to write, so not every evaluation writes it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.due = folder, 0.0
@@ -106,7 +109,7 @@ def write_run_page(folder: Path) -> Path:
 
 
 def read_lines(path: Path) -> Lines:
-    """The complete lines of a metrics.jsonl. A killed run may have left an incomplete one."""
+    """The lines of a metrics.jsonl, without a last line that a killed run did not finish."""
     found = []
     for text in path.read_text().splitlines():
         try:
@@ -118,18 +121,18 @@ def read_lines(path: Path) -> Lines:
 
 def run_page(folder: Path, lines: Lines) -> str:
     """The page's HTML."""
-    config = read_saved_config(folder)
-    summary = read_json_if_there(folder / "summary.json") or {}
+    config = config_of(folder)
+    summary = json_of(folder / "summary.json") or {}
     columns = columns_of(lines)
     charts = charts_of(columns)
     last = lines[-1] if lines else {"step": 0, "examples": 0}
     places = {
         "title": escape(str(OmegaConf.select(config, "exp_name") or folder.absolute().name)),
-        "finding": escape(result_sentence(charts)),
+        "outcome": escape(outcome(charts)),
         "subtitle": escape(subtitle(config, last, summary)),
         "links": links(folder),
-        "tables": figures_table(charts) + facts_table(lines, summary),
-        "completions": completions(read_json_if_there(folder / "completions.json")),
+        "tables": evaluations_table(charts) + facts_table(lines, summary),
+        "completions": completions(json_of(folder / "completions.json")),
         "settings": settings_table(config),
         "script": (REPO / "assets/page.js").read_text(),
     }
@@ -142,14 +145,21 @@ def run_page(folder: Path, lines: Lines) -> str:
     return html_page("training/report.html", places, data)
 
 
-def read_json_if_there(path: Path) -> Any:
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` for less than an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def json_of(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
 
 
-def read_saved_config(folder: Path) -> DictConfig:
+def config_of(folder: Path) -> DictConfig:
     """The run's saved configuration; empty where there is none."""
     try:
         config = OmegaConf.load(folder / "config.yaml")
@@ -163,7 +173,7 @@ def read_saved_config(folder: Path) -> DictConfig:
 
 
 def columns_of(lines: Lines) -> Columns:
-    """The values of each metric. One that is no number is left out: JSON has no NaN."""
+    """The values of each metric. NaN and infinity are left out: JSON has neither."""
     found: Columns = {}
     for line in lines:
         for name, value in line.items():
@@ -204,16 +214,16 @@ def thinned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
     """At most `CURVE_POINTS` points: [step, value], or [last step, mean, lowest, highest] of several values."""
     size = ceil(len(points) / CURVE_POINTS)
     if size == 1:
-        return [[step, six_digits(value)] for step, value in points]
+        return [[step, rounded(value)] for step, value in points]
     bins = [points[start : start + size] for start in range(0, len(points), size)]
     found = []
     for own in bins:
         values = [value for _, value in own]
-        found.append([own[-1][0], *map(six_digits, (fmean(values), min(values), max(values)))])
+        found.append([own[-1][0], *map(rounded, (fmean(values), min(values), max(values)))])
     return found
 
 
-def six_digits(value: float) -> float:
+def rounded(value: float) -> float:
     """Six significant digits: more than the page shows, and a third of the bytes."""
     return float(f"{value:.6g}")
 
@@ -230,10 +240,10 @@ def shown(chart: dict[str, Any], value: float) -> str:
     return f"{100 * value:.3g}\N{NO-BREAK SPACE}%" if chart["share"] else f"{value:.4g}"
 
 
-def result_sentence(charts: dict[str, dict[str, Any]]) -> str:
-    """What the run came to, in a sentence. A start from 0 says nothing: rewards are 0 before the first step."""
+def outcome(charts: dict[str, dict[str, Any]]) -> str:
+    """The result of the run in a sentence. A start at 0 is left out: rewards are 0 before the first step."""
     words = []
-    for key in SUMMED_UP:
+    for key in OUTCOME:
         for name, points in held_out(charts[key]) if key in charts else []:
             first, last = (shown(charts[key], points[n][1]) for n in (0, -1))
             title = charts[key]["title"]
@@ -250,7 +260,7 @@ def subtitle(config: DictConfig, last: dict[str, Any], summary: dict[str, Any]) 
     return what + (f"{done}, finished in {clock(summary['seconds'])}." if summary else f"So far {done}.")
 
 
-def figures_table(charts: dict[str, dict[str, Any]]) -> str:
+def evaluations_table(charts: dict[str, dict[str, Any]]) -> str:
     """The first and the last evaluation."""
     rows, steps = [], sorted({p[0] for chart in charts.values() for _, points in held_out(chart) for p in points})
     if not steps:
@@ -326,8 +336,8 @@ def settings_table(config: DictConfig) -> str:
 
 
 def changed_settings(config: DictConfig) -> dict[str, tuple[str, str]]:
-    """Values that differ from those of config/config.yaml, config/model/base.yaml and config/loss/<name>.yaml, and what
-    stands there; "" for a key without a default."""
+    """The settings that differ from config/config.yaml, config/model/base.yaml and config/loss/<name>.yaml: by key, the
+    run's value and the default, "" where there is none."""
     if not config:
         return {}
     ours = flat(OmegaConf.to_container(config))
@@ -342,7 +352,7 @@ def changed_settings(config: DictConfig) -> dict[str, tuple[str, str]]:
 
 
 def default_parts(loss: str) -> list[Any]:
-    """The files of the defaults, each to be laid over those before it. A loss's file may name one that it builds on."""
+    """The YAML files that hold the defaults; later ones override earlier ones. A loss's file may build on another."""
     parts: list[Any] = [OmegaConf.load(REPO / "config/config.yaml")]
     parts.append({"model": OmegaConf.load(REPO / "config/model/base.yaml")})
     path, chain = REPO / f"config/loss/{loss}.yaml", []
