@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -384,7 +384,9 @@ def measure(config: Config, classes: RunClasses, path: Path, overrides: list[str
 
 def drift_settings(classes: RunClasses) -> dict[str, Any]:
     """The divergence and k that drift is measured with: the loss's own, or those of loss=fpo."""
-    compared: Any = classes.binding.options.get("feature_drift") or OmegaConf.load(REPO / "config/loss/fpo.yaml")
+    compared: Any = classes.binding.options.get("feature_drift") or yaml.safe_load(
+        (REPO / "config/loss/fpo.yaml").read_text()
+    )
     return {name: compared[name] for name in ("divergence", "k")}
 
 
