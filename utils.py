@@ -226,11 +226,14 @@ def checked(kind: type[S], values: dict[str, Any], where: str = "") -> S:
         wanted: dict[tuple[str, str], list[str]] = {}
         for problem in error.errors():
             key, value = where, cast(Any, values)
-            for step in problem["loc"]:
-                if not isinstance(value, dict):
-                    break  # what follows names an alternative of the type
-                key, value = f"{key}.{step}".removeprefix("."), value.get(step)
-            wanted.setdefault((key, written(value)), []).append(_wanted(kind, key, value, problem))
+            item = value  # of a list, if the problem is there
+            for step in problem["loc"]:  # some steps name an alternative of a type
+                if isinstance(value, dict):
+                    key, value = f"{key}.{step}".removeprefix("."), value.get(step)
+                    item = value
+                elif isinstance(item, list) and isinstance(step, int):
+                    item = item[step]
+            wanted.setdefault((key, written(value)), []).append(_wanted(kind, key, item, problem))
         lines = []
         for (key, value), all_wanted in wanted.items():
             said = " or ".join(dict.fromkeys(all_wanted)).replace(" or has to be", " or")

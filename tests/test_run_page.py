@@ -308,10 +308,10 @@ def test_a_resumed_run_replaces_what_the_killed_one_logged(tmp_path):
     [
         (
             ["log_to=[tensorbord]"],
-            r"log_to: tensorbord is not one of tensorboard, wandb \(did you mean 'tensorboard'\?\)",
+            r"log_to=\[\"tensorbord\"\]: not one of tensorboard, wandb \(did you mean 'tensorboard'\?\)",
         ),
-        (["log_to=wandb"], r"log_to=wandb: has to be a list, log_to=\[wandb\]"),
-        (["++wandb.enabled=true"], r"^wandb.enabled is a key no more: log_to=\[wandb\] has taken its place$"),
+        (["log_to=wandb"], "log_to=wandb: has to be a list"),
+        (["++wandb.enabled=true"], "wandb.enabled is read by nothing"),
     ],
 )
 def test_what_log_to_takes(tmp_path, overrides, message):
