@@ -143,11 +143,28 @@ def checked_arguments(arguments: Sequence[str]) -> list[str]:
     """The arguments of train.py in Hydra's words. Ends the process with a line for each choice or key that is wrong."""
     translated = translate_arguments(arguments)
     try:
-        check_overrides([argument for argument in translated if not argument.startswith("-")])
+        overrides = [argument for argument in translated if not argument.startswith("-")]
+        check_overrides(overrides)
+        if len(overrides) == len(translated):  # else the command only prints something
+            require_choices(overrides)
     except UserError as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(2)
     return translated
+
+
+def require_choices(overrides: Sequence[str]) -> None:
+    """Raises UserError where neither an experiment nor a loss and a model are chosen."""
+    given = {override.partition("=")[0] for override in overrides}
+    missing = [group for group in ("loss", "model") if group not in given and "experiment" not in given]
+    if missing:
+        lines = [f"{group}= has to be one of {', '.join(choices_of(group))}" for group in missing]
+        raise UserError("\n".join(lines))
+
+
+def choices_of(group: str) -> list[str]:
+    """The names of the YAML files of a group."""
+    return sorted(path.stem for path in (REPO / "config" / group).glob("*.yaml"))
 
 
 def ranks_of(raw: DictConfig) -> int | None:
@@ -168,7 +185,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for override in parsed:
         group, value = override.key_or_group.partition("@")[0], override.value()
         if group in GROUPS:
-            there = sorted(path.stem for path in (REPO / "config" / group).glob("*.yaml"))
+            there = choices_of(group)
             named = isinstance(value, str) and not override.is_delete()
             if named and value not in there:
                 hint = suggest(str(value), there)
@@ -209,7 +226,8 @@ def plain(raw: DictConfig) -> dict[str, Any]:
     try:
         values: dict[str, Any] = without_missing(OmegaConf.to_container(raw, resolve=True))
     except OmegaConfBaseException as error:
-        raise UserError(f"the configuration is not complete: {str(error).splitlines()[0]}") from None
+        left_open = re.search(r"Missing mandatory value: (\S+)", str(error))
+        raise UserError(f"++{left_open[1]}= has to be given" if left_open else str(error).splitlines()[0]) from None
     return values
 
 
@@ -302,9 +320,8 @@ def run_classes(loss: LossSettings) -> RunClasses:
 def require_sae(config: Config, who: str) -> None:
     """Raises UserError where the configuration has no SAE."""
     if not sae_sections(config.sae):
-        known = sorted(path.stem for path in (REPO / "config/sae").glob("*.yaml"))
         raise UserError(
-            f"{who} needs an SAE: sae={'|'.join(known)}, fitting the model, or ++sae.path=... ++sae.layer=..."
+            f"{who} needs an SAE: sae={'|'.join(choices_of('sae'))}, fitting the model, or ++sae.path=... ++sae.layer=..."
         )
 
 

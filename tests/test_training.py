@@ -430,6 +430,15 @@ def test_a_step_waits_for_nothing(tmp_path, monkeypatch, loss):
     assert trainer.check_updates() == pytest.approx(norms[-1]) and not trainer.unchecked
 
 
+def test_what_comes_before_the_first_step_changes_no_step(tmp_path):
+    """Passes without a step leave FSDP's parameters gathered; the optimiser has to see their slices."""
+    trained = []
+    for first in ("true", "false"):
+        options = ["++model.policy_dtype=bfloat16", f"do_first_eval={first}", f"exp_name=first-{first}"]
+        trained.append([line for line in run(tmp_path, "loss=dpo", *options) if "loss/train" in line])
+    assert trained[0] == trained[1]
+
+
 def test_what_a_step_reads_is_ready_before_it(tmp_path):
     trainer = assembled(tmp_path, "loss=kto")
     micro_batches = next(trainer.steps("train"))

@@ -133,6 +133,7 @@ class BasicTrainer:
 
     def start_optimizer(self) -> None:
         """Make the optimiser and its schedule. A trainer that only evaluates has none."""
+        reshard(self.module)  # a pass without a step has left some of it gathered, and the optimiser needs the slices
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.config, trained)
         self.schedule = make_schedule(self.config, self.optimizer, len(self.loaders["train"]))
