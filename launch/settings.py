@@ -321,7 +321,8 @@ def require_sae(config: Config, who: str) -> None:
     """Raises UserError where the configuration has no SAE."""
     if not sae_sections(config.sae):
         raise UserError(
-            f"{who} needs an SAE: sae={'|'.join(choices_of('sae'))}, fitting the model, or ++sae.path=... ++sae.layer=..."
+            f"{who} needs an SAE that fits the model: sae={'|'.join(choices_of('sae'))}, "
+            "or ++sae.path=... ++sae.layer=..."
         )
 
 

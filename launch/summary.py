@@ -44,7 +44,9 @@ def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, starte
                 value += f" (95 % interval {figures['win_rate_low']:.4g} to {figures['win_rate_high']:.4g})"
             table.add_row(name, value)
     console.print(table)
-    console.print(f"{run.folder}/: LATEST/ (policy.pt and Hub format), summary.json, metrics.jsonl, config.yaml")
+    latest = run.folder / "LATEST"
+    holds = "policy.pt and Hub format" if (latest / "policy.pt").is_file() else "the SAEs"
+    console.print(f"{run.folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
     console.print(f"curves, completions and settings, to look at in a browser: {page}")
 
 

@@ -179,7 +179,9 @@ def test_errors_come_before_a_weight_is_read(tmp_path, overrides, message, monke
 
 
 def test_without_an_sae(tmp_path):
-    with pytest.raises(UserError, match=r"mode=features needs an SAE: sae=.*tiny.*or \+\+sae\.path="):
+    with pytest.raises(
+        UserError, match=r"mode=features needs an SAE that fits the model: sae=.*tiny.*or \+\+sae\.path="
+    ):
         probed(tmp_path, "++probe=tone", sae=None)
 
 
