@@ -1,5 +1,6 @@
 """Small models and batches for the tests. Nothing here is read from a network."""
 
+import gc
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+gc.set_threshold(100_000)  # as train.py does, and before the imports here too
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for each other
 
 import pytest
@@ -17,6 +19,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from data import batch as batches
 from data.batch import Batch
 from distributed import parallel
+from forks import Fork
 from sae import SAE
 
 REPO = Path(__file__).resolve().parent.parent
@@ -92,11 +95,36 @@ def gemma() -> Gemma2ForCausalLM:
     return tiny_gemma()
 
 
-def command(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run one of the repo's commands as a user would; without `check`, a failure is for the test to look at."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
-    )
+Done = subprocess.CompletedProcess[str]
+
+
+def command(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> Done:
+    """Run one of the repo's commands in a process of its own (forks.py); without `check`, a failure is for the test to
+    look at."""
+    return checked(Fork(*arguments, cwd=cwd).result(), check)
+
+
+def new_python(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> Done:
+    """The same in a new Python, as a user does it; that takes 8 seconds of CPU longer."""
+    typed = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(typed, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+    return checked(done, check)
+
+
+def on_ranks(count: int, *arguments: str | Path, check: bool = True) -> Done:
+    """Run a command on several ranks, as a launcher does: each in a process of its own, told its place by variables.
+    The output is that of all, by rank; the status is the highest."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    ranks = [rank.result() for rank in [Fork(*arguments, **group, **place) for place in places]]
+    status = max(rank.returncode for rank in ranks)
+    out, err = ("".join(texts) for texts in zip(*((rank.stdout, rank.stderr) for rank in ranks)))
+    return checked(subprocess.CompletedProcess(arguments, status, out, err), check)
+
+
+def checked(done: Done, check: bool) -> Done:
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

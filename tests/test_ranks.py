@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, command, metrics
+from conftest import REPO, metrics, new_python, on_ranks
 from safetensors.torch import load_file, save_file
 
 from data import toy
@@ -72,7 +72,7 @@ def overrides(data, folder, *own):
 
 
 def train_on(ranks, runs, check=True):
-    return command(REPO / "tests/many_runs.py", str(ranks), json.dumps(runs), check=check)
+    return on_ranks(ranks, REPO / "tests/many_runs.py", json.dumps(runs), check=check)
 
 
 @pytest.fixture(scope="module")
