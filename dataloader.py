@@ -27,7 +27,6 @@ import numpy as np
 import pyarrow
 import pyarrow.compute as pc
 import torch
-from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from data import tokenise, toy
@@ -47,7 +46,8 @@ from data.rows import (
     text_of,
     value_of,
 )
-from utils import Message, UserError, atomic_write, console, digest_of, fingerprint, suggest
+from data.settings import DataSettings
+from utils import Message, Share, UserError, atomic_write, console, digest_of, fingerprint, suggest
 
 FILE_LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
 hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
@@ -428,42 +428,42 @@ class DataSource:
                 f"and the paths of files ({', '.join(SUFFIXES)})"
             )
 
-    def load(self, config: DictConfig) -> Dataset:
+    def load(self, settings: DataSettings) -> Dataset:
         """The examples. A `get_<name>` function is given the configuration keys that its parameters name."""
         self.check()
         if self.is_file:
             data = read_file(Path(self.entry).expanduser())
         else:
             loader = named_loaders()[self.entry]
-            data = loader(self.split, **_named_by(loader, config))
-        return data.part(self.part, config.held_out) if self.part else data
+            data = loader(self.split, **_named_by(loader, dict(settings)))
+        return data.part(self.part, settings.held_out) if self.part else data
 
 
-def _named_by(function: Callable[..., Any], values: Mapping[Any, Any]) -> dict[str, Any]:
+def _named_by(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the values that the function's parameters, after its first, ask for by name."""
     _, *others = inspect.signature(function).parameters
     return {name: values[name] for name in others if name in values}
 
 
-def sources(config: DictConfig, split_name: str) -> list[DataSource]:
+def sources(settings: DataSettings, split_name: str) -> list[DataSource]:
     """Where the "train" or the "test" rows come from.
 
     Without eval_datasets the test rows come from `datasets` too: from their split eval_split, or, of a file and where
     eval_split is train_split, from the share held_out of the prompts, which training then leaves out.
     """
-    entries = config.eval_datasets if split_name == "test" and config.eval_datasets else config.datasets
-    split = config.train_split if split_name == "train" else config.eval_split
+    entries = settings.eval_datasets if split_name == "test" and settings.eval_datasets else settings.datasets
+    split = settings.train_split if split_name == "train" else settings.eval_split
     found = []
     for entry in [entries] if isinstance(entries, str) else entries:
         whole = DataSource(entry, split)
-        shared = not config.eval_datasets and (whole.is_file or config.train_split == config.eval_split)
+        shared = not settings.eval_datasets and (whole.is_file or settings.train_split == settings.eval_split)
         found.append(DataSource(entry, "" if whole.is_file else split, split_name if shared else ""))
     return found
 
 
-def check_datasets(config: DictConfig) -> None:
+def check_datasets(settings: DataSettings) -> None:
     """Raises UserError for a data set that does not exist, before any is loaded; warns when tests see training rows."""
-    train, test = sources(config, "train"), sources(config, "test")
+    train, test = sources(settings, "train"), sources(settings, "test")
     for source in [*train, *test]:
         source.check()
     for source in test:
@@ -471,15 +471,15 @@ def check_datasets(config: DictConfig) -> None:
             message = f"{source.entry} is trained on and tested on: figures are not held out"
             console.print(message, style="yellow", markup=False)
         elif source.part and not source.is_file:
-            message = f"{source.entry}: tests use {config.held_out:.1%} of the prompts of its {source.split} split"
+            message = f"{source.entry}: tests use {settings.held_out:.1%} of the prompts of its {source.split} split"
             console.print(f"{message}, training the others", markup=False)
 
 
-def load_datasets(config: DictConfig, split_name: str) -> list[Dataset]:
+def load_datasets(settings: DataSettings, split_name: str) -> list[Dataset]:
     """The data sets of a split, in the order of the configuration. Raises UserError when too many rows are bad."""
-    loaded = [source.load(config) for source in sources(config, split_name)]
+    loaded = [source.load(settings) for source in sources(settings, split_name)]
     for data in loaded:
-        data.bad.check(config.max_bad_rows)
+        data.bad.check(settings.max_bad_rows)
     return loaded
 
 
@@ -501,10 +501,13 @@ class TokenisedData:
 
 
 def load_tokens(
-    config: DictConfig,
+    settings: DataSettings,
     split_name: str,
     tokenizer: PreTrainedTokenizerBase,
     loader_class: type["DataLoader"],
+    *,
+    max_length: int,
+    max_prompt_length: int,
     options: dict[str, Any] | None = None,
 ) -> TokenisedData:
     """The tokenised rows of a split ("train" or "test") for a loader; `options` go to its `records`.
@@ -513,8 +516,8 @@ def load_tokens(
     """
     records: list[dict[str, Any]] = []
     bad: dict[str, dict[str, list[str]]] = {}
-    arguments = {**_named_by(loader_class.records, {"seed": config.seed}), **(options or {})}
-    for data in load_datasets(config, split_name):
+    arguments = {**_named_by(loader_class.records, {"seed": settings.seed}), **(options or {})}
+    for data in load_datasets(settings, split_name):
         found = loader_class.records(data, **arguments)
         if not found:
             raise UserError(
@@ -524,11 +527,11 @@ def load_tokens(
         records += found
         bad[data.name] = data.bad.places
 
-    template = tokenise.make_template(config, tokenizer)
-    limits = {"max_length": config.model.max_length, "max_prompt_length": config.model.max_prompt_length}
+    template = tokenise.make_template(settings, tokenizer)
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     digest = tokenise.tokenizer_digest(tokenizer)
     name = fingerprint(tokenise.VERSION, digest_of(records), bad, digest, template.identity(), limits)
-    path = Path(config.cache_dir) / ".cache" / "tokens" / name
+    path = Path(settings.cache_dir) / ".cache" / "tokens" / name
     if path.exists():
         console.print(f"Tokens ({split_name}): found in {path}", markup=False)
     else:
@@ -536,7 +539,7 @@ def load_tokens(
         _write_tokens(path, tokenise.tables(records, tokenizer, template, left_out, **limits), bad, left_out)
     cut = BadRows(f"tokenising ({split_name})", total=len(records))
     cut.places = json.loads((path / "report.json").read_text())["tokenising"]
-    cut.check(config.max_bad_rows)
+    cut.check(settings.max_bad_rows)
     tokens = hf_datasets.Dataset.from_file(str(path / "tokens.arrow"))
     if not len(tokens):
         raise UserError(cut.summary())
@@ -761,7 +764,7 @@ class UnpairedPreferenceDataLoader(DataLoader):
 
     @staticmethod
     def records(
-        data: Dataset, *, frac_unique_desirable: float = 1.0, frac_unique_undesirable: float = 1.0, seed: int = 0
+        data: Dataset, *, frac_unique_desirable: Share = 1.0, frac_unique_undesirable: Share = 1.0, seed: int = 0
     ) -> list[dict[str, Any]]:
         """A record for each label and for both sides of each pair.
 
@@ -774,8 +777,6 @@ class UnpairedPreferenceDataLoader(DataLoader):
             found += [example.record(i, desirable=label) for i, label in labelled + sides]
         kept: set[int] = set()
         for label, fraction in ((True, frac_unique_desirable), (False, frac_unique_undesirable)):
-            if not 0 <= fraction <= 1:
-                raise UserError(f"frac_unique_{'' if label else 'un'}desirable={fraction} must be between 0 and 1")
             own = [i for i, record in enumerate(found) if record["desirable"] == label]
             kept.update(random.Random(seed).sample(own, round(fraction * len(own))))
         return [record for i, record in enumerate(found) if i in kept]

@@ -1,4 +1,4 @@
-"""Sample from a policy, or measure it: `python eval.py --config-path=RUN [++mode=MODE] [++key=value ...]`.
+"""Sample from a policy, or measure it: python eval.py --config-path=RUN [++mode=MODE] [++key=value ...]
 
     python eval.py --config-path=outputs/my_run                     writes samples/my_run.json
     python eval.py --config-path=outputs/my_run ++mode=alpacaeval   a benchmark's questions; also arenahard, mtbench
@@ -8,8 +8,13 @@
                                                                     sets apart, and weights for loss.feature_weights
 
 --config-path is a run directory, a config.yaml that a run wrote, or a model in the Hub's format; any key of the
-configuration can be changed. Killed, the same command goes on where it was.
+configuration can be changed. If it is killed, the same command goes on where it was.
 """
+
+from launch import startup
+
+if __name__ == "__main__":
+    startup.begin(__doc__, ["sampling", "features", "data"])
 
 import argparse
 import json
@@ -19,21 +24,23 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import models
 from distributed import parallel
 from features import measure, probe, report
 from launch import assembly, settings
 from launch.policies import Policy, find_policy, read_config, require_language_model, trainer_class
+from launch.settings import Config
 from sampling import backends, benchmark_files, diversity, samples
 from training.checkpoint import Run
 from utils import UserError, console, write_json
 
 
-def write_samples(config: DictConfig, path: Path, overrides: list[str]) -> None:
+def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     """`<samples_dir>/<exp_name>.json`, or of a benchmark `<exp_name>-<mode>.json` and the file for its own tools."""
-    own = samples.settings_of(config)
+    config = settings.typed(raw)
+    decoding = samples.decoding_of(config)
     control = trainer_class(config).control_tokens
     writes = parallel.rank() == 0
     server = backends.ServerBackend(config) if config.backend == "openai" else None
@@ -48,13 +55,13 @@ def write_samples(config: DictConfig, path: Path, overrides: list[str]) -> None:
     records = samples.records_to_sample(config, every=config.mode != "sample")
     name = config.exp_name if config.mode == "sample" else f"{config.exp_name}-{config.mode}"
     target = Path(config.samples_dir) / f"{name}.json"
-    identity = samples.identity_of(config, own, records, weights)
+    identity = samples.identity_of(config, decoding, records, weights)
     if is_there(target, identity):
         console.print(f"{target}: these samples are there already; delete the file to draw them again", markup=False)
         return
     with samples.sample_log(target, identity, writes) as log:
         backend = server or local_backend(config, policy, control)
-        conversations = samples.converse(config, own, records, backend, log)
+        conversations = samples.converse(config, decoding, records, backend, log)
         judged = f"-f {target}"
         if writes:
             if config.mode in benchmark_files.FILES:
@@ -67,7 +74,7 @@ def write_samples(config: DictConfig, path: Path, overrides: list[str]) -> None:
                 target,
                 {
                     "sampled_at": log.sampled_at,
-                    "config": OmegaConf.to_container(config, resolve=True),
+                    "config": config.model_dump(),
                     "sampling": identity,
                     "samples": [talk.entry() for talk in conversations],
                 },
@@ -85,7 +92,7 @@ def is_there(target: Path, identity: dict[str, Any]) -> bool:
         return False
 
 
-def local_backend(config: DictConfig, policy: Policy, control: tuple[str, ...]) -> backends.Backend:
+def local_backend(config: Config, policy: Policy, control: tuple[str, ...]) -> backends.Backend:
     """The back-end that has the policy's weights in this process. Raises UserError where it cannot have them."""
     tokenizer = models.load_tokenizer(policy.tokenizer)
     if config.backend == "vllm":
@@ -96,26 +103,27 @@ def local_backend(config: DictConfig, policy: Policy, control: tuple[str, ...]) 
     return backends.TransformersBackend(config, model, tokenizer, control)
 
 
-def write_metrics(config: DictConfig, path: Path, overrides: list[str]) -> None:
+def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     """The metrics of the whole evaluation set, and the figures of a policy's own samples, in `<run>/eval.json`."""
-    own = samples.settings_of(config)
+    config, classes = settings.check_config(raw, modes=["eval"])
+    decoding = samples.decoding_of(config)
     policy = find_policy(path, config, overrides)
     if policy.run is None or config.backend != "transformers":
         raise UserError("mode=eval measures the policy of a run, with backend=transformers")
-    parts = settings.check_config(config, [], modes=["eval"])
-    sources = settings.find_sources(config, parts.binding.needs)
-    trainer = assembly.prepare(config, parts, sources, Run(policy.run), cached=["eval"])
+    paths = settings.find_paths(config, classes.binding.needs)
+    trainer = assembly.prepare(config, classes, paths, Run(policy.run), cached=["eval"])
     trainer.read_export(policy.folder)
     values = trainer.evaluate()
     log: Any = nullcontext()
     if policy.writes_text(config):
         records = samples.records_to_sample(config)
-        identity = samples.identity_of(config, own, records, policy.digest())
+        identity = samples.identity_of(config, decoding, records, policy.digest())
         log = samples.sample_log(policy.run / "eval.json", identity, parallel.rank() == 0)
     with log as opened:
         if opened:
-            talks = samples.converse(config, own, records, diversity.backend_of(trainer), opened)
-            values |= diversity.sample_figures(trainer, talks)
+            backend = backends.TransformersBackend(config, trainer.policy, trainer.tokenizer, trainer.control_tokens)
+            talks = samples.converse(config, decoding, records, backend, opened)
+            values |= diversity.sample_figures(config, trainer, talks)
         if parallel.rank() == 0:
             write_json(policy.run / "eval.json", values)
     for name, value in values.items():
@@ -123,13 +131,14 @@ def write_metrics(config: DictConfig, path: Path, overrides: list[str]) -> None:
     console.print(f"written to {policy.run / 'eval.json'}", markup=False)
 
 
-def write_features(config: DictConfig, path: Path, overrides: list[str]) -> None:
+def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     """What training did to the features, in `<run>/features/`: a page and a table. With a probe: which of them tell
     two kinds of text apart."""
-    if config.probe is not None:
-        probe.write_probe(config, path, overrides)
+    if raw.probe is not None:
+        probe.write_probe(settings.typed(raw), path, overrides)
         return
-    measured, run = measure.measure(config, path, overrides)
+    config, classes = settings.check_config(raw, modes=["features"])
+    measured, run = measure.measure(config, classes, path, overrides)
     if parallel.rank() == 0:
         report.write_report(measured, run / "features")
     console.print(report.finding(measured), markup=False)
@@ -144,16 +153,16 @@ def main() -> None:
     parser.add_argument("--config-path", required=True, type=Path, help="a run directory, a YAML file, or a model")
     parser.add_argument("overrides", nargs="*", help="++key=value, of the run's config.yaml (mode, n_samples, ...)")
     arguments = parser.parse_args()
-    arguments.overrides = [spelled for argument in arguments.overrides for spelled in settings.spelled_out(argument)]
+    overrides = settings.translate_arguments(arguments.overrides)
     try:
-        config = read_config(arguments.config_path, arguments.overrides)
+        raw = read_config(arguments.config_path, overrides)
     except (UserError, HydraException) as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(2)
-    work = WORK.get(config.mode, write_samples)
-    split = config.mode in WORK and config.probe is None
-    ranks = config.nproc if split else parallel.ranks_given() or 1  # a sampler and a probe split only if told to
-    parallel.run(lambda: work(config, arguments.config_path, arguments.overrides), ranks)
+    work = WORK.get(raw.mode, write_samples)
+    split = raw.mode in WORK and raw.probe is None
+    ranks = settings.ranks_of(raw) if split else parallel.ranks_given() or 1  # a sampler splits only if told to
+    parallel.run(lambda: work(raw, arguments.config_path, overrides), ranks)
 
 
 if __name__ == "__main__":

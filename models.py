@@ -31,9 +31,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from data.batch import Batch
+from distributed import parallel
 from distributed.sharding import materialise
-from modeling.attention import mask_inputs
+from modeling.attention import choose, mask_inputs
 from modeling.head import token_statistics
+from modeling.settings import ModelSettings
 from modeling.weights import WEIGHTS, fill, open_weights, require_matching_weights, weight_files
 from sae import JointTap, MLPTap, ResidualTap
 from utils import UserError, local_path
@@ -93,8 +95,21 @@ def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None) 
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     other = (batch.reference["hidden"], batch.reference["head"]) if "head" in batch.reference else None
     token_logps, token_kl = token_statistics(hidden, batch.target, head, softcap, other)
-    residual = tap.take().flatten(0, 1)[batch.position[batch.content]] if tap else None
+    residual = at_text(tap, batch) if tap else None
     return Scores(token_logps, hidden, batch, token_kl, residual)
+
+
+def read_residual(model: PreTrainedModel, batch: Batch, tap: ResidualTap) -> Tensor:
+    """The residual stream [M, D] at the text tokens of the completions, where the tap reads it. Nothing is projected
+    onto the vocabulary."""
+    with tap.reading():
+        final_hidden_states(model, batch)
+    return at_text(tap, batch)
+
+
+def at_text(tap: ResidualTap, batch: Batch) -> Tensor:
+    """What a tap has just read [R, T, D], at the text tokens of the completions: [M, D]."""
+    return tap.take().flatten(0, 1)[batch.position[batch.content]]
 
 
 def final_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -210,6 +225,20 @@ def fetch(source: str, patterns: list[str], setting: str) -> Path:
             f"{setting}: {source} is not a local path, and the Hub did not give it ({str(error).splitlines()[0]}). "
             f"If it is gated or private, run `hf auth login`; offline, point {setting} at a local copy."
         ) from error
+
+
+def reference_weights(settings: ModelSettings) -> tuple[Path, str | None]:
+    """The weights of the reference, as `open_weights` takes them: those that training starts from, or those of
+    `model.reference_path`."""
+    if settings.reference_path:
+        return fetch(settings.reference_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.reference_path"), None
+    return fetch(settings.name_or_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.name_or_path"), settings.load_from
+
+
+def choose_attention(settings: ModelSettings, architecture: PretrainedConfig, *, pairs: bool) -> tuple[str, str]:
+    """The implementation of attention and the layout for a model here; `pairs` as `attention.choose` has it."""
+    choice = (settings.attn_implementation, settings.layout, architecture, parallel.device(), settings.policy_dtype)
+    return choose(*choice, pairs=pairs)
 
 
 def load_config(directory: Path) -> PretrainedConfig:

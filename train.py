@@ -1,11 +1,21 @@
-"""Train: `python train.py loss=fpo model=gemma2b [key=value ...]`. `--help` lists what can be chosen.
+"""Train a model: python train.py loss=LOSS model=MODEL [key=value ...]
 
-The way from here to a loss: config.loss.trainer names a class of trainers.py, and its `loss` method is the loss.
+    python train.py experiment=quickstart                       FPO on the built-in model, on a laptop
+    python train.py loss=fpo model=gemma2b
+    python train.py loss=dpo model=llama7b datasets=[shp,hh,oasst] exp_name=my_run ++cache_dir=/data/models
+
+config.loss.trainer names a class of trainers.py, and its method `loss` is the loss; training/loop.py calls it.
+Add --cfg job to print the composed configuration, ++mode=plan to see what a run would take of memory.
 """
 
-import gc
+from launch import startup
 
-gc.set_threshold(100_000)  # Python's own 700 costs a fifth of the imports' time, and more of the tokenising's
+if __name__ == "__main__":
+    startup.begin(
+        __doc__,
+        ["data", "optimisation", "what is measured and kept", "model"],
+        groups=["loss", "model", "sae", "experiment"],
+    )
 
 import sys
 import time
@@ -13,45 +23,38 @@ from pathlib import Path
 
 import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distributed import parallel
 from launch import assembly, plan, settings
 from training.checkpoint import Run
 
-MODES = ("train", "plan")
 
-
-def train(config: DictConfig, overrides: list[str]) -> None:
+def train(raw: DictConfig) -> None:
     """Check, prepare, train, summarise."""
     started = time.monotonic()
-    config.exp_name = str(config.exp_name)  # YAML reads exp_name=7 as a number
-    parts = settings.check_config(config, overrides, modes=MODES)
-    sources = settings.find_sources(config, parts.binding.needs)
+    config, classes = settings.check_config(raw, modes=("train", "plan"))
+    paths = settings.find_paths(config, classes.binding.needs)
     if config.mode == "plan":
-        plan.print_plan(config, parts, sources)
+        plan.print_plan(config, classes, paths)
         return
     run = Run(Path(config.cache_dir) / config.exp_name)
     with run.writing():
-        parallel.from_rank_zero(lambda: run.start(config))
+        saved = None if config.resume == "never" else settings.saved_config(run.folder)
+        parallel.from_rank_zero(lambda: run.start(config, saved))
         torch.manual_seed(config.seed)
-        trainer = assembly.prepare(config, parts, sources, run)
+        trainer = assembly.prepare(config, classes, paths, run)
         trainer.train()
         from launch import summary  # takes a while to import, and the first step need not wait for it
 
-        summary.summarise(trainer, sources.model, started)
+        summary.summarise(trainer, config, paths.model, started)
 
 
 @hydra.main(version_base=None, config_path="config", config_name="config")
-def main(config: DictConfig) -> None:
-    overrides = list(HydraConfig.get().overrides.task)
-    ranks = 1 if config.mode == "plan" else config.nproc  # a plan for many ranks needs only one
-    parallel.run(lambda: train(config, overrides), ranks)
+def main(raw: DictConfig) -> None:
+    parallel.run(lambda: train(raw), settings.ranks_of(raw))
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = [spelled for argument in sys.argv[1:] for spelled in settings.spelled_out(argument)]
-    if {"-h", "--help"} & set(sys.argv):  # Hydra composes before it helps
-        sys.argv[1:] = ["--help", "loss=fpo", "model=tiny"]
+    sys.argv[1:] = settings.checked_arguments(sys.argv[1:])
     main()

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -171,3 +172,95 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
         while (item := upcoming.result()) is not end:
             upcoming = thread.submit(next, source, end)
             yield cast(T, item)
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]  # exp_name=7
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Settings(BaseModel):
+    """A part of the configuration: each key with its type and range. Nothing is converted: `no` is not false."""
+
+    model_config = STRICT
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def checked(kind: type[S], values: dict[str, Any], where: str = "") -> S:
+    """The settings with these values. `where` is put before the keys in messages.
+
+    Raises UserError with a line for each key that is wrong, missing or unknown.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        wanted: dict[tuple[str, str], list[str]] = {}
+        for problem in error.errors():
+            key, value = where, cast(Any, values)
+            for step in problem["loc"]:
+                if not isinstance(value, dict):
+                    break  # what follows names an alternative of the type
+                key, value = f"{key}.{step}".removeprefix("."), value.get(step)
+            wanted.setdefault((key, written(value)), []).append(_wanted(kind, key, value, problem))
+        lines = []
+        for (key, value), all_wanted in wanted.items():
+            said = " or ".join(dict.fromkeys(all_wanted)).replace(" or has to be", " or")
+            lines.append(f"{key} {said}" if said.startswith("is ") else f"{key}={value}: {said}")
+        raise UserError("\n".join(lines)) from None
+
+
+WANTED = {  # by pydantic's kinds of errors
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "list_type": "a list",
+    "dict_type": "keys with values",
+    "model_type": "keys with values",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+}
+
+
+def _wanted(kind: type[Settings], key: str, value: Any, problem: Any) -> str:
+    """What a key would have to be, in words."""
+    what, details = problem["type"], problem.get("ctx", {})
+    if what == "missing":
+        return "is missing"
+    if what == "extra_forbidden":
+        known = known_keys(kind)
+        alike = [other for other in known if other.count(".") == key.count(".")]
+        if not alike:  # below a key of the user's
+            key, alike = key.rpartition(".")[2], [other.rpartition(".")[2] for other in known]
+        return f"is read by nothing{suggest(key, alike)}"
+    if what == "literal_error":
+        known = [word.strip("'").lower() for word in re.split(", | or ", details["expected"])]
+        return f"not one of {', '.join(known)}{suggest(written(value), known)}"
+    return f"has to be {WANTED[what].format(**details)}" if what in WANTED else problem["msg"]
+
+
+def written(value: Any) -> str:
+    """A value as YAML writes it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def known_keys(kind: type[Settings], prefix: str = "") -> list[str]:
+    """Every key of the settings, the inner ones with dots."""
+    found = []
+    for name, field in kind.model_fields.items():
+        found.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            found += known_keys(field.annotation, f"{prefix}{name}.")
+    return found

@@ -11,7 +11,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,17 +20,15 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
+from autoencoders.settings import SAESection, SAESettings
 from models import fetch
 from sae import SAE, JointSAE
 from utils import UserError, atomic_write, console, file_digest, local_path, suggest
 
-HOOKS = ("residual", "mlp")
 Place = tuple[int | None, str | None]  # the layer and the hook that a file says it reads; None: it does not say
-SECTION: dict[str, Any] = {"name": None, "path": None, "format": "auto", "layer": None, "hook": None, "weight": 1.0}
 
 
 # --------------------------------------------------------------------------------------------- what a file holds
@@ -475,49 +473,46 @@ class SAESource:
         return [self.files.format, *digests, self.layer, self.hook]
 
 
-def sections(config: DictConfig) -> dict[str, dict[str, Any]]:
-    """The SAEs that the configuration asks for, by where it does: `sae` itself, or each of `sae.parts`; none is empty.
+def sections(settings: SAESection) -> dict[str, SAESettings]:
+    """The SAEs that the configuration asks for, by where it does: `sae` itself, or each of `sae.parts`.
 
-    Raises UserError for a key that no SAE has, and where it asks for one and for several.
+    Raises UserError where it asks for one and for several, and for a part without a path.
     """
-    section: dict[str, Any] = OmegaConf.to_container(config.get("sae") or OmegaConf.create(), resolve=True)  # type: ignore[assignment]
-    parts = section.pop("parts", None) or {}
-    if parts and section.get("path"):
+    if not settings.parts:
+        return {"sae": settings} if settings.path else {}
+    if settings.path:
         raise UserError("sae.path and sae.parts: one SAE or several? ~sae takes the one that comes with the model out")
-    found = {f"sae.parts.{name}": part for name, part in parts.items()} or {"sae": section}
-    for where, part in found.items():
-        for key in part:
-            if key not in SECTION:
-                raise UserError(f"{where}.{key} is read by nothing{suggest(key, SECTION)}; keys: {', '.join(SECTION)}")
-        if parts and not part.get("path"):
-            raise UserError(f"{where}.path is missing: a file or directory, or organisation/repository/path on the Hub")
-    return {where: {**SECTION, **part} for where, part in found.items() if part.get("path")}
+    for name, part in settings.parts.items():
+        if not part.path:
+            raise UserError(
+                f"sae.parts.{name}.path is missing: a file or directory, or organisation/repository/path on the Hub"
+            )
+    return {f"sae.parts.{name}": part for name, part in settings.parts.items()}
 
 
-def find_sae(section: Mapping[str, Any], where: str) -> SAESource:
+def find_sae(section: SAESettings, where: str) -> SAESource:
     """Find, or fetch from the Hub, the SAE that a section of the configuration asks for, and where it reads.
 
     Raises UserError where its files are not there or not of one format, where neither they nor the section say which
     layer it reads, and where they disagree.
     """
-    for key, known in (("format", ("auto", *SAE_FORMATS)), ("hook", (None, *HOOKS))):
-        if section[key] not in known:
-            names = [name for name in known if name]
-            hint = suggest(str(section[key]), names)
-            raise UserError(f"{where}.{key}={section[key]}: not one of {', '.join(names)}{hint}")
-    if not isinstance(section["weight"], int | float) or not 0 < section["weight"] < float("inf"):
-        raise UserError(f"{where}.weight={section['weight']}: has to be a number above 0")
-    files = recognise(fetch_sae(section["path"], f"{where}.path"), section["format"])
+    known = ("auto", *SAE_FORMATS)
+    if section.format not in known:
+        hint = suggest(section.format, known)
+        raise UserError(f"{where}.format={section.format}: not one of {', '.join(known)}{hint}")
+    assert section.path is not None
+    files = recognise(fetch_sae(section.path, f"{where}.path"), section.format)
     said = dict(zip(("layer", "hook"), SAE_FORMATS[files.format].place(files.weights, files.fields())))
     for key, value in said.items():
-        if value is not None and section[key] not in (None, value):
+        asked = getattr(section, key)
+        if value is not None and asked not in (None, value):
             raise UserError(
-                f"{where}.{key}={section[key]}, but {files.weights} says {value}; {where}.{key}=null reads it there"
+                f"{where}.{key}={asked}, but {files.weights} says {value}; {where}.{key}=null reads it there"
             )
-    layer = said["layer"] if section["layer"] is None else section["layer"]
+    layer = said["layer"] if section.layer is None else section.layer
     if not isinstance(layer, int):
         raise UserError(f"{where}.layer={layer}: set it to the layer whose output is read, from 0; the file says none")
-    return SAESource(where, files, layer, section["hook"] or said["hook"] or "residual", section["weight"])  # type: ignore[arg-type]
+    return SAESource(where, files, layer, section.hook or said["hook"] or "residual", section.weight)  # type: ignore[arg-type]
 
 
 def fetch_sae(source: str, setting: str) -> Path:

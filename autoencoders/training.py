@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, ListConfig
 from torch import Tensor, nn
 
 from autoencoders.activations import ActivationLoader, Activations, text_positions
@@ -24,10 +23,11 @@ from data.batch import Batch
 from distributed import parallel
 from models import decoder_layers, final_hidden_states, make_tap, score
 from sae import ENCODE_ELEMENTS, SAE
-from trainers import BasicTrainer, MetricAccumulator, Setup
+from training.loop import BasicTrainer, MetricAccumulator, Setup
 from training.quantities import Binding
+from training.settings import TrainingSettings
 from training.throughput import ThroughputMeter
-from utils import UserError, console
+from utils import Count, Natural, NonNegative, UserError, console
 
 SAMPLE_STEPS = 16  # whose tokens stand for all: where training starts, and the thresholds, are set from them
 MEDIAN_STEPS = 32  # of Weiszfeld's algorithm
@@ -142,17 +142,19 @@ class SAETrainer(BasicTrainer):
     `model.batch_size` is only what the model reads at once.
     """
 
+    can_plan = False
+
     def __init__(
         self,
         setup: Setup,
         *,
-        layer: int | list[int] | None,
-        d_sae: int,
-        k: int,
-        batch_tokens: int,
-        buffer_tokens: int,
-        dead_after: int,
-        auxiliary: float,
+        layer: Natural | list[Natural] | None,
+        d_sae: Count,
+        k: Count,
+        batch_tokens: Count,
+        buffer_tokens: Count,
+        dead_after: Count,
+        auxiliary: NonNegative,
         saelens: bool,
     ) -> None:
         """Raises UserError for layers that the model has not, and for a warm-up that the run is too short for."""
@@ -172,6 +174,7 @@ class SAETrainer(BasicTrainer):
             for n in self.layers
         ]
         self.exported: list[SAE] = []
+        self.batch_tokens, self.buffer_tokens = batch_tokens, buffer_tokens
         sizes = {"batch_tokens": batch_tokens, "buffer_tokens": buffer_tokens}
         self.stream = ActivationLoader(setup.loaders["train"], self.residuals, special=self.special, **sizes)
         warmup, steps = setup.config.warmup_steps, len(self.stream)
@@ -181,23 +184,21 @@ class SAETrainer(BasicTrainer):
                 f"last fifth of them the learning rate goes down; warmup_steps={steps // 10} would do, or more data"
             )
         super().__init__(replace(setup, loaders={**setup.loaders, "train": self.stream}))  # type: ignore[dict-item]
+
+    def start_optimizer(self) -> None:
+        super().start_optimizer()
         self.optimizer.register_step_post_hook(lambda *_: self.keep_unit_rows())
 
     @classmethod
-    def check(cls, config: DictConfig, binding: Binding) -> None:
-        options, layer = binding.options["init"], config.loss.layer
-        if config.mode == "plan":
-            raise UserError("mode=plan counts what training the model takes; for loss=sae see docs/sae-training.md")
+    def check(cls, config: TrainingSettings, binding: Binding) -> None:
+        options = binding.options["init"]
         if config.model.layout == "shared_prefix":
             raise UserError(
                 "model.layout=shared_prefix: would count a prompt's tokens once for several completions; packed"
             )
-        layers = list(layer) if isinstance(layer, ListConfig) else [] if layer is None else [layer]
-        if not all(isinstance(n, int) for n in layers) or len(set(layers)) < len(layers) or layer == []:
-            raise UserError(f"loss.layer={layer}: a layer's number from 0, a list of different ones, or null")
-        for key in ("d_sae", "k", "batch_tokens", "buffer_tokens", "dead_after"):
-            if not isinstance(options[key], int) or options[key] < 1:
-                raise UserError(f"loss.{key}={options[key]}: has to be a whole number above 0")
+        layers = options["layer"]
+        if isinstance(layers, list) and (not layers or len(set(layers)) < len(layers)):
+            raise UserError(f"loss.layer={layers}: a layer's number from 0, a list of different ones, or null")
         if options["k"] > options["d_sae"]:
             raise UserError(
                 f"loss.k={options['k']}: more than the loss.d_sae={options['d_sae']} latents that there are"
@@ -230,7 +231,7 @@ class SAETrainer(BasicTrainer):
         """As every trainer; a new run starts from the statistics of its first activations."""
         console.print(
             f"{self.stream.tokens:,} text tokens in {len(self.stream):,} steps of about "
-            f"{self.config.loss.batch_tokens:,}, from a buffer of about {self.config.loss.buffer_tokens:,}"
+            f"{self.batch_tokens:,}, from a buffer of about {self.buffer_tokens:,}"
         )
         if not parallel.from_rank_zero(self.run.saved):
             self.stream.fill(0)

@@ -33,7 +33,7 @@ from autoencoders.formats import load_sae, save_sae  # noqa: E402
 from data import tokenise, toy  # noqa: E402
 from data.batch import collate  # noqa: E402
 from sae import SAE, pooled_features  # noqa: E402
-from sampling.generate import Request, Settings, sample  # noqa: E402
+from sampling.generate import Decoding, Request, sample  # noqa: E402
 
 OUTPUT = REPO / "outputs" / "control"
 PAGE = REPO / "docs" / "control.md"
@@ -200,7 +200,7 @@ def shares(weights: Path, seed: int) -> dict[str, float]:
     rows = toy.demonstrations("test", 0, PROMPTS)
     requests = [Request(row["prompt_ids"], temperature=1.0) for row in records(rows, "completion")]
     model = models.load_model(weights, "eager", torch.device("cpu"))
-    drawn = sample(model, TOKENIZER, requests, Settings(32, seed), batch_size=100)
+    drawn = sample(model, TOKENIZER, requests, Decoding(32, seed), batch_size=100)
     found = [vars(toy.attributes(row["prompt"], own.text)) for row, own in zip(rows, drawn)]
     read = [own for own in found if None not in (own["language"], own["tone"], own["format"])]
     values = {attribute: mean(own[attribute] == value for own in read) for attribute, value in WANTED.items()}

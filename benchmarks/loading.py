@@ -41,14 +41,14 @@ def load(folder: Path) -> None:
     from hydra import compose, initialize_config_dir
 
     from distributed import parallel
-    from launch import assembly
+    from launch import assembly, settings
 
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        settings = compose("config", ["loss=sft", "model=tiny"]).model
+        model_settings = settings.typed(compose("config", ["loss=sft", "model=tiny"])).model
     parallel.wait_for_all()
     Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
     before, started = memory("VmRSS"), time.monotonic()
-    model = assembly.build_model(settings, "sdpa", folder)
+    model = assembly.build_model(model_settings, "sdpa", folder)
     seconds = parallel.max_over_ranks(time.monotonic() - started)
     figures = torch.tensor([memory("VmHWM") - before, memory("VmRSS") - before], dtype=torch.float64)
     peak, after = parallel.sum_over_ranks(figures).tolist()

@@ -67,23 +67,23 @@ def train(folder: Path, own: list[str], name: str) -> None:
     from loading import memory
 
     import train as command
-    import trainers
     from distributed import parallel
+    from training import loop
 
     overrides = settings(folder, own, name)
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", overrides)
         before = memory("VmRSS")
         peak = 0.0
-        update = trainers.BasicTrainer.update
+        update = loop.BasicTrainer.update
 
         def measured(self, *arguments):  # the steps alone: what evaluating and saving take is not in the plan
             nonlocal peak
             update(self, *arguments)
             peak = parallel.max_over_ranks(memory("VmHWM") - before)
 
-        trainers.BasicTrainer.update = measured  # type: ignore[method-assign]
-        command.train(config, overrides)
+        loop.BasicTrainer.update = measured  # type: ignore[method-assign]
+        command.train(config)
     if parallel.rank() == 0:
         print(json.dumps({"peak": peak}))
 
@@ -96,8 +96,8 @@ def planned(folder: Path, own: list[str], ranks: int) -> float:
 
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", settings(folder, own, "plan"))
-        parts = checks.check_config(config, [])
-        made = plan.make(config, parts, checks.find_sources(config, parts.binding.needs), ranks)
+        config, classes = checks.check_config(config, ["plan"])
+        made = plan.make(config, classes, checks.find_paths(config, classes.binding.needs), ranks)
     return sum(made.memory.values())
 
 

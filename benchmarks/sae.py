@@ -50,12 +50,12 @@ def measure(trainer: str, seed: int) -> dict[str, dict[str, float]]:
     name, arguments = f"{trainer.replace(' ', '-')}-{seed}", overrides(seed, TRAINERS[trainer])
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", overrides=[*arguments, f"exp_name={name}", "resume=never"])
-        parts = settings.check_config(config, arguments)
-        sources = settings.find_sources(config, parts.binding.needs)
+        config, classes = settings.check_config(config)
+        paths = settings.find_paths(config, classes.binding.needs)
     run = Run(OUTPUT / name)
     with run.writing():
-        run.start(config)
-        own = assembly.prepare(config, parts, sources, run)
+        run.start(config, None)
+        own = assembly.prepare(config, classes, paths, run)
         if trainer == "this repo":
             own.train()
             return dict.fromkeys(("as saved", "same L0"), figures(own, own.last_evaluation))

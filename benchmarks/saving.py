@@ -42,8 +42,8 @@ def train(folder: Path) -> None:
 
     from distributed import parallel
     from launch import assembly, settings
-    from trainers import MetricAccumulator
     from training.checkpoint import Run
+    from training.loop import MetricAccumulator
 
     overrides = [
         *("loss=sft", "model=tiny", f"model.name_or_path={folder}", f"datasets=[{folder / 'pairs.jsonl'}]"),
@@ -51,10 +51,10 @@ def train(folder: Path) -> None:
     ]
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", overrides)
-        parts = settings.check_config(config, overrides)
-        sources = settings.find_sources(config, parts.binding.needs)
+        config, classes = settings.check_config(config)
+        paths = settings.find_paths(config, classes.binding.needs)
     run = Run(folder / "runs" / f"on-{parallel.world_size()}")
-    trainer = assembly.prepare(config, parts, sources, run)
+    trainer = assembly.prepare(config, classes, paths, run)
     means, alone, meanwhile = MetricAccumulator(), [], []
     for step, micro_batches in enumerate(trainer.loaders["train"].steps()):
         busy = run.pending is not None and not run.pending.done()

@@ -181,12 +181,11 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def tokenised(folder: Path, arguments: dict[str, Any], loss: str) -> Any:
     """The rows that our loader makes of a loss's data, in the order of the file."""
-    import dataloader
     import models
+    from launch import assembly
 
-    config, parts = checked(overrides(folder, arguments, loss, "padded"))
-    tokenizer = models.load_tokenizer(folder / "model")
-    return dataloader.load_tokens(config, "train", tokenizer, parts.loader, parts.binding.options["loader"]).rows
+    config, classes = checked(overrides(folder, arguments, loss, "padded"))
+    return assembly.load_tokens(config, classes, models.load_tokenizer(folder / "model"), "train").rows
 
 
 def trl_rows(folder: Path, arguments: dict[str, Any], loss: str) -> list[dict[str, Any]]:
@@ -278,14 +277,13 @@ def overrides(folder: Path, arguments: dict[str, Any], loss: str, layout: str) -
 
 
 def checked(given: list[str]) -> Any:
-    """The composed configuration, and its parts."""
+    """The configuration, and the classes that it names."""
     from hydra import compose, initialize_config_dir
 
     from launch import settings
 
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        config = compose("config", overrides=given)
-        return config, settings.check_config(config, given)
+        return settings.check_config(compose("config", overrides=given))
 
 
 def assemble(given: list[str]) -> Any:
@@ -297,11 +295,13 @@ def assemble(given: list[str]) -> Any:
     from training.checkpoint import Run
 
     parallel.join(0, 1, dist.HashStore())
-    config, parts = checked(given)
+    config, classes = checked(given)
     run = Run(Path(config.cache_dir) / config.exp_name)
-    run.start(config)
-    sources = settings.find_sources(config, parts.binding.needs)
-    return assembly.prepare(config, parts, sources, run, cached=("train",))
+    run.start(config, None)
+    paths = settings.find_paths(config, classes.binding.needs)
+    trainer = assembly.prepare(config, classes, paths, run, cached=("train",))
+    trainer.start_optimizer()
+    return trainer
 
 
 def run_ours(folder: Path, arguments: dict[str, Any], contender: Contender) -> dict[str, Any]:

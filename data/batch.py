@@ -144,6 +144,12 @@ def _documents(pairs: Sequence[tuple[list[int], list[int]]], *, shared: bool) ->
     return [(list(prompt), own) for prompt, own in found.items()]
 
 
+def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places of some sequences, given their lengths, in batches of `size`, the shortest first: little padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def tokens_of(shapes: Sequence[tuple[int, list[int]]], layout: str) -> int:
     """Positions R * T of a batch of records of these shapes: (tokens of the prompt, tokens of each completion).
 

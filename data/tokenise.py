@@ -18,11 +18,11 @@ from typing import Any
 import datasets
 import jinja2
 import pyarrow
-from omegaconf import DictConfig
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from data.rows import BadRow
+from data.settings import TemplateSettings
 from utils import Message, UserError, console, file_digest
 
 VERSION = 1  # of the rules in this file; a change of any of them makes cached tokens stale
@@ -105,17 +105,20 @@ class ChatTemplate:
 Template = PrefixTemplate | ChatTemplate
 
 
-def make_template(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template that `config.template` names: `tulu` (the four prefixes and suffixes) or `chat`."""
-    if config.template == "tulu":
-        return PrefixTemplate(
-            config.human_prefix, config.human_suffix, config.assistant_prefix, config.assistant_suffix
-        )
-    if config.template != "chat":
-        raise UserError(f"template={config.template!r} is not known; use tulu or chat")
+def make_template(settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template that the settings name: `tulu` (their four prefixes and suffixes) or `chat`."""
+    if settings.template == "tulu":
+        return prefix_template(settings)
     if not tokenizer.chat_template:
         raise UserError(f"template=chat: {tokenizer.name_or_path!r} has no chat template; use template=tulu")
     return ChatTemplate(tokenizer)
+
+
+def prefix_template(settings: TemplateSettings) -> PrefixTemplate:
+    """The template of the settings' prefixes and suffixes."""
+    return PrefixTemplate(
+        settings.human_prefix, settings.human_suffix, settings.assistant_prefix, settings.assistant_suffix
+    )
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -7,7 +7,6 @@ and dropped afterwards; embeddings, final norm and head stay gathered from the f
 from collections.abc import Iterator, Sequence
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -28,31 +27,33 @@ from utils import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def shard(model: PreTrainedModel, layers: Sequence[nn.Module], settings: DictConfig) -> None:
+def shard(
+    model: PreTrainedModel, layers: Sequence[nn.Module], compute: torch.dtype, *, hybrid: bool, offload: bool
+) -> None:
     """Split a model on the meta device over all ranks: one unit for each layer, one for all the rest.
 
-    `settings` is config.model. Parameters are gathered in `policy_dtype`, whatever they are kept in, and computed with
-    in it; gradients are summed in fp32. One rank that computes in what it keeps needs none of this.
+    Parameters are gathered in the dtype `compute`, whatever they are kept in; gradients are summed in fp32. `hybrid`:
+    split within each node, replicate over nodes. `offload`: keep the slices in host memory. One rank that computes in
+    the dtype it keeps needs none of this.
     """
-    compute = DTYPES[settings.policy_dtype]
     kept = {parameter.dtype for parameter in model.parameters()}
-    if parallel.world_size() == 1 and kept == {compute} and not settings.cpu_offload:
+    if parallel.world_size() == 1 and kept == {compute} and not offload:
         return
     for unit in (*layers, model):
-        split(unit, settings, compute)
+        split(unit, compute, hybrid=hybrid, offload=offload)
     # Scoring needs the hidden states, not the logits, so it enters here and not by the model's own forward.
     model.backbone = model.base_model.__call__  # type: ignore[assignment]
     register_fsdp_forward_method(model, "backbone")
 
 
-def split(unit: nn.Module, settings: DictConfig, compute: torch.dtype) -> None:
+def split(unit: nn.Module, compute: torch.dtype, *, hybrid: bool, offload: bool) -> None:
     """Make one module a unit that is gathered and dropped as a whole."""
     on_host = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     fully_shard(
         unit,
-        mesh=mesh(settings.hybrid_sharding),
+        mesh=mesh(hybrid),
         mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
-        offload_policy=on_host if settings.cpu_offload else OffloadPolicy(),
+        offload_policy=on_host if offload else OffloadPolicy(),
     )
 
 

@@ -20,23 +20,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import models
 from autoencoders.formats import sections
+from data.batch import batches_by_length
 from dataloader import DataLoader
 from distributed import parallel
 from distributed.sharding import reshard
 from features import neuronpedia
 from launch import assembly, settings
 from launch.policies import Policy, find_policy, read_config, require_language_model
+from launch.settings import Config, RunClasses, RunPaths
 from modeling.weights import PolicyFile, Weights, fill, open_weights, weights_digest
-from sae import ENCODE_ELEMENTS, active, drift_by_feature, pooled_features
-from sampling import diversity, samples
-from trainers import BasicTrainer
-from training.checkpoint import Run
+from sae import ENCODE_ELEMENTS, SAE, active, drift_by_feature, pooled_features
+from sampling import samples
+from sampling.backends import TransformersBackend
+from training.loop import Subject
 from utils import REPO, UserError, progress_bar
 
 FEATURES_SHOWN = 8  # features that rose most, and as many that fell most, with
@@ -57,7 +60,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Subject:
+class TrainedRun:
     """A run that is looked at."""
 
     name: str
@@ -109,7 +112,7 @@ class Part:
 class Measured:
     """A run's policy beside the reference, on the same texts."""
 
-    run: Subject
+    run: TrainedRun
     reference: Profile
     policy: Profile
 
@@ -150,27 +153,20 @@ def data_texts(loader: DataLoader) -> list[Text]:
     return texts
 
 
-def start_of(config: DictConfig) -> tuple[Path, str | None]:
-    """The reference's weights, as `open_weights` takes them."""
-    model = config.model
-    key, load_from = ("reference_path", None) if model.reference_path else ("name_or_path", model.load_from)
-    return models.fetch(model[key], [*models.CONFIG_FILES, *models.WEIGHT_FILES], f"model.{key}"), load_from
-
-
-def other_run(path: Path, own: Subject, start: tuple[Path, str | None]) -> Subject:
+def other_run(path: Path, own: TrainedRun, start: tuple[Path, str | None]) -> TrainedRun:
     """The run to be compared with. Raises UserError where it cannot be, feature by feature."""
     if not (path / "LATEST").exists():
         raise UserError(f"compare_to={path}: no finished run there (a run directory with LATEST)")
-    config = read_config(path, [])
+    config = settings.typed(read_config(path, []))
     policy = find_policy(path, config, [])
     require_language_model(config, policy)
-    if weights_digest(*start_of(config)) != weights_digest(*start):
+    if weights_digest(*models.reference_weights(config.model)) != weights_digest(*start):
         raise UserError(
             f"compare_to={path}: that run did not start from the same weights, so its features moved from elsewhere; "
             "++model.reference_path=... gives the run itself another reference"
         )
     name = path.resolve().name
-    return Subject(str(path) if name == own.name else name, config.loss.name, policy)
+    return TrainedRun(str(path) if name == own.name else name, config.loss.name, policy)
 
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
@@ -179,11 +175,11 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def put(trainer: BasicTrainer, weights: Weights, new_tokens: int = 0) -> None:
-    """Let the trainer's policy have other weights."""
-    reshard(trainer.policy)
-    fill(trainer.policy, weights, new_tokens)
-    trainer.policy.eval()
+def put(policy: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
+    """Replace the weights of a model, and put it into eval mode."""
+    reshard(policy)
+    fill(policy, weights, new_tokens)
+    policy.eval()
 
 
 def policy_file(folder: Path) -> Weights:
@@ -200,20 +196,22 @@ class Reader:
     Each rank has its share of the texts, and keeps it.
     """
 
-    def __init__(self, trainer: BasicTrainer, texts: Sequence[Text], *, divergence: str, k: int) -> None:
-        """The trainer has an SAE and a tap."""
-        assert trainer.sae is not None and trainer.tap is not None
-        self.trainer, self.texts, self.sae, self.tap = trainer, texts, trainer.sae, trainer.tap
+    def __init__(self, subject: Subject, texts: Sequence[Text], *, batch_size: int, divergence: str, k: int) -> None:
+        """The subject has an SAE and a tap."""
+        assert subject.sae is not None and subject.tap is not None
+        self.texts, self.sae, self.tap = texts, subject.sae, subject.tap
+        self.policy, self.tokenizer, self.loader = subject.policy, subject.tokenizer, subject.loaders["eval"]
         self.divergence, self.k = divergence, k
-        self.eos_id = trainer.tokenizer.eos_token_id
+        self.eos_id = subject.tokenizer.eos_token_id
         found = {text.kind for text in texts}
         self.kinds = [kind for kind in (*KINDS, SAMPLED_BY_OTHER) if kind in found]
         self.completions = {kind: sum(text.kind == kind for text in texts) for kind in self.kinds}
         self.tokens = {kind: sum(len(self.content(t)) for t in texts if t.kind == kind) for kind in self.kinds}
         world = parallel.world_size()
-        size = max(1, trainer.config.model.eval_batch_size // world)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i].prompt_ids) + len(texts[i].completion_ids))
-        own = order[parallel.rank() :: world]  # of like lengths, so that ranks which wait for each other have like work
+        size = max(1, batch_size // world)
+        lengths = [len(text.prompt_ids) + len(text.completion_ids) for text in texts]
+        (by_length,) = batches_by_length(lengths, len(texts))
+        own = by_length[parallel.rank() :: world]  # like lengths, so that ranks that wait for each other have like work
         self.batches = {kind: in_batches([i for i in own if texts[i].kind == kind], size) for kind in self.kinds}
         self.rounds = {kind: int(parallel.max_over_ranks(len(self.batches[kind]))) for kind in self.kinds}
 
@@ -225,7 +223,6 @@ class Reader:
     def read(self, what: str, kinds: Sequence[str]) -> Iterator[tuple[str, int, list[int], list[int], Tensor]]:
         """The residual stream [M, D] of each of this rank's batches: with the batch's kind, number and texts, and how
         many text tokens each of them has."""
-        policy, loader = self.trainer.policy, self.trainer.loaders["eval"]
         with progress_bar(f"features {what}", sum(self.rounds[kind] for kind in kinds), 0) as advance:
             places = [(kind, number) for kind in kinds for number in range(self.rounds[kind])]
             for done, (kind, number) in enumerate(places, 1):
@@ -233,10 +230,8 @@ class Reader:
                 # A rank without a batch of its own reads one all the same: a split model runs on all ranks or on none.
                 texts = [self.texts[i] for i in (own[0] if own else [0])]
                 prompts, completions = [t.prompt_ids for t in texts], [[t.completion_ids] for t in texts]
-                batch = loader.collate(prompts, completions, range(len(texts))).to(self.trainer.device)
-                with self.tap.reading():
-                    models.final_hidden_states(policy, batch)
-                residual = self.tap.take().flatten(0, 1)[batch.position[batch.content]]
+                batch = self.loader.collate(prompts, completions, range(len(texts))).to(parallel.device())
+                residual = models.read_residual(self.policy, batch, self.tap)
                 if own:
                     yield kind, number, own[0], batch.content_lengths, residual
                 advance(done, None)
@@ -246,7 +241,7 @@ class Reader:
 
         Raises UserError for features that are not finite.
         """
-        sums = {kind: torch.zeros(3, self.sae.d_sae, dtype=torch.float64, device=self.trainer.device) for kind in kinds}
+        sums = {kind: torch.zeros(3, self.sae.d_sae, dtype=torch.float64, device=parallel.device()) for kind in kinds}
         pooled: Pooled = {}
         for kind, number, _, lengths, residual in self.read(what, kinds):
             weight = residual.new_tensor(lengths, dtype=torch.float64).unsqueeze(1)  # [S, 1]
@@ -308,7 +303,7 @@ class Reader:
 
     def context(self, text: Text, values: Tensor) -> Context:
         """The context of the strongest token, from a feature's activations [2, M] under reference and policy."""
-        ids, tokenizer = self.content(text), self.trainer.tokenizer
+        ids, tokenizer = self.content(text), self.tokenizer
         at = int(values.amax(0).argmax())
         start, end = max(0, at - BEFORE), min(len(ids), at + AFTER + 1)
         prompt = decode(tokenizer, text.prompt_ids[-PROMPT_END:], skip_special_tokens=True)
@@ -340,64 +335,42 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int], start: int, end: int) -> li
 # ----------------------------------------------------------------------------------------------------- all of it
 
 
-def measure(config: DictConfig, path: Path, overrides: list[str]) -> tuple[Report, Path]:
+def measure(config: Config, classes: RunClasses, path: Path, overrides: list[str]) -> tuple[Report, Path]:
     """The report on a run, and the run's directory. A killed command goes on with the samples that it has drawn.
 
     Raises UserError, before a weight is read, for what cannot be measured.
     """
-    sampling = samples.settings_of(config)
     policy = find_policy(path, config, overrides)
     if policy.run is None or config.backend != "transformers":
         raise UserError("mode=features compares the policy of a run with its start, and has backend=transformers")
     require_language_model(config, policy)
-    parts = settings.check_config(config, [], modes=["features"])
-    if not sections(config):
+    if not sections(config.sae):
         raise UserError(
             f"mode=features reads features through an SAE, and {config.model.name} has none in this configuration: "
             "++sae.path=..., and ++sae.layer=... where its files do not say the layer"
         )
-    start = start_of(config)
-    own = Subject(policy.run.resolve().name, config.loss.name, policy)
+    start = models.reference_weights(config.model)
+    own = TrainedRun(policy.run.resolve().name, config.loss.name, policy)
     other = None if config.compare_to is None else other_run(Path(config.compare_to), own, start)
     records = samples.records_to_sample(config)
-    compared: Any = parts.binding.options.get("feature_drift") or OmegaConf.load(REPO / "config/loss/fpo.yaml")
-    options = {name: compared[name] for name in ("divergence", "k")}
-    parts = dataclasses.replace(parts, binding=dataclasses.replace(parts.binding, needs=frozenset({"sae"})))
-    sources = settings.find_sources(config, parts.binding.needs)
-    trainer = assembly.prepare(config, parts, sources, Run(policy.run), cached=[])
-    assert trainer.sae is not None
+    paths = settings.find_paths(config, frozenset({"sae"}))
+    subject, _ = assembly.load_subject(config, classes, paths, assembly.read_saes(config, paths), splits=["eval"])
+    assert subject.sae is not None
 
-    texts = data_texts(trainer.loaders["eval"])
-    with contextlib.ExitStack() as logs:
-        for kind, run in {"sampled": own, SAMPLED_BY_OTHER: other}.items():
-            if run is not None:
-                identity = samples.identity_of(config, sampling, records, run.policy.digest())
-                log = samples.sample_log(policy.run / f"features.{kind}", identity, parallel.rank() == 0)
-                opened = logs.enter_context(log)
-                put(trainer, policy_file(run.policy.folder))
-                talks = samples.converse(config, sampling, records, diversity.backend_of(trainer), opened)
-                texts += [Text(kind, list(talk.requests[0].prompt_ids), talk.answers[0].ids) for talk in talks]
-        reader = Reader(trainer, texts, **options)
-        runs, checkpoints, contexts = look(reader, own, other, start)
-    described = zip(sections(config).items(), sources.saes, trainer.sae.members, strict=True)
+    texts = data_texts(subject.loaders["eval"])
+    texts += sampled_texts(config, classes, subject, records, {"sampled": own, SAMPLED_BY_OTHER: other})
+    options = drift_settings(classes)
+    reader = Reader(subject, texts, batch_size=config.model.eval_batch_size, **options)
+    runs, checkpoints, contexts = look(reader, own, other, start)
     report = Report(
         model=config.model.name,
-        parts=[
-            Part(
-                name=where.rpartition(".")[2],
-                path=section["path"],
-                place=f"layer {source.layer}, {source.hook}",
-                d_sae=sae.d_sae,
-                address=neuronpedia.neuronpedia_url(section["path"]),
-            )
-            for (where, section), source, sae in described
-        ],
+        parts=described_parts(config, paths, subject.sae),
         settings={
             "n_eval_examples": config.n_eval_examples,
             "n_samples": len(records),
             "samples": config.samples,
             "temperature": config.temperature,
-            **dataclasses.asdict(sampling),
+            **dataclasses.asdict(samples.decoding_of(config)),
         },
         completions=reader.completions,
         tokens=reader.tokens,
@@ -409,33 +382,76 @@ def measure(config: DictConfig, path: Path, overrides: list[str]) -> tuple[Repor
     return report, policy.run
 
 
+def drift_settings(classes: RunClasses) -> dict[str, Any]:
+    """The divergence and k that drift is measured with: the loss's own, or those of loss=fpo."""
+    compared: Any = classes.binding.options.get("feature_drift") or OmegaConf.load(REPO / "config/loss/fpo.yaml")
+    return {name: compared[name] for name in ("divergence", "k")}
+
+
+def sampled_texts(
+    config: Config,
+    classes: RunClasses,
+    subject: Subject,
+    records: list[dict[str, Any]],
+    runs: dict[str, TrainedRun | None],
+) -> list[Text]:
+    """What each run's policy writes, by the kind of text. Each policy's weights in turn replace the subject's."""
+    decoding, texts = samples.decoding_of(config), []
+    backend = TransformersBackend(config, subject.policy, subject.tokenizer, classes.trainer.control_tokens)
+    with contextlib.ExitStack() as logs:
+        for kind, run in runs.items():
+            if run is not None:
+                identity = samples.identity_of(config, decoding, records, run.policy.digest())
+                assert runs["sampled"] is not None and runs["sampled"].policy.run is not None
+                file = runs["sampled"].policy.run / f"features.{kind}"
+                opened = logs.enter_context(samples.sample_log(file, identity, parallel.rank() == 0))
+                put(subject.policy, policy_file(run.policy.folder))
+                talks = samples.converse(config, decoding, records, backend, opened)
+                texts += [Text(kind, list(talk.requests[0].prompt_ids), talk.answers[0].ids) for talk in talks]
+    return texts
+
+
+def described_parts(config: Config, paths: RunPaths, sae: SAE) -> list[Part]:
+    """The SAEs that are read, as the report names them."""
+    return [
+        Part(
+            name=where.rpartition(".")[2],
+            path=str(section.path),
+            place=f"layer {source.layer}, {source.hook}",
+            d_sae=member.d_sae,
+            address=neuronpedia.neuronpedia_url(str(section.path)),
+        )
+        for (where, section), source, member in zip(sections(config.sae).items(), paths.saes, sae.members, strict=True)
+    ]
+
+
 def look(
-    reader: Reader, own: Subject, other: Subject | None, start: tuple[Path, str | None]
+    reader: Reader, own: TrainedRun, other: TrainedRun | None, start: tuple[Path, str | None]
 ) -> tuple[list[Measured], dict[int, Profile], dict[str, dict[int, list[Context]]]]:
     """The runs measured, the run's checkpoints, and the contexts of its most changed features."""
-    trainer = reader.trainer
-    new_tokens = models.tokens_to_add(models.load_config(start[0]), trainer.tokenizer)
-    put(trainer, open_weights(*start), new_tokens)
+    policy = reader.policy
+    new_tokens = models.tokens_to_add(models.load_config(start[0]), reader.tokenizer)
+    put(policy, open_weights(*start), new_tokens)
     reference, pooled = reader.measure("of the reference", reader.kinds)
     kinds = [kind for kind in reader.kinds if kind != SAMPLED_BY_OTHER]
     checkpoints = {}
     last = own.policy.folder.resolve()
     for examples, folder in checkpoints_of(last.parent).items():
         if folder != last:
-            put(trainer, policy_file(folder))
+            put(policy, policy_file(folder))
             checkpoints[examples], _ = reader.measure(f"after {examples:,} examples", kinds, pooled)
     runs = []
     if other is not None:
-        put(trainer, policy_file(other.policy.folder))
+        put(policy, policy_file(other.policy.folder))
         profile, _ = reader.measure(f"of {other.name}", [kind for kind in reader.kinds if kind != "sampled"], pooled)
         runs.append(Measured(other, sampled_by_other(reference), sampled_by_other(profile)))
-    put(trainer, policy_file(own.policy.folder))
+    put(policy, policy_file(own.policy.folder))
     profile, _ = reader.measure("of the policy", kinds, pooled)
     checkpoints |= {examples: profile for examples, folder in checkpoints_of(last.parent).items() if folder == last}
     runs.insert(0, Measured(own, {kind: reference[kind] for kind in kinds}, profile))
     shown = {kind: most_changed(runs[0].change(kind)) for kind in kinds}
     after = reader.activations("of the policy, in context", shown)
-    put(trainer, open_weights(*start), new_tokens)
+    put(policy, open_weights(*start), new_tokens)
     before = reader.activations("of the reference, in context", shown)
     return runs, checkpoints, reader.contexts(shown, before, after)
 

@@ -9,13 +9,11 @@ Shape letters: S texts, F features; A and B texts of the two kinds.
 import random
 from collections.abc import Sequence
 from hashlib import sha256
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import datasets as hf_datasets
 import torch
-from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,12 +21,12 @@ from transformers import PreTrainedModel
 import dataloader
 import models
 from data import tokenise, toy
-from data.batch import collate
+from data.batch import batches_by_length, collate
 from distributed import parallel
 from distributed.sharding import DTYPES
 from launch import assembly, settings
 from launch.policies import find_policy, require_language_model
-from modeling import attention
+from launch.settings import Config
 from sae import OTHER_FEATURES, SAE, ResidualTap, pooled_features
 from utils import UserError, atomic_write, console, progress_bar, write_json
 
@@ -37,16 +35,15 @@ RANKED_AT_ONCE = 4096  # features ranked at once, each of which takes some numbe
 Records = list[dict[str, Any]]
 
 
-def write_probe(config: DictConfig, path: Path, overrides: list[str]) -> None:
+def write_probe(config: Config, path: Path, overrides: list[str]) -> None:
     """Rank the features of the configuration's SAE in the policy; write the table and the file for
     `loss.feature_weights` into `features/` of the run.
 
-    Raises UserError for a probe that cannot be made, and, the table written, where no feature is good enough.
+    Raises UserError for a probe that cannot be made and, once the table is written, where no feature is good enough.
     """
-    check_probe(config)
     policy = find_policy(path, config, overrides)
     require_language_model(config, policy)
-    sources = settings.sae_sources(config)
+    paths = settings.find_required_paths(config)
     name, kinds = texts_of(config)
     tokenizer = models.load_tokenizer(policy.tokenizer)
     template = tokenise.make_template(config, tokenizer)
@@ -57,13 +54,11 @@ def write_probe(config: DictConfig, path: Path, overrides: list[str]) -> None:
         if min(half.sum(), (1 - half).sum()) < 2:
             raise UserError(f"probe: {kind} has {len(half)} texts, too few to rank features on one half of the prompts")
 
-    architecture = models.load_config(policy.folder)
-    sae, places = assembly.read_saes(sources, config.model, architecture)
-    device, dtype = parallel.device(), config.model.policy_dtype
-    choice = (config.model.attn_implementation, config.model.layout, architecture, device, dtype)
-    implementation, layout = attention.choose(*choice, pairs=False)
-    model = models.load_model(policy.folder, implementation, device, policy.load_from, dtype=DTYPES[dtype])
-    tap, sae = models.make_tap(model, places, config.model.block_name), sae.to(device)
+    reading = assembly.read_saes(config, paths, policy.folder)
+    implementation, layout = models.choose_attention(config.model, models.load_config(policy.folder), pairs=False)
+    device, dtype = parallel.device(), DTYPES[config.model.policy_dtype]
+    model = models.load_model(policy.folder, implementation, device, policy.load_from, dtype=dtype)
+    tap, sae = reading.tap(model, config.model.block_name), reading.sae.to(device)
     how = {"layout": layout, "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
     table = ranking(*(pooled(model, tap, sae, own, config.model.eval_batch_size, **how) for own in rows), *halves)
     weights = weights_of(table, config)
@@ -78,33 +73,18 @@ def pooled(
 ) -> Tensor:
     """Pooled features [S, F], on the CPU, of tokenised texts; `how` goes to `batch.collate`."""
     found = torch.empty(len(rows), sae.d_sae)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]) + len(rows[i]["completion_ids"][0]))
-    with progress_bar("probing", len(rows), 0) as advance:
-        for start in range(0, len(rows), batch_size):
-            part = order[start : start + batch_size]
-            batch = collate([{**rows[i], "index": i} for i in part], **how).to(parallel.device())
-            residual = models.score(model, batch, tap).residual
-            assert residual is not None
-            found[part] = pooled_features(sae, residual, batch.content_lengths).cpu()
-            advance(start + len(part), None)
+    done, lengths = 0, [len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in rows]
+    with progress_bar("probing", len(rows), done) as advance:
+        for places in batches_by_length(lengths, batch_size):
+            batch = collate([{**rows[i], "index": i} for i in places], **how).to(parallel.device())
+            residual = models.read_residual(model, batch, tap)
+            found[places] = pooled_features(sae, residual, batch.content_lengths).cpu()
+            done += len(places)
+            advance(done, None)
     return found
 
 
-def check_probe(config: DictConfig) -> None:
-    """Raises UserError for settings of the probe that cannot be."""
-    problems = settings.Problems()
-    for key in ("probe_texts", "probe_features"):
-        value = config[key]
-        problems.expect(isinstance(value, int) and value > 0, f"{key}={value}: has to be a whole number above 0")
-    for key, low, high in (("probe_min_auc", 0.5, 1), ("probe_weight", 0, inf), ("probe_others", 0, inf)):
-        value = config[key]
-        fits = isinstance(value, int | float) and low <= value <= high and value < inf
-        limits = f"at least {low}" if high == inf else f"{low} to {high}"
-        problems.expect(fits, f"{key}={value}: has to be a number, {limits}")
-    problems.tell()
-
-
-def texts_of(config: DictConfig) -> tuple[str, dict[str, Records]]:
+def texts_of(config: Config) -> tuple[str, dict[str, Records]]:
     """The probe's name, and its two kinds of text, by name, as records of one completion: at most `probe_texts` of
     each, drawn at random, the same each time.
 
@@ -121,7 +101,7 @@ def texts_of(config: DictConfig) -> tuple[str, dict[str, Records]]:
                 example.sft_targets.append(example.add_generation(text))
         name, data = chosen, list(kinds.values())
     else:
-        entries = [str(entry) for entry in chosen] if OmegaConf.is_list(chosen) else []
+        entries = chosen or []
         if len(set(entries)) != 2 or len(entries) != 2:
             known = ", ".join(toy.ATTRIBUTES)
             raise UserError(f"probe={chosen}: has to be two different data sets, [a,b], or one of {known}")
@@ -188,7 +168,7 @@ def ranking(a: Tensor, b: Tensor, half_a: Tensor, half_b: Tensor) -> dict[str, T
     return {name: column[order] for name, column in columns.items()}
 
 
-def weights_of(table: dict[str, Tensor], config: DictConfig) -> list[dict[str, Any]]:
+def weights_of(table: dict[str, Tensor], config: Config) -> list[dict[str, Any]]:
     """What `loss.feature_weights` takes: the first `probe_features` features, without those whose held-out AUC is less
     than `probe_min_auc` in the direction that they were ranked by."""
     above = table["auc"] >= 0.5
@@ -204,7 +184,7 @@ def publish(
     kinds: Sequence[str],
     counts: Sequence[int],
     target: Path,
-    config: DictConfig,
+    config: Config,
 ) -> None:
     """Show the best features, and write `<target>.parquet` and `<target>.json`. Raises UserError where no feature is
     in `weights`; an older file of weights is then gone."""

@@ -1,139 +1,187 @@
-"""From a checked configuration to a trainer that is ready to start."""
+"""From a checked configuration to a trainer that is ready to start.
+
+`prepare` is the story of a run: the SAE, the data, the policy, the reference, the trainer. What can fail and is cheap
+comes first, the weights last.
+"""
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import dataloader
 import models
-from autoencoders.formats import SAESource, load_sources
+from autoencoders.formats import load_sources
+from dataloader import DataLoader, TokenisedData
 from distributed import parallel
 from distributed.sharding import DTYPES, shard
-from launch import settings
-from modeling import adapters, attention, head
+from launch.settings import Config, RunClasses, RunPaths
+from modeling import adapters, head
+from modeling.settings import ModelSettings
 from modeling.weights import find_weights, weights_digest
-from sae import SAE, drift_options
-from trainers import BasicTrainer, Setup
+from sae import SAE, ResidualTap, drift_options
 from training.checkpoint import Run
+from training.loop import BasicTrainer, Setup, Subject
+from training.quantities import Binding
 from training.reference import LiveReference, Records, Reference, load_or_build
 from utils import UserError, fingerprint
 
 
+@dataclass(frozen=True)
+class Reading:
+    """SAEs, as one, and the places where they read: (layer, hook) of each, for `models.make_tap`."""
+
+    sae: SAE
+    places: list[tuple[int, str]]
+
+    def tap(self, model: PreTrainedModel, block_name: str | None) -> ResidualTap:
+        return models.make_tap(model, self.places, block_name)
+
+
 def prepare(
-    config: DictConfig,
-    parts: settings.RunClasses,
-    sources: settings.RunPaths,
-    run: Run,
-    cached: Sequence[str] = ("train", "eval"),
+    config: Config, classes: RunClasses, paths: RunPaths, run: Run, cached: Sequence[str] = ("train", "eval")
 ) -> BasicTrainer:
-    """Build everything that training needs: what is cheap and can fail first, the weights last.
+    """Build everything that training or evaluating needs.
 
     `cached` names the splits whose records the loss will see, and so have to be in the reference cache.
     """
-    binding, model = parts.binding, config.model
-    architecture = models.load_config(sources.model)
-    sae, places = read_saes(sources.saes, model, architecture) if sources.saes else (None, [])
-    if sae is not None and "feature_drift" in binding.options:
-        binding.options["feature_drift"] |= drift_options(sae, **binding.options["feature_drift"])
+    reading = read_saes(config, paths) if paths.saes else None
+    binding = classes.binding
+    if reading is not None and "feature_drift" in binding.options:
+        options = drift_options(reading.sae, **binding.options["feature_drift"])
+        binding = binding.with_options("feature_drift", options)
+    subject, data = load_subject(config, classes, paths, reading)
+    references = make_references(config, binding, paths, data, subject, reading, cached)
+    setup = Setup(**vars(subject), config=config, binding=binding, run=run, references=references)
+    return classes.trainer(setup, **binding.options["init"])
 
-    tokenizer = models.load_tokenizer(sources.tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(parts.trainer.control_tokens)})
-    load_tokens = functools.partial(
-        dataloader.load_tokens,
-        config,
-        tokenizer=tokenizer,
-        loader_class=parts.loader,
-        options=binding.options["loader"],
-    )
-    tokens = {
-        split: parallel.rank_zero_first(functools.partial(load_tokens, name))
-        for split, name in (("train", "train"), ("eval", "test"))
-    }
-    device = parallel.device()
-    choice = (model.attn_implementation, model.layout, architecture, device, model.policy_dtype)
-    implementation, layout = attention.choose(*choice, pairs=None not in parts.trainer.sides)
-    if device.type == "cpu" and layout != "padded":  # whose attention's large tensors seldom fit where others were
+
+def read_saes(config: Config, paths: RunPaths, folder: Path | None = None) -> Reading:
+    """The SAEs of a run, for its model or the one in `folder`. Raises UserError where they do not fit the model, whose
+    weights are not needed for that."""
+    model, architecture = config.model, models.load_config(folder or paths.model)
+    reading = Reading(load_sources(paths.saes), [(source.layer, source.hook) for source in paths.saes])
+    width = architecture.get_text_config().hidden_size
+    for found, member in zip(paths.saes, reading.sae.members):
+        if member.d_in != width:
+            raise UserError(f"{found.path}: reads vectors of {member.d_in} numbers, but {model.name} has {width}")
+    reading.tap(models.skeleton(architecture), model.block_name)  # raises where it cannot be read
+    return reading
+
+
+def load_subject(
+    config: Config,
+    classes: RunClasses,
+    paths: RunPaths,
+    reading: Reading | None,
+    splits: Sequence[str] = ("train", "eval"),
+) -> tuple[Subject, dict[str, TokenisedData]]:
+    """The policy with its tokenizer, the loaders of some splits and, where there is an SAE, a tap on it; and the tokens
+    that the loaders batch."""
+    model, architecture = config.model, models.load_config(paths.model)
+    tokenizer = models.load_tokenizer(paths.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(classes.trainer.control_tokens)})
+    pairs = None not in classes.trainer.sides
+    implementation, layout = models.choose_attention(model, architecture, pairs=pairs)
+    if parallel.device().type == "cpu" and layout != "padded":  # padded rows need tensors too large to use again
         parallel.keep_freed_memory()
-    common = {
-        "pad_id": tokenizer.pad_token_id,
-        "eos_id": tokenizer.eos_token_id,
-        "layout": layout,
-        "rank": parallel.rank(),
-        "world_size": parallel.world_size(),
-    }
-    loaders = {
-        "train": parts.loader(
-            tokens["train"],
-            batch_size=model.batch_size,
-            accumulation=model.gradient_accumulation_steps,
-            max_tokens=model.max_tokens,
-            n_epochs=config.n_epochs,
-            n_examples=config.n_examples,
-            seed=config.seed,
-            **common,
-        ),
-        "eval": parts.loader(  # the same records whatever the run's seed, drawn from all data sets and their parts
-            tokens["eval"], batch_size=model.eval_batch_size, n_examples=config.n_eval_examples, seed=0, **common
-        ),
-    }
+    data = {split: load_tokens(config, classes, tokenizer, split) for split in splits}
+    loaders = {split: make_loader(config, classes, tokenizer, layout, split, tokens) for split, tokens in data.items()}
 
     load = functools.partial(build_model, model, implementation)
     directory = models.fetch(model.name_or_path, models.WEIGHT_FILES, "model.name_or_path")
     new_tokens = models.tokens_to_add(architecture, tokenizer)
-    policy = load(directory, model.load_from, reward=parts.trainer.is_reward, new_tokens=new_tokens)
-    tap = None
-    if sae is not None:
-        sae.to(device)
-        tap = models.make_tap(policy, places, model.block_name)
-
-    records: dict[str, Records] = {split: loaders[split] for split in cached}
-    if "kl" in binding.needs:
-        records |= {f"{split}/mismatched": dataloader.MismatchedRecords(loaders[split]) for split in cached}
-    references: dict[str, Reference] = {}
-    if binding.needs & {"reference", "live_reference"}:
-        source, teacher, teacher_tap = (directory, model.load_from), policy, tap
-        if model.reference_path:
-            source = (models.fetch(model.reference_path, models.WEIGHT_FILES, "model.reference_path"), None)
-        if model.reference_path or ("live_reference" in binding.needs and not model.use_peft):
-            teacher = load(*source, frozen=True)
-            teacher_tap = models.make_tap(teacher, places, model.block_name) if sae else None
-        if "live_reference" in binding.needs:
-            references = dict.fromkeys(records, LiveReference(teacher, teacher_tap, sae))
-        else:
-            features = [read.identity() for read in sources.saes]
-            quantised = model.load_in_4bit and teacher is policy
-            numbers = (weights_digest(*source), features, model.policy_dtype, *([quantised] if quantised else []))
-            for name, scored in records.items():
-                key = fingerprint(numbers, tokens[name.split("/")[0]].fingerprint, scored.used())
-                folder = Path(config.cache_dir) / ".cache" / "reference" / key
-                references[name] = load_or_build(folder, scored, teacher, teacher_tap, sae, model.eval_batch_size)
-
-    setup = Setup(config, binding, run, policy, tokenizer, loaders, load, sae, tap, references)
-    return parts.trainer(setup, **binding.options["init"])
+    policy = load(directory, model.load_from, reward=classes.trainer.is_reward, new_tokens=new_tokens)
+    subject = Subject(policy=policy, tokenizer=tokenizer, loaders=loaders, load=load)
+    if reading is not None:
+        subject.sae, subject.tap = reading.sae.to(parallel.device()), reading.tap(policy, model.block_name)
+    return subject, data
 
 
-def read_saes(
-    sources: Sequence[SAESource], model: DictConfig, architecture: PretrainedConfig
-) -> tuple[SAE, list[tuple[int, str]]]:
-    """The SAEs of a run, as one, and where each reads, (layer, hook), for `models.make_tap`.
+def load_tokens(config: Config, classes: RunClasses, tokenizer: Tokenizer, split: str) -> TokenisedData:
+    """The tokenised rows of "train" or "eval"; rank 0 tokenises them, the others find them."""
+    return parallel.rank_zero_first(
+        lambda: dataloader.load_tokens(
+            config,
+            {"train": "train", "eval": "test"}[split],
+            tokenizer,
+            classes.loader,
+            max_length=config.model.max_length,
+            max_prompt_length=config.model.max_prompt_length,
+            options=classes.binding.options["loader"],
+        )
+    )
 
-    Raises UserError where they do not fit the model, whose weights are not needed for that.
-    """
-    sae, places = load_sources(sources), [(source.layer, source.hook) for source in sources]
-    width = architecture.get_text_config().hidden_size
-    for found, member in zip(sources, sae.members):
-        if member.d_in != width:
-            raise UserError(f"{found.path}: reads vectors of {member.d_in} numbers, but {model.name} has {width}")
-    models.make_tap(models.skeleton(architecture), places, model.block_name)  # raises where it cannot be read
-    return sae, places
+
+def make_loader(
+    config: Config, classes: RunClasses, tokenizer: Tokenizer, layout: str, split: str, tokens: TokenisedData
+) -> DataLoader:
+    """The loader of "train" or "eval". Evaluation sees the same records whatever the run's seed."""
+    model = config.model
+    own: dict[str, Any] = {"batch_size": model.eval_batch_size, "n_examples": config.n_eval_examples, "seed": 0}
+    if split == "train":
+        own = {
+            "batch_size": model.batch_size,
+            "accumulation": model.gradient_accumulation_steps,
+            "max_tokens": model.max_tokens,
+            "n_epochs": config.n_epochs,
+            "n_examples": config.n_examples,
+            "seed": config.seed,
+        }
+    return classes.loader(
+        tokens,
+        **own,
+        pad_id=tokenizer.pad_token_id,
+        eos_id=tokenizer.eos_token_id,
+        layout=layout,
+        rank=parallel.rank(),
+        world_size=parallel.world_size(),
+    )
+
+
+def make_references(
+    config: Config,
+    binding: Binding,
+    paths: RunPaths,
+    data: dict[str, TokenisedData],
+    subject: Subject,
+    reading: Reading | None,
+    cached: Sequence[str],
+) -> dict[str, Reference]:
+    """What the reference says of each split's records, as far as the loss asks for it: a cache, or a live model. The
+    policy itself computes the cache, unless the configuration names another reference."""
+    needs, model = binding.needs, config.model
+    if not needs & {"reference", "live_reference"}:
+        return {}
+    records: dict[str, Records] = {split: subject.loaders[split] for split in cached}
+    if "kl" in needs:
+        records |= {f"{split}/mismatched": dataloader.MismatchedRecords(subject.loaders[split]) for split in cached}
+    live = "live_reference" in needs
+    weights = models.reference_weights(model)
+    teacher, tap = subject.policy, subject.tap
+    if model.reference_path or (live and not model.use_peft):
+        teacher = subject.load(*weights, frozen=True)
+        tap = reading.tap(teacher, model.block_name) if reading else None
+    if live:
+        return dict.fromkeys(records, LiveReference(teacher, tap, subject.sae))
+    quantised = model.load_in_4bit and teacher is subject.policy
+    features = [source.identity() for source in paths.saes]
+    numbers = (weights_digest(*weights), features, model.policy_dtype, *([quantised] if quantised else []))
+    caches: dict[str, Reference] = {}
+    for name, scored in records.items():
+        key = fingerprint(numbers, data[name.split("/")[0]].fingerprint, scored.used())
+        folder = Path(config.cache_dir) / ".cache" / "reference" / key
+        caches[name] = load_or_build(folder, scored, teacher, tap, subject.sae, model.eval_batch_size)
+    return caches
 
 
 def build_model(
-    settings: DictConfig,
+    settings: ModelSettings,
     attention: str,
     directory: Path,
     load_from: str | None = None,
@@ -142,7 +190,7 @@ def build_model(
     frozen: bool = False,
     new_tokens: int = 0,
 ) -> PreTrainedModel:
-    """A model split over the ranks, as `settings` (config.model) says: the one to train, or a frozen one.
+    """A model split over the ranks: the one to train, or a frozen one.
 
     What is not trained is kept in the dtype that is computed in.
     """
@@ -152,8 +200,7 @@ def build_model(
         models.recompute_activations(model, settings.activation_checkpointing)
         adapters.add(model, settings, DTYPES[settings.weights_dtype])
         return model
-    trained = DTYPES[settings.weights_dtype]
-    dtype = DTYPES[settings.policy_dtype] if frozen or settings.use_peft else trained
+    compute, trained = DTYPES[settings.policy_dtype], DTYPES[settings.weights_dtype]
 
     def shape(model: PreTrainedModel) -> None:
         layers = models.decoder_layers(model, settings.block_name)
@@ -167,7 +214,7 @@ def build_model(
             head.compile_passes()
             for layer in layers:
                 layer.forward = torch.compile(layer.forward, dynamic=True)  # not the layer: its hooks stay outside
-        shard(model, layers, settings)
+        shard(model, layers, compute, hybrid=settings.hybrid_sharding, offload=settings.cpu_offload)
 
     return models.load_model(
         directory,
@@ -175,7 +222,7 @@ def build_model(
         parallel.device(),
         load_from,
         reward=reward,
-        dtype=dtype,
+        dtype=compute if frozen or settings.use_peft else trained,
         new_tokens=new_tokens,
         shape=shape,
         offload=settings.cpu_offload,

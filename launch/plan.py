@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,13 +15,14 @@ from autoencoders.formats import load_sources
 from data.batch import Batch, collate, micro_batches
 from distributed import parallel
 from distributed.sharding import DTYPES
-from launch import settings
-from modeling import adapters, attention
+from launch.settings import Config, RunClasses, RunPaths
+from modeling import adapters
 from modeling.head import CHUNK_ELEMENTS
+from modeling.settings import ModelSettings
 from models import decoder_layers, final_hidden_states
 from sae import ENCODE_ELEMENTS
-from trainers import make_optimizer
-from utils import console
+from training.loop import make_optimizer
+from utils import UserError, console
 
 
 @dataclass
@@ -36,9 +36,14 @@ class Plan:
     disk: dict[str, float] = field(default_factory=dict)
 
 
-def print_plan(config: DictConfig, parts: settings.RunClasses, sources: settings.RunPaths) -> None:
-    """Print the plan of a run on `nproc` ranks (null: as many as there are GPUs here, or one)."""
-    plan = make(config, parts, sources, config.nproc or parallel.number_of_ranks(None))
+def print_plan(config: Config, classes: RunClasses, paths: RunPaths) -> None:
+    """Print the plan of a run on `nproc` ranks (null: as many as there are GPUs here, or one).
+
+    Raises UserError for a loss whose run cannot be planned.
+    """
+    if not classes.trainer.can_plan:
+        raise UserError(f"mode=plan counts what training a language model takes; loss={config.loss.name} trains none")
+    plan = make(config, classes, paths, config.nproc or parallel.number_of_ranks(None))
     console.print(
         f"{config.model.name}: {plan.parameters / 1e6:,.1f} M parameters, {plan.trained / 1e6:,.1f} M trained, "
         f"on {plan.ranks} {'rank' if plan.ranks == 1 else 'ranks'}"
@@ -52,16 +57,14 @@ def print_plan(config: DictConfig, parts: settings.RunClasses, sources: settings
         console.print(table)
 
 
-def make(config: DictConfig, parts: settings.RunClasses, sources: settings.RunPaths, ranks: int) -> Plan:
+def make(config: Config, classes: RunClasses, paths: RunPaths, ranks: int) -> Plan:
     """Count what a run would take. Activations are those of a micro-batch of the longest records there can be."""
     own = config.model
     keeps, computes = DTYPES[own.weights_dtype], DTYPES[own.policy_dtype]
-    architecture = models.load_config(sources.model)
-    pairs = None not in parts.trainer.sides
-    implementation, layout = attention.choose(
-        own.attn_implementation, own.layout, architecture, parallel.device(), own.policy_dtype, pairs=pairs
-    )
-    kind: Any = AutoModelForSequenceClassification if parts.trainer.is_reward else AutoModelForCausalLM
+    architecture = models.load_config(paths.model)
+    pairs = None not in classes.trainer.sides
+    implementation, layout = models.choose_attention(own, architecture, pairs=pairs)
+    kind: Any = AutoModelForSequenceClassification if classes.trainer.is_reward else AutoModelForCausalLM
     with init_empty_weights(include_buffers=True):
         model = kind.from_config(architecture, dtype=computes, attn_implementation=implementation)
     model.tie_weights()
@@ -86,10 +89,10 @@ def make(config: DictConfig, parts: settings.RunClasses, sources: settings.RunPa
     plan.memory["logits, a chunk at a time"] = (
         3 * 4 * min(CHUNK_ELEMENTS, len(batch.target) * architecture.get_text_config().vocab_size)
     )
-    if "live_reference" in parts.binding.needs and not own.use_peft:
+    if "live_reference" in classes.binding.needs and not own.use_peft:
         plan.memory["live reference"] = whole * computes.itemsize / ranks
-    if "sae" in parts.binding.needs:
-        own_tensors = sum(tensor.nbytes for tensor in load_sources(sources.saes).buffers())
+    if "sae" in classes.binding.needs:
+        own_tensors = sum(tensor.nbytes for tensor in load_sources(paths.saes).buffers())
         plan.memory["SAE, and a chunk of its activations"] = own_tensors + 3 * 4 * ENCODE_ELEMENTS
 
     kept = config.keep_checkpoints + 1  # one more while a new one is written
@@ -97,8 +100,8 @@ def make(config: DictConfig, parts: settings.RunClasses, sources: settings.RunPa
     plan.disk[f"states to resume from ({config.keep_checkpoints}, and one being written)"] = kept * state
     export = whole * (computes if frozen else keeps).itemsize
     plan.disk["each export (safetensors and policy.pt)"] = 2 * export
-    if "reference" in parts.binding.needs:
-        completions = len([side for side in parts.trainer.sides if side]) or 1
+    if "reference" in classes.binding.needs:
+        completions = len([side for side in classes.trainer.sides if side]) or 1
         tokens = completions * (own.max_length - own.max_prompt_length)
         plan.disk["reference cache, at most, without features, of 100,000 records"] = 1e5 * 4 * tokens
     return plan
@@ -108,7 +111,7 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def optimizer_slots(config: DictConfig) -> float:
+def optimizer_slots(config: Config) -> float:
     """How many numbers the optimiser keeps for each parameter: counted after a step of a small one."""
     parameter = torch.zeros(64, requires_grad=True)
     parameter.grad = torch.ones(64)
@@ -118,13 +121,12 @@ def optimizer_slots(config: DictConfig) -> float:
     return sum(value.numel() for value in kept.values() if isinstance(value, Tensor) and value.numel() > 1) / 64
 
 
-def longest_micro_batch(own: DictConfig, layout: str, ranks: int, *, pairs: bool) -> Batch:
+def longest_micro_batch(own: ModelSettings, layout: str, ranks: int, *, pairs: bool) -> Batch:
     """A micro-batch of the longest records that there can be, on the meta device."""
     prompt, completion = own.max_prompt_length, own.max_length - own.max_prompt_length
     completions = 2 if pairs else 1
     shapes = [(prompt, [completion] * completions)] * own.batch_size
-    limits = {"least": own.gradient_accumulation_steps, "max_tokens": own.max_tokens}
-    parts = micro_batches(shapes, layout, ranks=ranks, **limits)
+    parts = micro_batches(shapes, layout, ranks=ranks, least=own.gradient_accumulation_steps, max_tokens=own.max_tokens)
     longest = max((part for rank in parts for part in rank), key=len)
     records = [
         {"prompt_ids": [number + 1] * prompt, "completion_ids": [[0] * completion] * completions, "index": number}
@@ -133,7 +135,7 @@ def longest_micro_batch(own: DictConfig, layout: str, ranks: int, *, pairs: bool
     return collate(records, layout, pad_id=0, eos_id=-1).to("meta")
 
 
-def activations(model: PreTrainedModel, own: DictConfig, batch: Batch) -> float:
+def activations(model: PreTrainedModel, own: ModelSettings, batch: Batch) -> float:
     """Bytes that the layers keep for the backward pass, at its peak."""
     everything = kept_for_backward(model, batch)
     if not own.activation_checkpointing:

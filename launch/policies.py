@@ -8,10 +8,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 import models
-import trainers
 from launch import settings
+from launch.settings import Config
 from modeling.weights import weights_digest
-from utils import REPO, UserError, named_class
+from training import loop
+from utils import REPO, UserError
 
 OWN_DISTRIBUTION = ["++temperature=1.0", "++top_p=1.0", "++top_k=0"]  # of the policy: unbiased entropy, KL and means
 # What a mode sets before the keys of the command line do.
@@ -38,7 +39,7 @@ class Policy:
         """Changes when the weights do."""
         return weights_digest(self.folder, self.load_from)
 
-    def writes_text(self, config: DictConfig) -> bool:
+    def writes_text(self, config: Config) -> bool:
         """Whether it is a language model: not so for a reward model, or an SAE."""
         return not trainer_class(config).is_reward and (self.folder / "config.json").is_file()
 
@@ -46,8 +47,9 @@ class Policy:
 def read_config(path: Path, overrides: list[str]) -> DictConfig:
     """The configuration of a run, a YAML file or a model, with the mode's defaults and the overrides applied.
 
-    Raises UserError where there is none, and for a key that it does not have.
+    Raises UserError where there is none, and for a key that nothing reads.
     """
+    settings.check_overrides(overrides)
     file, own = (path / "config.yaml" if path.is_dir() else path).resolve(), []
     if not file.is_file() and (path / "config.json").is_file():
         name = path.absolute().name
@@ -59,17 +61,22 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
             f"--config-path={path}: no such run directory or YAML file, and no model in the Hub's format "
             f"(runs in outputs/: {runs})"
         )
-    given = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
-    mode = str(given.get("mode", "sample"))
+    values = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
+    mode = str(values.get("mode", "sample"))
     if mode not in DEFAULTS:
         raise UserError(f"mode={mode}: not one of {', '.join(DEFAULTS)}")
+    given = [*own, f"++mode={mode}", *map(added, DEFAULTS[mode]), *map(added, overrides)]
     with initialize_config_dir(str(file.parent), version_base=None):
-        if unknown := settings.unknown_keys([*own, *overrides], file.stem):
-            raise UserError("\n".join(unknown))
-        return compose(file.stem, overrides=[*own, f"++mode={mode}", *DEFAULTS[mode], *overrides])
+        return settings.completed(compose(file.stem, overrides=given))
 
 
-def find_policy(path: Path, config: DictConfig, overrides: list[str]) -> Policy:
+def added(override: str) -> str:
+    """The override as one that may add its key: a saved configuration lacks the keys that are newer than it."""
+    is_plain = override[0] not in "+~" and override.partition("=")[0] not in settings.GROUPS
+    return f"++{override}" if is_plain else override
+
+
+def find_policy(path: Path, config: Config, overrides: list[str]) -> Policy:
     """The model that the command line names (--config-path, or a model key), else the run's LATEST.
 
     Raises UserError where there is none.
@@ -79,8 +86,8 @@ def find_policy(path: Path, config: DictConfig, overrides: list[str]) -> Policy:
         model = config.model
         patterns = [*models.CONFIG_FILES, *models.WEIGHT_FILES]
         folder = models.fetch(model.name_or_path, patterns, "model.name_or_path")
-        tokenizer = model.tokenizer_name_or_path or model.name_or_path
-        tokenizer = models.fetch(tokenizer, models.CONFIG_FILES, "model.tokenizer_name_or_path")
+        tokenizer_source = model.tokenizer_name_or_path or model.name_or_path
+        tokenizer = models.fetch(tokenizer_source, models.CONFIG_FILES, "model.tokenizer_name_or_path")
         return Policy(folder, tokenizer, model.load_from)
     beside = path if path.is_dir() else path.parent
     run = beside if (beside / "LATEST").exists() else Path(config.cache_dir) / config.exp_name
@@ -92,13 +99,12 @@ def find_policy(path: Path, config: DictConfig, overrides: list[str]) -> Policy:
     return Policy(run / "LATEST", run / "LATEST", run=run)
 
 
-def trainer_class(config: DictConfig) -> type[trainers.BasicTrainer]:
+def trainer_class(config: Config) -> type[loop.BasicTrainer]:
     """The class whose loss trained the policy."""
-    found: type[trainers.BasicTrainer] = named_class(config.loss.trainer, trainers, "loss.trainer")
-    return found
+    return settings.run_classes(config.loss).trainer
 
 
-def require_language_model(config: DictConfig, policy: Policy) -> None:
+def require_language_model(config: Config, policy: Policy) -> None:
     """Raises UserError for a run that trained no language model."""
     if not policy.writes_text(config):
         raise UserError(

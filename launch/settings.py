@@ -1,28 +1,54 @@
-"""Checks of the configuration. All that can be found wrong without reading a weight is found here, and said at once."""
+"""The whole configuration: its keys with their types, and checks of it.
+
+All that can be found wrong without reading a weight is found here, and said at once.
+"""
 
 import contextlib
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
 
 import dataloader
 import trainers
 from autoencoders.formats import SAESource, find_sae, sections
-from data.batch import BATCH_LAYOUTS
-from distributed.sharding import DTYPES
+from autoencoders.settings import SAESection
+from data.settings import DataSettings
 from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config
-from training.checkpoint import flat
+from sampling.settings import SamplingSettings
+from training import loop
 from training.quantities import Binding, bind
-from utils import REPO, UserError, named_class, suggest
+from training.settings import LossSettings, TrainingSettings
+from utils import REPO, Count, NonNegative, Settings, UserError, checked, console, known_keys, named_class, suggest
+
+S = TypeVar("S", bound=Settings)
+GROUPS = ("loss", "model", "sae", "experiment")  # each a directory of config/
+
+
+class Config(TrainingSettings, SamplingSettings):
+    """The whole configuration. config/config.yaml has the defaults, with a line on each key."""
+
+    mode: Literal["train", "plan", "sample", "eval", "features", "alpacaeval", "arenahard", "mtbench"]
+    nproc: Count | None
+    sae: SAESection
+    compare_to: str | None
+    probe: str | list[str] | None
+    probe_texts: Count
+    probe_features: Count
+    probe_min_auc: Annotated[float, Field(ge=0.5, le=1)]
+    probe_weight: NonNegative
+    probe_others: NonNegative
 
 
 class Problems(list[str]):
@@ -39,16 +65,16 @@ class Problems(list[str]):
         if not holds:
             self.append(otherwise)
 
-    def tell(self) -> None:
+    def raise_if_any(self) -> None:
         if self:
-            raise UserError("\n".join(self))
+            raise UserError("\n".join(dict.fromkeys("\n".join(self).splitlines())))  # each line once
 
 
 @dataclass(frozen=True)
 class RunClasses:
     """The classes that a configuration names, and how they fit."""
 
-    trainer: type[trainers.BasicTrainer]
+    trainer: type[loop.BasicTrainer]
     loader: type[dataloader.DataLoader]
     binding: Binding
 
@@ -63,105 +89,225 @@ class RunPaths:
     saes: list[SAESource]
 
 
-def spelled_out(argument: str) -> list[str]:
-    """A command's argument in Hydra's words: `++config.key=value` as HALOs' FAQ has it, and `sae=[a,b]`, where Hydra
-    would lay the second over the first."""
+# ---------------------------------------------------------------------------------------------- the command line
+
+# What transformers, TRL and HALOs call a key that has another name here. (A key that is only in another section, such
+# as max_length, needs no line.)
+ELSEWHERE = {
+    "bf16": "model.policy_dtype=bfloat16",
+    "dataset_name": "datasets",
+    "eval_steps": "eval_every",
+    "gradient_checkpointing": "model.activation_checkpointing",
+    "learning_rate": "lr",
+    "logging_steps": "log_every",
+    "lr_scheduler_type": "lr_schedule",
+    "max_seq_length": "model.max_length",
+    "max_steps": "n_examples",
+    "model_name_or_path": "model.name_or_path",
+    "num_train_epochs": "n_epochs",
+    "optim": "optimizer",
+    "output_dir": "cache_dir",
+    "packing": "model.layout=packed",
+    "per_device_eval_batch_size": "model.eval_batch_size",
+    "per_device_train_batch_size": "model.batch_size",
+    "run_name": "exp_name",
+    "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints",
+    "torch_dtype": "model.policy_dtype",
+    "warmup_ratio": "warmup_steps",
+    "weight_decay": "optimizer_options.weight_decay",
+}
+
+
+def translate_argument(argument: str) -> list[str]:
+    """A command's argument in Hydra's words: `++config.key=value` as HALOs' FAQ has it; `sae=[a,b]`, where Hydra would
+    lay the second over the first; `gemma-2-2b` as the earlier FPO code spells gemma2b."""
+    argument = re.sub(r"^\+\+config\.", "++", argument)
+    if re.match(r"(model|sae)=", argument):
+        argument = re.sub(r"\bgemma-2-(2b|9b)\b", r"gemma\1", argument)
     if several := re.fullmatch(r"sae=\[(.*)\]", argument):
         names = [name.strip() for name in several[1].split(",")]
         return ["~sae", *(f"+sae@sae.parts.{re.sub(r'[^a-zA-Z0-9]', '_', name)}={name}" for name in names)]
-    return [re.sub(r"^\+\+config\.", "++", argument)]
+    return [argument]
 
 
-def check_config(config: DictConfig, overrides: Sequence[str], modes: Sequence[str] = ("train",)) -> RunClasses:
-    """Everything that needs no file: names, values, and that the loss and its YAML agree.
+def translate_arguments(arguments: Sequence[str]) -> list[str]:
+    """`translate_argument` of each."""
+    return [translated for argument in arguments for translated in translate_argument(argument)]
+
+
+def checked_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments of train.py in Hydra's words. Ends the process with a line for each choice or key that is wrong."""
+    translated = translate_arguments(arguments)
+    try:
+        check_overrides([argument for argument in translated if not argument.startswith("-")])
+    except UserError as error:
+        console.print(str(error), style="red", markup=False)
+        sys.exit(2)
+    return translated
+
+
+def ranks_of(raw: DictConfig) -> int | None:
+    """How many processes to start here; one for a plan, which counts for many without them, and for a value that is
+    no number, which `check_config` then tells."""
+    if raw.mode == "plan" or not isinstance(raw.nproc, int | None):
+        return 1
+    return raw.nproc
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises UserError with a line for each choice that does not exist and each key that nothing reads."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    problems = Problems()
+    for override in parsed:
+        group, value = override.key_or_group.partition("@")[0], override.value()
+        if group in GROUPS:
+            there = sorted(path.stem for path in (REPO / "config" / group).glob("*.yaml"))
+            named = isinstance(value, str) and not override.is_delete()
+            if named and value not in there:
+                hint = suggest(str(value), there)
+                problems.append(f"{group}={value}: there is none{hint}; there are {', '.join(there)}")
+        elif not is_known(override.key_or_group):
+            problems.append(f"{override.key_or_group} is read by nothing{hint_for(override.key_or_group)}")
+    problems.raise_if_any()
+
+
+def is_known(key: str) -> bool:
+    """Whether something may read the key. The keys of the loss are for its signature to know (`quantities.bind`)."""
+    free = ("loss.", "optimizer_options.", "sae.parts.", "hydra.")  # any key may be added below these
+    return key.startswith(free) or any(f"{known}.".startswith(f"{key}.") for known in known_keys(Config))
+
+
+def hint_for(key: str) -> str:
+    """What the user may have meant by a key that nothing reads."""
+    known = known_keys(Config)
+    leaf = key.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == leaf]
+    if leaf in ELSEWHERE or len(same) == 1:
+        return f" (here it is {ELSEWHERE.get(leaf) or same[0]})"
+    return suggest(key, [other for other in known if other.count(".") == key.count(".")])
+
+
+# ---------------------------------------------------------------------------------------------- the configuration
+
+MOVED = {"sae_training.py:SAETrainer": "autoencoders/training.py:SAETrainer"}  # what older configurations name
+
+
+def typed(raw: DictConfig) -> Config:
+    """The configuration with every key's type and range checked. Raises UserError with all that is wrong."""
+    return checked(Config, plain(raw))
+
+
+def plain(raw: DictConfig) -> dict[str, Any]:
+    """The configuration as dictionaries. Raises UserError where a key refers to one that is left open."""
+    try:
+        values: dict[str, Any] = without_missing(OmegaConf.to_container(raw, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration is not complete: {str(error).splitlines()[0]}") from None
+    return values
+
+
+def part_of(kind: type[S], values: dict[str, Any]) -> S:
+    """Those of the values that belong to some settings, as these."""
+    return checked(kind, {key: value for key, value in values.items() if key in kind.model_fields})
+
+
+def without_missing(values: Any) -> Any:
+    """Nested dictionaries without the keys that are left open (`???` in YAML)."""
+    if not isinstance(values, dict):
+        return values
+    return {key: without_missing(value) for key, value in values.items() if value != "???"}
+
+
+def completed(saved: DictConfig) -> DictConfig:
+    """A saved configuration with the defaults of keys that are newer than it, and with names as they are today."""
+    defaults: Any = OmegaConf.load(REPO / "config/config.yaml")
+    model = OmegaConf.load(REPO / "config/model/base.yaml")
+    for section in ("defaults", "hydra"):
+        del defaults[section]
+    merged = OmegaConf.merge(defaults, {"model": model}, saved)
+    assert isinstance(merged, DictConfig)
+    trainer = OmegaConf.select(merged, "loss.trainer")
+    if trainer in MOVED:
+        OmegaConf.update(merged, "loss.trainer", MOVED[trainer])
+    return merged
+
+
+def saved_config(run: Path) -> Config | None:
+    """The configuration that a run directory was last started with; None where there is none."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        return None
+    saved = OmegaConf.load(file)
+    assert isinstance(saved, DictConfig)
+    return typed(completed(saved))
+
+
+def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Config, RunClasses]:
+    """Check everything that needs no file: types, ranges, names, and that the loss and its YAML agree.
 
     Raises UserError with all problems found.
     """
-    problems = Problems()
-    problems.extend(unknown_keys(overrides))
-    choices: dict[str, tuple[Any, Sequence[Any]]] = {
-        "mode": (config.mode, modes),
-        "resume": (config.resume, ["auto", "never"]),
-        "template": (config.template, ["tulu", "chat"]),
-        "lr_schedule": (config.lr_schedule, list(trainers.SCHEDULES)),
-        "model.policy_dtype": (config.model.policy_dtype, list(DTYPES)),
-        "model.weights_dtype": (config.model.weights_dtype, list(DTYPES)),
-        "model.activation_checkpointing": (config.model.activation_checkpointing, [False, True, "full", "selective"]),
-        "model.layout": (config.model.layout, ["auto", *BATCH_LAYOUTS]),
-    }
-    for key, (value, known) in choices.items():
-        hint = suggest(str(value), map(str, known))
-        problems.expect(value in known, f"{key}={value}: not one of {', '.join(map(str, known))}{hint}")
-    for key in ("model.batch_size", "model.eval_batch_size", "model.gradient_accumulation_steps", "log_every"):
-        value = OmegaConf.select(config, key)
-        problems.expect(isinstance(value, int) and value > 0, f"{key}={value}: has to be a whole number above 0")
+    problems, values = Problems(), plain(raw)
+    classes = config = None
+    with problems.collected():
+        config = checked(Config, values)
+    with problems.collected():
+        classes = run_classes(checked(LossSettings, values["loss"], "loss"))
+    with problems.collected():
+        loop.make_optimizer(part_of(TrainingSettings, values), [torch.zeros(1, requires_grad=True)])
+    with problems.collected():
+        dataloader.check_datasets(part_of(DataSettings, values))
+    problems.raise_if_any()
+    assert config is not None and classes is not None
+    problems.expect(config.mode in modes, f"mode={config.mode}: not one of {', '.join(modes)}")
     for key, package in (("use_peft", "peft"), ("load_in_4bit", "bitsandbytes")):
-        missing = config.model[key] and importlib.util.find_spec(package) is None
+        missing = getattr(config.model, key) and importlib.util.find_spec(package) is None
         problems.expect(not missing, f"model.{key} needs the package {package}: pip install -e '.[peft]'")
     problems.expect(
         config.model.use_peft or not config.model.load_in_4bit, "model.load_in_4bit needs model.use_peft=true as well"
     )
     with problems.collected():
-        trainers.make_optimizer(config, [torch.zeros(1, requires_grad=True)])
+        classes.trainer.check(config, classes.binding)
     with problems.collected():
-        dataloader.check_datasets(config)
-    parts = None
-    with problems.collected():
-        if OmegaConf.is_missing(config.loss, "trainer"):
-            raise UserError(f"loss={config.loss.name} needs a trainer of yours: ++loss.trainer=path/to/file.py:Class")
-        trainer = named_class(config.loss.trainer, trainers, "loss.trainer")
-        loader = named_class(config.loss.dataloader, dataloader, "loss.dataloader")
-        binding = bind(trainer, loader.records, dict(config.loss))
-        parts = RunClasses(trainer, loader, binding)
-        trainer.check(config, binding)
-        if "sae" in binding.needs:
+        if "sae" in classes.binding.needs:
             require_sae(config, f"loss={config.loss.name}")
-    problems.tell()
-    assert parts is not None
-    return parts
+    problems.raise_if_any()
+    return config, classes
 
 
-def require_sae(config: DictConfig, who: str) -> None:
+def run_classes(loss: LossSettings) -> RunClasses:
+    """The classes that the loss names, matched with its hyper-parameters. Raises UserError where they do not fit."""
+    if loss.trainer is None:
+        raise UserError(f"loss={loss.name} needs a trainer of yours: ++loss.trainer=path/to/file.py:Class")
+    trainer = named_class(loss.trainer, trainers, "loss.trainer")
+    loader = named_class(loss.dataloader, dataloader, "loss.dataloader")
+    return RunClasses(trainer, loader, bind(trainer, loader.records, loss))
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def require_sae(config: Config, who: str) -> None:
     """Raises UserError where the configuration has no SAE."""
-    if not sections(config):
+    if not sections(config.sae):
         known = sorted(path.stem for path in (REPO / "config/sae").glob("*.yaml"))
         raise UserError(
             f"{who} needs an SAE: sae={'|'.join(known)}, fitting the model, or ++sae.path=... ++sae.layer=..."
         )
 
 
-def sae_sources(config: DictConfig) -> list[SAESource]:
-    """The SAEs that the configuration asks for, whatever its loss. Raises UserError where there is none, or where they
-    do not go with the model."""
+def find_required_paths(config: Config) -> RunPaths:
+    """As `find_paths`, with the SAEs that the configuration asks for, whatever its loss. Raises UserError where there
+    is none, or where they do not go with the model."""
     require_sae(config, f"mode={config.mode}")
-    return find_sources(config, frozenset({"sae"})).saes
+    return find_paths(config, frozenset({"sae"}))
 
 
-def unknown_keys(overrides: Sequence[str], config_name: str = "config") -> list[str]:
-    """Keys that the command line adds with + or ++ and that no YAML of the composition has, so nothing would read.
-
-    The loss's own keys are left to its signature (`vocabulary.bind`).
-    """
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    added = [o for o in parsed if o.is_add() or o.is_force_add()]
-    if not added:
-        return []
-    rest = [o.input_line for o in parsed if o not in added and o.input_line is not None]
-    plain = compose(config_name, overrides=rest)
-    keys = flat(OmegaConf.to_container(plain))
-
-    def is_known(key: str) -> bool:
-        free = [known for known, value in keys.items() if value == {}]  # a dictionary that any key may be added to
-        return key.startswith(("loss.", *(f"{f}." for f in free))) or any(f"{k}.".startswith(f"{key}.") for k in keys)
-
-    return [
-        f"{o.key_or_group} is read by nothing{suggest(o.key_or_group, keys)}"
-        for o in added
-        if not is_known(o.key_or_group)
-    ]
-
-
-def find_sources(config: DictConfig, needs: frozenset[str]) -> RunPaths:
+def find_paths(config: Config, needs: frozenset[str]) -> RunPaths:
     """Find, or fetch from the Hub, all but the weights; check that the SAEs' layers are ones the model has.
 
     Raises UserError with all problems found.
@@ -181,7 +327,7 @@ def find_sources(config: DictConfig, needs: frozenset[str]) -> RunPaths:
             else:
                 found[name] = found["model"]
     if "sae" in needs:
-        for where, section in sections(config).items():
+        for where, section in sections(config.sae).items():
             with problems.collected():
                 saes.append(find_sae(section, where))
     if model.load_from is not None:
@@ -189,10 +335,9 @@ def find_sources(config: DictConfig, needs: frozenset[str]) -> RunPaths:
             find_weights(model.load_from)
     if found["model"] is not None:
         with problems.collected():
-            text = load_config(found["model"]).get_text_config()
-            layers = text.num_hidden_layers
+            layers = load_config(found["model"]).get_text_config().num_hidden_layers
             for sae in saes:
                 there = f"{sae.where}.layer={sae.layer}: {model.name} has layers 0 to {layers - 1}"
                 problems.expect(0 <= sae.layer < layers, there)
-    problems.tell()
+    problems.raise_if_any()
     return RunPaths(**found, saes=saes)  # type: ignore[arg-type]

@@ -13,9 +13,10 @@ from data import toy
 from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
+from launch.settings import Config
 from sampling.diversity import log_likelihoods
-from sampling.generate import Request, Sample, Settings, sample
-from trainers import BasicTrainer
+from sampling.generate import Decoding, Request, Sample, sample
+from training.loop import BasicTrainer
 from utils import console, write_json
 
 FIGURE_NAMES = {  # the figures in the order of the table; a run has those that apply to it
@@ -33,12 +34,12 @@ FIGURE_NAMES = {  # the figures in the order of the table; a run has those that 
 }
 
 
-def summarise(trainer: BasicTrainer, start_weights: Path, started: float) -> None:
+def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, started: float) -> None:
     """Write summary.json and print it, with the names of the files that the run wrote."""
-    run, config = trainer.run, trainer.config
+    run = trainer.run
     figures = from_metrics(run.folder / "metrics.jsonl")
     if config.toy_comparison:
-        figures |= against_start(trainer, start_weights, config.toy_comparison)
+        figures |= against_start(trainer, config, start_weights)
     figures["seconds"] = time.monotonic() - started
     figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if parallel.rank() != 0:
@@ -76,16 +77,16 @@ def from_metrics(path: Path) -> dict[str, float]:
     return figures
 
 
-def against_start(trainer: BasicTrainer, start_weights: Path, count: int) -> dict[str, float]:
+def against_start(trainer: BasicTrainer, config: Config, start_weights: Path) -> dict[str, float]:
     """The tuned policy against the policy it started as, on held-out prompts, by the toy language's rules.
 
     Both are sampled as they are (temperature 1, no truncation), so the same samples give an unbiased KL:
     the mean over the policy's completions of log policy - log start.
     """
-    config, model = trainer.config, trainer.config.model
+    model = config.model
     start = trainer.load(start_weights, model.load_from, frozen=True)
     rows = {row["prompt"]: row for row in trainer.loaders["eval"].rows}
-    prompts = list(rows.values())[:count]
+    prompts = list(rows.values())[: config.toy_comparison]
 
     control = [trainer.tokenizer.encode(token, add_special_tokens=False)[0] for token in trainer.control_tokens]
     plain = [row["prompt_ids"] for row in prompts]
@@ -96,7 +97,7 @@ def against_start(trainer: BasicTrainer, start_weights: Path, count: int) -> dic
             policy,
             trainer.tokenizer,
             [Request(ids, temperature=1.0) for ids in prompt_ids],
-            Settings(config.max_new_tokens, seed),
+            Decoding(config.max_new_tokens, seed),
             batch_size=model.eval_batch_size,
             never=control if policy is trainer.policy else (),
         )

@@ -12,28 +12,27 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distributed import parallel
 from distributed.sharding import full_tensor, reshard
+from modeling.settings import ModelSettings
 
 NAME = "default"  # of the adapter within the model
 
 
-def add(model: PreTrainedModel, settings: DictConfig, dtype: torch.dtype) -> None:
+def add(model: PreTrainedModel, settings: ModelSettings, dtype: torch.dtype) -> None:
     """Freeze the model and add adapters, kept in `dtype`, as `settings`, config.model, says (`peft`)."""
     from peft import LoraConfig  # an extra, and slow to import
 
-    own = OmegaConf.to_container(settings.peft)
-    assert isinstance(own, dict)
+    own = settings.peft
     model.add_adapter(
         LoraConfig(
-            r=own["lora_r"],
-            lora_alpha=own["lora_alpha"],
-            lora_dropout=own["lora_dropout"],
-            target_modules=own["target_modules"],
+            r=own.lora_r,
+            lora_alpha=own.lora_alpha,
+            lora_dropout=own.lora_dropout,
+            target_modules=own.target_modules,
             base_model_name_or_path=settings.name_or_path,
             task_type="CAUSAL_LM",
         ),

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import openai
 import torch
-from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.distributed import DistributedConfig
@@ -24,8 +23,9 @@ from distributed.sharding import DTYPES
 from modeling import attention
 from modeling.weights import find_weights
 from sampling import openai_server
-from sampling.generate import Request, Sample, Settings, before_stop, sample_batches
+from sampling.generate import Decoding, Request, Sample, before_stop, sample_batches
 from sampling.openai_server import GIVE_UP_AFTER
+from sampling.settings import SamplingSettings
 from utils import UserError, console
 
 BACKENDS = ("transformers", "vllm", "openai")
@@ -37,14 +37,14 @@ class Backend(Protocol):
     def requests(self, records: Sequence[dict[str, Any]], temperatures: Sequence[float], draw: int) -> list[Request]:
         """A request for each record, the draw-th of its prompt."""
 
-    def complete(self, requests: Sequence[Request], settings: Settings) -> Iterator[dict[int, Sample]]:
+    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[dict[int, Sample]]:
         """Samples by the place of their request."""
 
 
 class LocalPrompts:
     """Requests in tokens, for a model whose tokenizer is here."""
 
-    def __init__(self, config: DictConfig, tokenizer: Tokenizer, control_tokens: Sequence[str]) -> None:
+    def __init__(self, config: SamplingSettings, tokenizer: Tokenizer, control_tokens: Sequence[str]) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.template = tokenise.make_template(config, tokenizer)
         self.control = [tokenizer.encode(token, add_special_tokens=False)[0] for token in control_tokens]
@@ -67,7 +67,7 @@ class TransformersBackend(LocalPrompts):
 
     def __init__(
         self,
-        config: DictConfig,
+        config: SamplingSettings,
         model: PreTrainedModel,
         tokenizer: Tokenizer,
         control_tokens: Sequence[str] = (),
@@ -75,13 +75,13 @@ class TransformersBackend(LocalPrompts):
         super().__init__(config, tokenizer, control_tokens)
         self.model = model
 
-    def complete(self, requests: Sequence[Request], settings: Settings) -> Iterator[dict[int, Sample]]:
+    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[dict[int, Sample]]:
         """As Backend's."""
         size = self.config.model.eval_batch_size
         yield from sample_batches(self.model, self.tokenizer, requests, settings, batch_size=size, never=self.control)
 
 
-def load_policy(config: DictConfig, folder: Path, load_from: str | None) -> PreTrainedModel:
+def load_policy(config: SamplingSettings, folder: Path, load_from: str | None) -> PreTrainedModel:
     """The model to sample from, its weights in `model.policy_dtype`, on one device, or on all of torchrun's ranks.
 
     Raises UserError where tensor parallelism cannot be had.
@@ -112,7 +112,9 @@ class VLLMBackend(LocalPrompts):
 
     CHUNK = 1024  # requests between two looks at what is done; vLLM batches them by itself
 
-    def __init__(self, config: DictConfig, folder: Path, tokenizer: Tokenizer, control_tokens: Sequence[str]) -> None:
+    def __init__(
+        self, config: SamplingSettings, folder: Path, tokenizer: Tokenizer, control_tokens: Sequence[str]
+    ) -> None:
         super().__init__(config, tokenizer, control_tokens)
         try:
             import vllm
@@ -123,7 +125,7 @@ class VLLMBackend(LocalPrompts):
         dtype = config.model.policy_dtype
         self.engine = vllm.LLM(model=str(folder), dtype=dtype, seed=config.seed, tensor_parallel_size=gpus)
 
-    def complete(self, requests: Sequence[Request], settings: Settings) -> Iterator[dict[int, Sample]]:
+    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[dict[int, Sample]]:
         """As Backend's."""
         for start in range(0, len(requests), self.CHUNK):
             chunk = requests[start : start + self.CHUNK]
@@ -138,7 +140,7 @@ class VLLMBackend(LocalPrompts):
                 for place, done in enumerate(completions)
             }
 
-    def parameters(self, request: Request, settings: Settings) -> Any:
+    def parameters(self, request: Request, settings: Decoding) -> Any:
         """One request's vllm.SamplingParams."""
         return self.vllm.SamplingParams(
             temperature=request.temperature,
@@ -158,7 +160,7 @@ class ServerBackend:
     prompt as text (/completions).
     """
 
-    def __init__(self, config: DictConfig, timeout: float = 600) -> None:
+    def __init__(self, config: SamplingSettings, timeout: float = 600) -> None:
         """Raises UserError for a server that cannot be asked."""
         self._server = openai_server.Server(
             config.base_url or "", openai_server.key_from_environment(), timeout=timeout
@@ -169,16 +171,15 @@ class ServerBackend:
     def requests(self, records: Sequence[dict[str, Any]], temperatures: Sequence[float], draw: int) -> list[Request]:
         """Prompts as text and as conversations; how many tokens they are, the server knows."""
         config, chat = self.config, self.config.template == "chat"
-        prefixes = (config.human_prefix, config.human_suffix, config.assistant_prefix, config.assistant_suffix)
         prompts = [record["prompt"] for record in records]
-        template = tokenise.PrefixTemplate(*prefixes)
+        template = tokenise.prefix_template(config)
         texts = ["\n\n".join(turn["content"] for turn in p) if chat else template.prompt(p) for p in prompts]
         return [
             Request((), temperature, draw, text, messages)
             for text, messages, temperature in zip(texts, prompts, temperatures, strict=True)
         ]
 
-    def complete(self, requests: Sequence[Request], settings: Settings) -> Iterator[dict[int, Sample]]:
+    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[dict[int, Sample]]:
         """As Backend's. Raises UserError where requests failed for good, once all the others are there; when
         GIVE_UP_AFTER of them (or all, if they are fewer) failed in a row, it waits only for those under way."""
         failures: list[str] = []
@@ -207,7 +208,7 @@ class ServerBackend:
                 "Check the server, served_model and OPENAI_API_KEY; a rerun asks only what is missing."
             )
 
-    def _ask(self, request: Request, settings: Settings) -> Sample | str:
+    def _ask(self, request: Request, settings: Decoding) -> Sample | str:
         """The completion, or why there is none."""
         messages: Any = list(request.messages)
         body: dict[str, Any] = {

@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 import models
-from data.batch import collate
+from data.batch import batches_by_length, collate
 from distributed import parallel
-from sampling.backends import TransformersBackend
 from sampling.samples import Conversation
-from trainers import BasicTrainer
+from sampling.settings import SamplingSettings
+from training.loop import BasicTrainer
 
 MAX_N = 4  # BLEU's longest n-grams
 
@@ -39,10 +39,10 @@ def log_likelihoods(
         {"prompt_ids": list(prompt), "completion_ids": [list(completion)], "index": i}
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
     ]
-    records.sort(key=lambda record: len(record["prompt_ids"]) + len(record["completion_ids"][0]))
+    lengths = [len(record["prompt_ids"]) + len(record["completion_ids"][0]) for record in records]
     found: dict[int, float] = {}
-    for start in range(0, len(records), batch_size):
-        batch = collate(records[start : start + batch_size], "padded", pad_id=pad_id, eos_id=eos_id)
+    for places in batches_by_length(lengths, batch_size):
+        batch = collate([records[place] for place in places], "padded", pad_id=pad_id, eos_id=eos_id)
         found |= zip(batch.index, models.score(model, batch.to(parallel.device())).logps.tolist())
     return [found[i] for i in range(len(records))]
 
@@ -91,30 +91,22 @@ def bleu(words: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     return exp(min(0.0, 1 - closest / len(words)) + total / MAX_N)
 
 
-def backend_of(trainer: BasicTrainer) -> TransformersBackend:
-    """Samples from the policy that a trainer holds, computed as it evaluates."""
-    return TransformersBackend(trainer.config, trainer.policy, trainer.tokenizer, trainer.control_tokens)
-
-
-def sample_figures(trainer: BasicTrainer, talks: Sequence[Conversation]) -> dict[str, float]:
+def sample_figures(config: SamplingSettings, trainer: BasicTrainer, talks: Sequence[Conversation]) -> dict[str, float]:
     """The figures of the policy's samples, first turns only, against the reference: the start, or reference_path."""
-    config, model = trainer.config, trainer.config.model
     own = [talk.requests[0].prompt_ids for talk in talks]
     plain = [ids[: -1 if trainer.control_tokens else None] for ids in own]  # the reference knows no control token
     answers = [talk.answers[0] for talk in talks]
     texts = [answer.text for answer in answers]
     groups = [texts[start : start + config.samples] for start in range(0, len(texts), config.samples)]
 
-    weights, load_from = (model.reference_path, None) if model.reference_path else (model.name_or_path, model.load_from)
-    folder = models.fetch(weights, models.WEIGHT_FILES, "model.reference_path")
-    reference = trainer.load(folder, load_from, frozen=True)
+    reference = trainer.load(*models.reference_weights(config.model), frozen=True)
     logps = {
         name: torch.tensor(
             log_likelihoods(
                 scorer,
                 prompts,
                 [answer.ids for answer in answers],
-                batch_size=model.eval_batch_size,
+                batch_size=config.model.eval_batch_size,
                 pad_id=trainer.tokenizer.pad_token_id,
                 eos_id=trainer.tokenizer.eos_token_id,
             )
@@ -123,7 +115,7 @@ def sample_figures(trainer: BasicTrainer, talks: Sequence[Conversation]) -> dict
     }
     lengths = torch.tensor([len(answer.ids) for answer in answers])
     values = {
-        **{name: config[name] for name in ("temperature", "top_p", "top_k")},
+        **{name: getattr(config, name) for name in ("temperature", "top_p", "top_k")},
         "number": len(texts),
         "tokens": float(lengths.float().mean()),
         "cut": mean(answer.finish_reason == "length" for answer in answers),

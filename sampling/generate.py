@@ -27,7 +27,7 @@ from utils import Message, UserError, fingerprint, progress_bar
 
 
 @dataclass(frozen=True)
-class Settings:
+class Decoding:
     """How completions are drawn, but for the temperature, which each request has of its own."""
 
     max_new_tokens: int
@@ -64,7 +64,7 @@ class Sample:
 class DrawTokens(LogitsProcessor):
     """Leaves one token possible in each row: drawn with the row's own uniform number of this step, or the likeliest."""
 
-    def __init__(self, requests: Sequence[Request], settings: Settings, width: int, device: torch.device) -> None:
+    def __init__(self, requests: Sequence[Request], settings: Decoding, width: int, device: torch.device) -> None:
         self.width = width
         self.temperature = torch.tensor([[request.temperature] for request in requests], device=device)  # [R, 1]
         numbers = [np.random.default_rng(r.seed(settings.seed)).random(settings.max_new_tokens) for r in requests]
@@ -93,7 +93,7 @@ def sample(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     requests: Sequence[Request],
-    settings: Settings,
+    settings: Decoding,
     *,
     batch_size: int,
     never: Sequence[int] = (),
@@ -112,7 +112,7 @@ def sample_batches(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     requests: Sequence[Request],
-    settings: Settings,
+    settings: Decoding,
     *,
     batch_size: int,
     never: Sequence[int] = (),
@@ -163,7 +163,7 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.dev
     return input_ids.to(device), mask.to(device)
 
 
-def finished(ids: list[int], tokenizer: Tokenizer, ends: Sequence[int], settings: Settings) -> Sample:
+def finished(ids: list[int], tokenizer: Tokenizer, ends: Sequence[int], settings: Decoding) -> Sample:
     """A row of generated tokens, cut at its end token or stop string."""
     stops = [place for place, token in enumerate(ids) if token in ends]
     ids = ids[: stops[0] + 1] if stops else ids

@@ -15,11 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import DictConfig
-
 import dataloader
-from sampling.backends import BACKENDS, Backend
-from sampling.generate import Request, Sample, Settings
+from sampling.backends import Backend
+from sampling.generate import Decoding, Request, Sample
+from sampling.settings import SamplingSettings
 from utils import Message, UserError, fingerprint, progress_bar
 
 Key = tuple[int, int, int]  # prompt, draw, turn
@@ -34,34 +33,15 @@ MT_BENCH_TEMPERATURES = {  # FastChat's, by category; 0.7 for any other, such as
 }
 
 
-def settings_of(config: DictConfig) -> Settings:
-    """The configuration's sampling settings. Raises UserError with all that cannot be."""
-    whole = {"max_new_tokens": 1, "samples": 1, "top_k": 0, "seed": 0, "n_samples": 1, "model.eval_batch_size": 1}
-    values = {**config, "model.eval_batch_size": config.model.eval_batch_size}
-    problems = [
-        f"{key}={values[key]}: has to be a whole number of at least {least}"
-        for key, least in whole.items()
-        if not isinstance(values[key], int) or values[key] < least
-    ]
-    if not (config.temperature is None and config.mode == "mtbench") and not _number(config.temperature, 0, 100):
-        problems.append(f"temperature={config.temperature}: has to be a number of at least 0 (0: the likeliest token)")
-    if not _number(config.top_p, 0, 1) or config.top_p == 0:
-        problems.append(f"top_p={config.top_p}: has to be above 0 and at most 1 (1: all tokens)")
-    stop = [config.stop] if isinstance(config.stop, str) else list(config.stop)
-    if not all(isinstance(word, str) and word for word in stop):
-        problems.append(f"stop={stop}: has to be a list of texts")
-    if config.backend not in BACKENDS:
-        problems.append(f"backend={config.backend}: not one of {', '.join(BACKENDS)}")
-    if problems:
-        raise UserError("\n".join(problems))
-    return Settings(config.max_new_tokens, config.seed, config.top_p, config.top_k, tuple(stop))
+def decoding_of(config: SamplingSettings) -> Decoding:
+    """How completions are drawn. Raises UserError where nothing says at which temperature."""
+    if config.temperature is None and config.mode != "mtbench":
+        raise UserError("temperature=null: only mode=mtbench has temperatures of its own; set a number of at least 0")
+    stop = (config.stop,) if isinstance(config.stop, str) else tuple(config.stop)
+    return Decoding(config.max_new_tokens, config.seed, config.top_p, config.top_k, stop)
 
 
-def _number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, int | float) and low <= value <= high
-
-
-def records_to_sample(config: DictConfig, *, every: bool = False) -> list[dict[str, Any]]:
+def records_to_sample(config: SamplingSettings, *, every: bool = False) -> list[dict[str, Any]]:
     """The prompts of the test rows: `n_samples` of them, drawn at random but the same in every run, or all.
 
     Raises UserError where there is none.
@@ -75,7 +55,7 @@ def records_to_sample(config: DictConfig, *, every: bool = False) -> list[dict[s
     return [records[i] for i in sorted(chosen)]
 
 
-def temperature_of(record: dict[str, Any], config: DictConfig) -> float:
+def temperature_of(record: dict[str, Any], config: SamplingSettings) -> float:
     """The configuration's temperature, or where it is null the one of the question's category in MT-Bench."""
     if config.temperature is None:
         return MT_BENCH_TEMPERATURES.get(record["benchmark"]["category"], 0.7)
@@ -172,7 +152,7 @@ def sample_log(path: Path, identity: dict[str, Any], writes: bool = True) -> Ite
 
 
 def identity_of(
-    config: DictConfig, settings: Settings, records: Sequence[dict[str, Any]], policy: str
+    config: SamplingSettings, settings: Decoding, records: Sequence[dict[str, Any]], policy: str
 ) -> dict[str, Any]:
     """All that samples depend on, but the batch size; `policy` says which weights, or whose server."""
     prompts = [[record["prompt"], record["followups"], record["truncation_mode"]] for record in records]
@@ -191,7 +171,7 @@ def identity_of(
 
 
 def converse(
-    config: DictConfig, settings: Settings, records: Sequence[dict[str, Any]], backend: Backend, log: SampleLog
+    config: SamplingSettings, settings: Decoding, records: Sequence[dict[str, Any]], backend: Backend, log: SampleLog
 ) -> list[Conversation]:
     """`config.samples` conversations from each record, those of one record together; what the log has is not drawn
     again. A later turn is asked after the answers to all the earlier ones, and if it is too long its end is kept."""

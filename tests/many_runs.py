@@ -18,7 +18,7 @@ def work() -> None:
 
     for overrides in json.loads(sys.argv[1]):
         with initialize_config_dir(str(REPO / "config"), version_base=None):
-            train.train(compose("config", overrides=overrides), overrides)
+            train.train(compose("config", overrides=overrides))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from data.batch import Batch
 from dataloader import DataLoader
 from launch import assembly, settings
 from models import Scores
-from trainers import BasicTrainer, MetricAccumulator
 from training.checkpoint import Run
+from training.loop import BasicTrainer, MetricAccumulator
 
 TINY = REPO / "assets/tiny"
 BATCH = 8
@@ -85,15 +85,17 @@ def settle(folder: Path, rows: list[dict[str, Any]], *overrides: str) -> tuple[D
     return compose("config", overrides=given), given
 
 
-def assemble(config: DictConfig, given: list[str]) -> BasicTrainer:
+def assemble(raw: DictConfig) -> BasicTrainer:
     """Our trainer, as train.py builds it."""
-    parts = settings.check_config(config, given)
+    config, classes = settings.check_config(raw)
     run = Run(Path(config.cache_dir) / "run")
-    return assembly.prepare(config, parts, settings.find_sources(config, parts.binding.needs), run)
+    trainer = assembly.prepare(config, classes, settings.find_paths(config, classes.binding.needs), run)
+    trainer.start_optimizer()
+    return trainer
 
 
 def prepared(folder: Path, rows: list[dict[str, Any]], *overrides: str) -> BasicTrainer:
-    return assemble(*settle(folder, rows, *overrides))
+    return assemble(settle(folder, rows, *overrides)[0])
 
 
 def apart(policy: Path, reference: Path = TINY) -> list[str]:
@@ -272,7 +274,7 @@ def test_fifty_steps_equal_trl(tmp_path: Path, moved: Path, loss: str, kind: str
         "warmup_steps=5",
         f"model.load_from={moved}",
     )
-    train.train(config, given)
+    train.train(config)
     lines = metrics(tmp_path / config.exp_name)
     ours = [line for line in lines if "loss/train" in line]
 
@@ -456,7 +458,7 @@ def test_z_is_clamped_after_the_mean(tmp_path: Path, moved: Path) -> None:
 def rank_of_two(rank: int, given: list[str], folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        trainer = assemble(compose("config", overrides=given), given)
+        trainer = assemble(compose("config", overrides=given))
     loader = trainer.loaders["train"]
     loader.rank, loader.world_size = rank, 2
     (folder / f"{rank}.json").write_text(json.dumps(z_of(trainer)))
@@ -465,7 +467,7 @@ def rank_of_two(rank: int, given: list[str], folder: Path) -> None:
 
 def test_two_ranks_have_the_z_of_one(tmp_path: Path, moved: Path) -> None:
     config, given = settle(tmp_path, labelled(11), *SPLIT, *apart(moved))
-    alone = z_of(assemble(config, given))
+    alone = z_of(assemble(config))
     spawn(rank_of_two, args=(given, tmp_path), nprocs=2)
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(alone, rel=1e-5)

@@ -485,7 +485,7 @@ def test_misspelt_names_are_suggested(tmp_path: Path) -> None:
 
 def test_a_template_of_your_own(tmp_path: Path, server: Server) -> None:
     (tmp_path / "mine.py").write_text(
-        "from protocols import PromptTemplate\n\n\nclass Shorter(PromptTemplate):\n"
+        "from judging.protocols import PromptTemplate\n\n\nclass Shorter(PromptTemplate):\n"
         '    question = "Which response is shorter?"\n\n\nclass Other:\n    pass\n'
     )
     samples = write_samples(tmp_path, 3)

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset as HfDataset
-from omegaconf import DictConfig, OmegaConf
 from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +20,7 @@ import dataloader
 from data import rows, tokenise
 from data.batch import Batch, collate
 from data.rows import BadRow
+from data.settings import DataSettings
 from data.tokenise import ChatTemplate, PrefixTemplate
 from dataloader import (
     DataLoader,
@@ -29,9 +29,8 @@ from dataloader import (
     SFTDataLoader,
     TokenisedData,
     UnpairedPreferenceDataLoader,
-    load_tokens,
 )
-from utils import UserError
+from utils import UserError, checked
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data of {DATA} is not here")
@@ -69,8 +68,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
-def make_config(tmp_path: Path, **changes: Any) -> DictConfig:
-    values = {
+def make_config(tmp_path: Path, **changes: Any) -> DataSettings:
+    values: dict[str, Any] = {
         "datasets": ["toy"],
         "eval_datasets": None,
         "data_dir": None,
@@ -85,15 +84,16 @@ def make_config(tmp_path: Path, **changes: Any) -> DictConfig:
         "human_suffix": "",
         "assistant_prefix": TULU.assistant_prefix,
         "assistant_suffix": "",
-        "model": {"max_length": 512, "max_prompt_length": 256},
     }
-    return OmegaConf.create({**values, **changes})
+    return checked(DataSettings, {**values, **changes})
 
 
-def changed(config: DictConfig, **changes: Any) -> DictConfig:
-    merged = OmegaConf.merge(config, changes)
-    assert isinstance(merged, DictConfig)
-    return merged
+def changed(config: DataSettings, **changes: Any) -> DataSettings:
+    return checked(DataSettings, {**config.model_dump(), **changes})
+
+
+def load_tokens(*arguments: Any, **options: Any) -> dataloader.TokenisedData:
+    return dataloader.load_tokens(*arguments, **{"max_length": 512, "max_prompt_length": 256, **options})
 
 
 def write_jsonl(path: Path, values: list[Any]) -> Path:
@@ -515,15 +515,15 @@ def test_two_data_sets_with_the_same_prompt_are_both_kept(tmp_path: Path, tokeni
 def test_a_custom_data_set_is_found_by_name_and_given_what_it_asks_for(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def get_custom_dataset(split: str, human_prefix: str, flavour: str = "plain") -> Dataset:
+    def get_custom_dataset(split: str, human_prefix: str, seed: int = 0, flavour: str = "plain") -> Dataset:
         data = Dataset("custom")
-        data["hello"].add_pair(f"{split} {flavour}", human_prefix)
+        data["hello"].add_pair(f"{split} {seed} {flavour}", human_prefix)
         return data
 
     monkeypatch.setattr(dataloader, "get_custom_dataset", get_custom_dataset, raising=False)
-    config = make_config(tmp_path, datasets=["custom_dataset"], flavour="sweet")
+    config = make_config(tmp_path, datasets=["custom_dataset"], seed=7)
     tokens = load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
-    assert tokens.rows[0]["completions"] == ["train sweet", "\n<|user|>\n"]
+    assert tokens.rows[0]["completions"] == ["train 7 plain", "\n<|user|>\n"]
 
 
 def test_bad_rows_are_reported_and_too_many_stop_the_run(
@@ -570,8 +570,9 @@ def test_tokens_are_cached_until_something_they_depend_on_changes(
     file = write_jsonl(tmp_path / "a.jsonl", pair_rows(5))
     config = make_config(tmp_path, datasets=[str(file)], eval_datasets=["toy"])
 
-    def load(config: DictConfig = config, **options: Any) -> TokenisedData:
-        return load_tokens(config, "train", make_tokenizer(chat=CHAT, **options), PairedPreferenceDataLoader)
+    def load(config: DataSettings = config, max_length: int = 512, **options: Any) -> TokenisedData:
+        tokenizer = make_tokenizer(chat=CHAT, **options)
+        return load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader, max_length=max_length)
 
     first = load()
     assert first.path == tmp_path / "cache" / ".cache" / "tokens" / first.fingerprint
@@ -580,8 +581,7 @@ def test_tokens_are_cached_until_something_they_depend_on_changes(
     assert (again.fingerprint, again.rows.to_list()) == (first.fingerprint, first.rows.to_list())
     assert f"found in {first.path}" in capsys.readouterr().out
 
-    other_length = changed(config, model={"max_length": 511})
-    others = [load(merges=5), load(bos=None), load(other_length), load(changed(config, template="chat"))]
+    others = [load(merges=5), load(bos=None), load(max_length=511), load(changed(config, template="chat"))]
     others.append(load(changed(config, human_suffix="\n")))
     write_jsonl(file, [*pair_rows(4), {"prompt": "q4", "chosen": "good4", "rejected": "worse"}])
     others.append(load())
@@ -644,8 +644,8 @@ def test_chat_template_has_one_bos_and_one_eos(bos: str | None) -> None:
 def test_chat_template_errors(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no chat template"):
         tokenise.make_template(make_config(tmp_path, template="chat"), tokenizer)
-    with pytest.raises(UserError, match="use tulu or chat"):
-        tokenise.make_template(make_config(tmp_path, template="alpaca"), tokenizer)
+    with pytest.raises(UserError, match="template=alpaca: not one of tulu, chat"):
+        make_config(tmp_path, template="alpaca")
     counting = make_tokenizer(chat="{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match="does not begin a conversation with the rendering of its prompt"):
         tokenised(counting, ChatTemplate(counting), record("a", "b"))
@@ -875,8 +875,6 @@ def test_one_side_of_unpaired_data_can_be_thinned() -> None:
         for seed in (1, 1, 2)
     ]
     assert draws[0] == draws[1] != draws[2]
-    with pytest.raises(UserError, match=r"frac_unique_undesirable=1.5 must be between"):
-        count(frac_unique_undesirable=1.5)
 
 
 @real_data

@@ -9,7 +9,7 @@ from conftest import BOS_ID, EOS_ID, PAD_ID, tiny_gemma
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
 from sampling import diversity
-from sampling.generate import Request, Settings, sample
+from sampling.generate import Decoding, Request, sample
 
 
 class Tokenizer:
@@ -30,7 +30,7 @@ def test_entropy_and_kl_of_samples_are_unbiased():
     policy, reference = tiny_gemma(seed=0), tiny_gemma(seed=1)
     prompt, count = [BOS_ID, 5, 9], 4000
     requests = [Request(prompt, 1.0, draw) for draw in range(count)]
-    drawn = sample(policy, Tokenizer(), requests, Settings(1, seed=0), batch_size=1000)
+    drawn = sample(policy, Tokenizer(), requests, Decoding(1, seed=0), batch_size=1000)
     ids = [answer.ids for answer in drawn]
     own, other = (torch.tensor(log_likelihoods(m, [prompt] * count, ids, 1000)) for m in (policy, reference))
     with torch.no_grad():

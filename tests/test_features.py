@@ -16,7 +16,7 @@ from conftest import EOS_ID, REPO, collate, command, look_at, pairs, random_sae,
 
 import models
 from features import measure, neuronpedia, report
-from features.measure import Context, Figures, Measured, Part, Reader, Report, Subject, Text
+from features.measure import Context, Figures, Measured, Part, Reader, Report, Text, TrainedRun
 from sae import JointSAE, compute_feature_drift
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>{{data}}\u2028"
@@ -27,22 +27,20 @@ FEW = ["++n_samples=8", "++n_eval_examples=12", "++max_new_tokens=12"]
 
 
 def reader(model: Any, sae: Any, texts: list[Text], places: list[tuple[int, str]], **options: Any) -> Reader:
-    """A reader of a random model, as a trainer would give it one."""
+    """A reader of a random model, as a run would give it one."""
     loader = SimpleNamespace(
         collate=lambda prompts, completions, index: collate(
             [{"prompt_ids": p, "completion_ids": c, "index": i} for p, c, i in zip(prompts, completions, index)]
         )
     )
-    trainer: Any = SimpleNamespace(
+    subject: Any = SimpleNamespace(
         sae=sae,
         tap=models.make_tap(model, places),
         policy=model,
-        device=torch.device("cpu"),
         tokenizer=SimpleNamespace(eos_token_id=EOS_ID, decode=lambda ids, **_: " ".join(map(str, ids))),
         loaders={"eval": loader},
-        config=SimpleNamespace(model=SimpleNamespace(eval_batch_size=4)),
     )
-    return Reader(trainer, texts, **options)
+    return Reader(subject, texts, batch_size=4, **options)
 
 
 def texts_of(count: int) -> list[Text]:
@@ -272,7 +270,7 @@ def small_report(text: str) -> Report:
     context = Context(text, [text, "b"], [0.0, 1.0], [2.0, 0.5], starts=True, ends=False)
     before = Figures(np.array([1.0, 1.0, 0.0]), np.array([0.5, 0.5, 0.0]), np.zeros(3))
     after = Figures(np.array([2.0, 0.5, 0.0]), np.array([0.5, 0.5, 0.0]), np.array([0.3, 0.1, 0.0]))
-    run: Any = Subject(text, text, None)  # type: ignore[arg-type]
+    run: Any = TrainedRun(text, text, None)  # type: ignore[arg-type]
     return Report(
         model=text,
         parts=[Part(text, text, text, 2, "https://www.neuronpedia.org/x"), Part("second", "b", "layer 1", 1, None)],

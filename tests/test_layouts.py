@@ -14,7 +14,7 @@ from modeling import attention
 from modeling.attention import choose, rule
 from models import decoder_layers, score, score_rewards
 from sae import ResidualTap, pooled_features
-from trainers import MetricAccumulator
+from training.loop import MetricAccumulator
 from utils import UserError, prefetch
 
 PACKED = ("packed", "shared_prefix")

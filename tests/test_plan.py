@@ -12,10 +12,9 @@ from launch import plan, settings
 def plan_of(*overrides, ranks=1):
     overrides = ["model=tiny", "datasets=[toy]", "++mode=plan", *overrides]
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        config = compose("config", overrides=overrides)
-        parts = settings.check_config(config, overrides, modes=["plan"])
-        sources = settings.find_sources(config, parts.binding.needs)
-    return config, plan.make(config, parts, sources, ranks)
+        config, classes = settings.check_config(compose("config", overrides=overrides), modes=["plan"])
+        paths = settings.find_paths(config, classes.binding.needs)
+    return config, plan.make(config, classes, paths, ranks)
 
 
 def test_weights_gradients_and_optimiser_are_counted():

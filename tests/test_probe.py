@@ -2,12 +2,12 @@
 
 import json
 from math import exp, log
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 from conftest import REPO, random_sae
-from omegaconf import OmegaConf
 from scipy.stats import mannwhitneyu
 from test_training import run
 
@@ -26,8 +26,8 @@ TINY = REPO / "assets/tiny"
 def probed(folder, *overrides, sae="sae=tiny"):
     """What `eval.py --config-path=assets/tiny ++mode=features` does; gives the folder with what it wrote."""
     given = [*filter(None, [sae]), "++mode=features", f"++cache_dir={folder}", *overrides]
-    given = [spelled for argument in given for spelled in settings.spelled_out(argument)]
-    probe.write_probe(read_config(TINY, given), TINY, given)
+    given = settings.translate_arguments(given)
+    probe.write_probe(settings.typed(read_config(TINY, given)), TINY, given)
     return folder / "tiny" / "features"
 
 
@@ -60,7 +60,7 @@ def test_effect_size_by_hand():
     assert constant.tolist() == [0, float("inf")]
 
 
-OPTIONS = {"probe_features": 5, "probe_min_auc": 0.8, "probe_weight": 7.0, "probe_others": 0.0}
+OPTIONS = SimpleNamespace(probe_features=5, probe_min_auc=0.8, probe_weight=7.0, probe_others=0.0)
 
 
 def planted(texts, features, plants):
@@ -77,7 +77,7 @@ def test_planted_features_are_found_and_no_others():
     table = planted(120, 3000, {17: 3.0, 2020: -1.6, 5: 1.3})
     assert set(table["feature"][:3].tolist()) == {17, 2020, 5}
     assert table["effect_size"][table["feature"] == 2020].item() < -1
-    weights = probe.weights_of(table, OmegaConf.create(OPTIONS))
+    weights = probe.weights_of(table, OPTIONS)
     assert weights[0] == {"index": "others", "weight": 0.0}
     assert {entry["index"]: entry["weight"] for entry in weights[1:]} == {17: 7.0, 2020: 7.0, 5: 7.0}
 
@@ -87,12 +87,12 @@ def test_the_best_of_many_by_chance_is_not_confirmed():
     table = planted(40, 20_000, {})
     assert (table["auc"][:5] - 0.5).abs().min() > 0.3
     assert (table["auc_held_out"][:50] - 0.5).abs().mean() < 0.15
-    assert probe.weights_of(table, OmegaConf.create(OPTIONS)) == [{"index": "others", "weight": 0.0}]
+    assert probe.weights_of(table, OPTIONS) == [{"index": "others", "weight": 0.0}]
 
 
 def test_weights_reach_the_loss(tmp_path):
     """Of the features that a probe found only those are compared, where the others weigh 0."""
-    weights = probe.weights_of(planted(120, 48, {17: 3.0, 20: -3.0}), OmegaConf.create(OPTIONS))
+    weights = probe.weights_of(planted(120, 48, {17: 3.0, 20: -3.0}), OPTIONS)
     (tmp_path / "w.json").write_text(json.dumps(weights))
     read = read_feature_weights(str(tmp_path / "w.json"), 48)
     assert read.nonzero().flatten().tolist() == [17, 20] and read[17] == 7
@@ -158,14 +158,14 @@ def test_no_feature_knows_what_is_right(tmp_path):
     [
         (["++probe=langage"], r"no attribute 'langage' \(did you mean 'language'\?\); it has language, tone"),
         (["++probe=[a.jsonl]"], r"has to be two different data sets, \[a,b\], or one of language, tone"),
-        (["++probe=5"], "probe=5: has to be two different data sets"),
+        (["++probe=5"], "probe=5: has to be text or a list"),
         (["++probe=[toy,toy]"], "has to be two different data sets"),
         (["++probe=[toy,toyy]"], r"no data set 'toyy' \(did you mean 'toy'"),
         (["++probe=[FILES/bad.jsonl,toy]"], r"bad\.jsonl has no demonstrations"),
         (["++probe=[FILES/one.jsonl,toy]"], r"one\.jsonl has 1 texts, too few"),
-        (["++probe=tone", "++probe_texts=0"], "probe_texts=0: has to be a whole number above 0"),
-        (["++probe=tone", "++probe_min_auc=0.3"], r"probe_min_auc=0\.3: has to be a number, 0\.5 to 1"),
-        (["++probe=tone", "++probe_weight=-1"], "probe_weight=-1: has to be a number, at least 0"),
+        (["++probe=tone", "++probe_texts=0"], "probe_texts=0: has to be at least 1"),
+        (["++probe=tone", "++probe_min_auc=0.3"], r"probe_min_auc=0\.3: has to be at least 0.5"),
+        (["++probe=tone", "++probe_weight=-1"], "probe_weight=-1: has to be at least 0"),
         (["++probe=tone", "sae.path=/no/params.npz"], r"sae\.path=/no/params\.npz: no such file"),
         (["++probe=tone", "sae.layer=4"], r"sae\.layer=4: tiny has layers 0 to 3"),
     ],

@@ -227,7 +227,7 @@ def test_a_crash_on_one_rank_is_told_once_and_ends_all(tmp_path):
     script = tmp_path / "crash.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
-        "import parallel, torch\n"
+        "import torch\nfrom distributed import parallel\n"
         "def work():\n"
         "    if parallel.rank() == 1:\n"
         "        raise ValueError('broken here')\n"

@@ -11,8 +11,9 @@ from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
 import models
-from autoencoders.formats import SAE_FORMATS, SECTION, SAESource, find_sae, load_sae, recognise
-from utils import UserError
+from autoencoders.formats import SAE_FORMATS, SAESource, find_sae, load_sae, recognise
+from autoencoders.settings import SAESettings
+from utils import UserError, checked
 
 D, F, K, N = 8, 24, 5, 200
 
@@ -305,6 +306,13 @@ TOP_K = (
     "qwen_scope",
     "dictionary_learning/AutoEncoderTopK",
 )
+
+
+def section(values):
+    """A section of the configuration that asks for an SAE."""
+    return checked(SAESettings, values, "sae")
+
+
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 each_format = pytest.mark.parametrize("layout", SAE_FORMATS)
 
@@ -362,7 +370,7 @@ def test_is_recognised_and_says_so(layout, tmp_path, capsys):
     format, path, _, _, place = written(layout, tmp_path)
     depth = len(Path(SAE_FORMATS[format].weights).parts)
     for named in (path, path.parents[depth - 1]):
-        found = find_sae({**SECTION, "path": str(named), "format": asked(format)}, "sae")
+        found = find_sae(section({"path": str(named), "format": asked(format)}), "sae")
         assert (found.files.format, found.path, found.layer, found.hook) == (format, path, *place)
     load_sae(path, asked(format))
     said = capsys.readouterr().out
@@ -403,7 +411,7 @@ def test_the_json_beside_the_weights_is_needed(layout, tmp_path):
         load_sae(path, format)
     config.unlink()
     if form.config_optional:
-        assert find_sae({**SECTION, "path": str(path)}, "sae").layer == 17
+        assert find_sae(section({"path": str(path)}), "sae").layer == 17
     else:
         with pytest.raises(UserError, match=f"{layout} has {form.config} beside it"):
             load_sae(path, format)
@@ -416,21 +424,21 @@ def test_the_json_beside_the_weights_is_needed(layout, tmp_path):
         ({"hook": "attention"}, r"sae\.hook=attention: not one of residual, mlp"),
         ({"layer": 3}, r"sae\.layer=3, but .*params\.npz says 7; sae\.layer=null"),
         ({"hook": "residual"}, r"sae\.hook=residual, but .*params\.npz says mlp"),
-        ({"weight": 0}, r"sae\.weight=0: has to be a number above 0"),
+        ({"weight": 0}, r"sae\.weight=0: has to be above 0"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, changes, message):
     _, path, *_ = written("gemma_scope", tmp_path)
     with pytest.raises(UserError, match=message):
-        find_sae({**SECTION, "path": str(path), **changes}, "sae")
+        find_sae(section({"path": str(path), **changes}), "sae")
 
 
 def test_a_file_that_names_no_layer(tmp_path):
     _, path, *_ = written("gemma_scope", tmp_path)
     moved = path.rename(tmp_path / "params.npz")
     with pytest.raises(UserError, match=r"sae\.layer=None: set it to the layer"):
-        find_sae({**SECTION, "path": str(moved)}, "sae")
-    found = find_sae({**SECTION, "path": str(moved), "layer": 5}, "sae")
+        find_sae(section({"path": str(moved)}), "sae")
+    found = find_sae(section({"path": str(moved), "layer": 5}), "sae")
     assert (found.layer, found.hook) == (5, "residual")
 
 
@@ -488,13 +496,13 @@ def test_from_the_hub_only_what_is_needed_is_fetched(layout, named, tmp_path, mo
 
     monkeypatch.setattr(models, "snapshot_download", snapshot_download)
     inside = (path if named == "file" else path.parents[depth - 1]).relative_to(root)
-    asked_for = {**SECTION, "path": f"org/repo/{inside}".removesuffix("/."), "format": asked(format), "layer": None}
+    asked_for = {"path": f"org/repo/{inside}".removesuffix("/."), "format": asked(format), "layer": None}
     if layout == "qwen_scope" and named == "folder":  # one of many
         with pytest.raises(UserError, match="no SAE of a known layout"):
-            find_sae(asked_for, "sae")
+            find_sae(section(asked_for), "sae")
         return
-    section = {**asked_for, "layer": 7} if layout == "gemma_scope" else asked_for
-    found = find_sae(section, "sae")
+    asked_for = {**asked_for, "layer": 7} if layout == "gemma_scope" else asked_for
+    found = find_sae(section(asked_for), "sae")
     wanted = {path.relative_to(root), *(p for p in [SAE_FORMATS[format].config] if p)}
     assert found.path == tmp_path / "snapshot" / path.relative_to(root)
     assert {Path(name).name for name in fetched} == {Path(name).name for name in wanted}
@@ -504,7 +512,7 @@ def test_from_the_hub_only_what_is_needed_is_fetched(layout, named, tmp_path, mo
 def test_what_the_hub_does_not_have(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(UserError, match=r"sae\.path=org/repo/layers\.9: org/repo has no layers\.9"):
-        find_sae({**SECTION, "path": "org/repo/layers.9"}, "sae")
+        find_sae(section({"path": "org/repo/layers.9"}), "sae")
 
 
 # ---------------------------------------------------------------------------------------------------------- damage
@@ -627,7 +635,7 @@ def add(name, tensor):
 def test_what_cannot_be_folded_is_refused_by_name(layout, change, message, tmp_path):
     _, path, *_ = written(layout, tmp_path, change)
     with pytest.raises(UserError, match=message):
-        find_sae({**SECTION, "path": str(path)}, "sae")
+        find_sae(section({"path": str(path)}), "sae")
         load_sae(path)
 
 
@@ -636,15 +644,15 @@ def test_other_places_are_refused(tmp_path):
     folder = tmp_path / "gemma-scope-2b-pt-att"
     path.parents[3].rename(folder)
     with pytest.raises(UserError, match="reads embeddings or attention heads"):
-        find_sae({**SECTION, "path": str(folder / "layer_7/width_16k/average_l0_55")}, "sae")
+        find_sae(section({"path": str(folder / "layer_7/width_16k/average_l0_55")}), "sae")
     embedding = (folder / "layer_7").rename(tmp_path / "embedding")
     with pytest.raises(UserError, match="reads embeddings or attention heads"):
-        find_sae({**SECTION, "path": str(embedding / "width_16k/average_l0_55"), "layer": 0}, "sae")
+        find_sae(section({"path": str(embedding / "width_16k/average_l0_55"), "layer": 0}), "sae")
     _, path, *_ = written("gemma_scope_2", tmp_path, put("hf_hook_point_in", None))
     folder = tmp_path / "attn_out"
     path.parents[1].rename(folder)
     with pytest.raises(UserError, match="a attn_out; SAEs are read at"):
-        find_sae({**SECTION, "path": str(next(folder.iterdir()))}, "sae")
+        find_sae(section({"path": str(next(folder.iterdir()))}), "sae")
 
 
 # --------------------------------------------------------------------------------------------------------- SAELens
@@ -679,7 +687,7 @@ def test_files_that_saelens_saves(kind, apply_b_dec, tmp_path):
     theirs = randomised(getattr(lens, f"{kind}SAE")(config))
     theirs.save_model(tmp_path)
     same(load_sae(tmp_path), theirs)
-    assert find_sae({**SECTION, "path": str(tmp_path)}, "sae").layer == 6
+    assert find_sae(section({"path": str(tmp_path)}), "sae").layer == 6
 
 
 def test_a_batch_topk_as_saelens_saves_it(tmp_path):

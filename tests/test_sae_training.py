@@ -12,12 +12,12 @@ from test_ranks import train_on
 from test_training import REPO, Killed, assembled, run, settle
 from transformers import AutoModelForCausalLM
 
-import trainers
 from autoencoders.activations import ActivationLoader, text_lengths
 from autoencoders.formats import load_sae
 from autoencoders.training import BatchTopK, SAETrainer
 from data.batch import PAD
 from dataloader import SFTDataLoader, TokenisedData
+from training import loop
 from utils import UserError
 
 PAD_ID, BOS, EOS = 0, 1, 2
@@ -324,14 +324,14 @@ def test_several_layers_in_one_pass_are_as_each_alone(tmp_path):
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, step):
     options = [*SMALL_SAE, "loss.layer=[1,2]", "++n_epochs=2", "++save_every=7", "++eval_every=11"]
     whole = run(tmp_path, *options, "exp_name=whole")
-    original = trainers.BasicTrainer.optimise
+    original = loop.BasicTrainer.optimise
 
     def dies(self, number, *rest):
         if number == step:
             raise Killed
         return original(self, number, *rest)
 
-    monkeypatch.setattr(trainers.BasicTrainer, "optimise", dies)
+    monkeypatch.setattr(loop.BasicTrainer, "optimise", dies)
     with pytest.raises(Killed):
         run(tmp_path, *options, "exp_name=cut")
     monkeypatch.undo()
@@ -348,7 +348,7 @@ def test_killed_before_the_export_it_exports_the_same(tmp_path, monkeypatch):
     def dies(*_):
         raise Killed
 
-    monkeypatch.setattr(trainers.BasicTrainer, "export", dies)
+    monkeypatch.setattr(loop.BasicTrainer, "export", dies)
     with pytest.raises(Killed):
         run(tmp_path, *SMALL_SAE, "exp_name=cut")
     monkeypatch.undo()

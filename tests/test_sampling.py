@@ -17,10 +17,11 @@ from transformers import TopPLogitsWarper as TopP
 
 import eval as evaluation
 from data import toy
+from launch import settings
 from launch.policies import read_config
 from sampling import samples
 from sampling.backends import LocalPrompts, VLLMBackend
-from sampling.generate import DrawTokens, Request, Settings, sample
+from sampling.generate import Decoding, DrawTokens, Request, sample
 from utils import UserError
 
 TINY = REPO / "assets/tiny"
@@ -63,7 +64,7 @@ def test_tokens_are_drawn_as_often_as_transformers_would(top_k, top_p):
     """8,000 draws of one distribution, against its own probabilities."""
     torch.manual_seed(0)
     scores, count, temperature = torch.randn(1, 20) * 2, 8000, 0.8
-    settings = Settings(max_new_tokens=1, seed=3, top_k=top_k, top_p=top_p)
+    settings = Decoding(max_new_tokens=1, seed=3, top_k=top_k, top_p=top_p)
     rows = [Request([1, 2], temperature, draw) for draw in range(count)]
     drawn = DrawTokens(rows, settings, 2, scores.device)(torch.zeros(count, 2), scores.expand(count, -1))
     warpers = [*([TopK(top_k)] if top_k else []), *([TopP(top_p)] if top_p < 1 else [])]
@@ -77,13 +78,13 @@ def test_tokens_are_drawn_as_often_as_transformers_would(top_k, top_p):
 def test_rows_have_temperatures_of_their_own():
     scores = torch.tensor([[0.0, 1.0, 0.9]]).expand(400, -1)
     rows = [Request([i], 0.0 if i % 2 else 100.0) for i in range(400)]
-    tokens = DrawTokens(rows, Settings(1, 0), 1, scores.device)(torch.zeros(400, 1), scores).argmax(1)
+    tokens = DrawTokens(rows, Decoding(1, 0), 1, scores.device)(torch.zeros(400, 1), scores).argmax(1)
     assert tokens[1::2].eq(1).all()
     assert tokens[::2].bincount(minlength=3).min() > 40
 
 
 def test_scores_that_are_no_numbers_are_refused():
-    draw = DrawTokens([Request([1], 1.0)], Settings(1, 0), 1, torch.device("cpu"))
+    draw = DrawTokens([Request([1], 1.0)], Decoding(1, 0), 1, torch.device("cpu"))
     with pytest.raises(UserError, match="NaN"):
         draw(torch.zeros(1, 1), torch.full((1, 5), torch.nan))
 
@@ -92,7 +93,7 @@ def test_scores_that_are_no_numbers_are_refused():
 def test_a_sample_does_not_depend_on_the_batch(tiny, temperature):
     """Padding, order, other prompts: with and without them, the same tokens."""
     asked = requests(tiny[1], TOY, temperature)
-    settings = Settings(16, seed=1, top_p=0.95)
+    settings = Decoding(16, seed=1, top_p=0.95)
     whole = sample(*tiny, asked, settings, batch_size=16)
     assert len({len(r.prompt_ids) for r in asked}) > 3
     assert sample(*tiny, asked, settings, batch_size=1) == whole
@@ -102,7 +103,7 @@ def test_a_sample_does_not_depend_on_the_batch(tiny, temperature):
 def test_greedy_samples_are_those_of_generate_on_one_prompt_at_a_time(tiny):
     model, tokenizer = tiny
     asked = requests(tokenizer, TOY[:8], 0.0)
-    for request, drawn in zip(asked, sample(model, tokenizer, asked, Settings(16, 0), batch_size=8)):
+    for request, drawn in zip(asked, sample(model, tokenizer, asked, Decoding(16, 0), batch_size=8)):
         ids = torch.tensor([request.prompt_ids])
         (expected,) = model.generate(ids, max_new_tokens=16, do_sample=False)[:, ids.shape[1] :].tolist()
         assert drawn.ids == expected
@@ -114,15 +115,15 @@ def test_greedy_samples_of_real_prompts_do_not_depend_on_the_batch(tiny):
     """Lengths from a word to pages, cut at 400 tokens."""
     asked = requests(tiny[1], [row["instruction"] for row in instructions()[::20]], 0.0)
     asked = [Request(request.prompt_ids[:400], 0.0) for request in asked]
-    settings = Settings(8, 0)
+    settings = Decoding(8, 0)
     assert sample(*tiny, asked, settings, batch_size=16) == sample(*tiny, asked, settings, batch_size=1)
 
 
 def test_seeds_and_draws_differ(tiny):
     asked = requests(tiny[1], TOY)
-    one, other = (sample(*tiny, asked, Settings(16, seed), batch_size=24) for seed in (1, 2))
+    one, other = (sample(*tiny, asked, Decoding(16, seed), batch_size=24) for seed in (1, 2))
     again = [Request(r.prompt_ids, 1.0, draw=1) for r in asked]
-    third = sample(*tiny, again, Settings(16, 1), batch_size=24)
+    third = sample(*tiny, again, Decoding(16, 1), batch_size=24)
     for a, b in ((one, other), (one, third)):
         assert sum(x != y for x, y in zip(a, b)) > 3
 
@@ -131,13 +132,13 @@ def test_the_models_own_generation_settings_change_nothing(tiny):
     """What Hub models bring along: temperatures, penalties, a length."""
     model, tokenizer = tiny
     asked = requests(tokenizer, TOY[:8], 1.0)
-    plain = sample(model, tokenizer, asked, Settings(16, 1), batch_size=8)
+    plain = sample(model, tokenizer, asked, Decoding(16, 1), batch_size=8)
     own = model.generation_config
     model.generation_config = type(own)(
         eos_token_id=own.eos_token_id, temperature=0.1, top_k=1, do_sample=True, repetition_penalty=5.0, max_length=9
     )
     try:
-        assert sample(model, tokenizer, asked, Settings(16, 1), batch_size=8) == plain
+        assert sample(model, tokenizer, asked, Decoding(16, 1), batch_size=8) == plain
         assert model.generation_config.repetition_penalty == 5.0
     finally:
         model.generation_config = own
@@ -146,9 +147,9 @@ def test_the_models_own_generation_settings_change_nothing(tiny):
 def test_stop_texts_end_a_completion(tiny):
     model, tokenizer = tiny
     asked = requests(tokenizer, TOY, 0.0)
-    free = sample(model, tokenizer, asked, Settings(16, 0), batch_size=24)
+    free = sample(model, tokenizer, asked, Decoding(16, 0), batch_size=24)
     word = free[0].text.split()[-1]
-    stopped = sample(model, tokenizer, asked, Settings(16, 0, stop=(word,)), batch_size=24)
+    stopped = sample(model, tokenizer, asked, Decoding(16, 0, stop=(word,)), batch_size=24)
     assert sum(word in drawn.text for drawn in free) > 0
     for before, after in zip(free, stopped):
         assert after.text == before.text.split(word)[0].strip()
@@ -159,7 +160,7 @@ def test_stop_texts_end_a_completion(tiny):
 
 
 def test_a_sample_that_is_cut_says_so(tiny):
-    drawn = sample(*tiny, requests(tiny[1], TOY, 0.0), Settings(3, 0), batch_size=24)
+    drawn = sample(*tiny, requests(tiny[1], TOY, 0.0), Decoding(3, 0), batch_size=24)
     assert {s.finish_reason for s in drawn} == {"length"} and all(len(s.ids) == 3 for s in drawn)
 
 
@@ -171,7 +172,7 @@ def test_never_is_never_drawn():
             return " ".join(map(str, ids))
 
     asked = [Request([BOS_ID, i % 60 + 3], 1.0) for i in range(64)]
-    drawn = sample(tiny_gemma(), Tokenizer(), asked, Settings(8, 0), batch_size=64, never=[7, 9])
+    drawn = sample(tiny_gemma(), Tokenizer(), asked, Decoding(8, 0), batch_size=64, never=[7, 9])
     tokens = {token for s in drawn for token in s.ids}
     assert len(tokens) > 20 and not tokens & {7, 9}
 
@@ -306,8 +307,7 @@ def test_a_run_another_model_and_a_yaml(tmp_path):
 
 
 def test_prompts_that_are_cut_are_counted(tiny, capsys):
-    config = read_config(TINY, [])
-    config.model.max_prompt_length = 5
+    config = settings.typed(read_config(TINY, ["++model.max_prompt_length=5"]))
     record = {"prompt": [{"role": "user", "content": "a b c d e f"}], "truncation_mode": "keep_start", "source": ""}
     (request,) = LocalPrompts(config, tiny[1], ()).requests([record], [1.0], 0)
     assert len(request.prompt_ids) == 5
@@ -436,10 +436,10 @@ def test_a_later_turn_follows_the_earlier_answers(tiny):
     record |= {"followups": [TOY[1]], "completions": [], "benchmark": {}}
     talk = samples.Conversation(record, 0, 0.0, [], [samples.Sample("An answer.", [], "stop")])
     turn = samples.next_turn(talk)
-    config = read_config(TINY, [])
+    config = settings.typed(read_config(TINY, []))
     (request,) = LocalPrompts(config, tokenizer, ()).requests([turn], [0.0], 0)
     expected = f"\n<|user|>\n{TOY[0]}\n<|assistant|>\nAn answer.\n<|user|>\n{TOY[1]}\n<|assistant|>\n"
     assert request.prompt == expected
-    config.model.max_prompt_length = 12
+    config = settings.typed(read_config(TINY, ["++model.max_prompt_length=12"]))
     (request,) = LocalPrompts(config, tokenizer, ()).requests([turn], [0.0], 0)
     assert expected.endswith(tokenizer.decode(request.prompt_ids[1:]))

@@ -17,7 +17,7 @@ from test_sampling import TINY, write
 import eval as evaluation
 from launch.policies import read_config
 from sampling.backends import ServerBackend
-from sampling.generate import Request, Sample, Settings
+from sampling.generate import Decoding, Request, Sample
 from utils import UserError
 
 KEY = "sk-a-secret-of-mine"
@@ -234,9 +234,9 @@ def test_no_server_there(tmp_path):
 def test_stop_texts_are_cut_here_too(server):
     """A server may leave them in."""
     config = read_config(TINY, [*SERVED, f"++base_url={server.url}"])
-    ((answer,),) = ServerBackend(config).complete([Request((), 1.0, 0, "a b STOP c")], Settings(5, 0, stop=("STOP",)))
+    ((answer,),) = ServerBackend(config).complete([Request((), 1.0, 0, "a b STOP c")], Decoding(5, 0, stop=("STOP",)))
     assert answer == 0
-    (found,) = ServerBackend(config).complete([Request((), 1.0, 0, "a b STOP c")], Settings(5, 0, stop=("STOP",)))
+    (found,) = ServerBackend(config).complete([Request((), 1.0, 0, "a b STOP c")], Decoding(5, 0, stop=("STOP",)))
     assert found == {0: Sample("To a b", [], "stop")}
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import BOS_ID, EOS_ID, PAD_ID, REPO, collate, pairs, random_sae, tiny_gemma
-from hydra import initialize_config_dir
+from conftest import BOS_ID, EOS_ID, PAD_ID, collate, pairs, random_sae, tiny_gemma
 from test_sae_formats import write
 from test_training import assembled, run, settle
 
@@ -203,16 +202,13 @@ def test_joint_encoding_is_the_members_side_by_side():
 
 
 def test_a_list_of_saes_on_the_command_line(tmp_path):
-    config, overrides = settle(tmp_path, "loss=fpo", *settings.spelled_out("sae=[tiny, gemma-2-2b]"))
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        assert settings.unknown_keys(overrides) == []
-    found = sections(config)
-    assert {where: part["layer"] for where, part in found.items()} == {
-        "sae.parts.tiny": 2,
-        "sae.parts.gemma_2_2b": 25,
-    }
-    assert settings.spelled_out("++config.seed=2") == ["++seed=2"]
-    assert settings.spelled_out("sae=tiny") == ["sae=tiny"]
+    config, overrides = settle(tmp_path, "loss=fpo", *settings.translate_argument("sae=[tiny, gemma-2-2b]"))
+    settings.check_overrides(overrides)
+    found = sections(settings.typed(config).sae)
+    assert {where: part.layer for where, part in found.items()} == {"sae.parts.tiny": 2, "sae.parts.gemma2b": 25}
+    assert settings.translate_argument("++config.seed=2") == ["++seed=2"]
+    assert settings.translate_argument("sae=tiny") == ["sae=tiny"]
+    assert settings.translate_argument("model=gemma-2-9b") == ["model=gemma9b"]
 
 
 @pytest.mark.parametrize(

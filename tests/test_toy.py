@@ -26,7 +26,8 @@ HH = REPO.parent / "shared" / "data" / "hh" / "harmless-base" / "test.jsonl.gz"
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The untrained model and tokenizer, made by the documented command."""
     directory = tmp_path_factory.mktemp("toy") / "tiny"
-    subprocess.run([sys.executable, toy.__file__, str(directory), "--seed", "3"], check=True, capture_output=True)
+    make = [sys.executable, "-m", "data.toy", str(directory), "--seed", "3"]
+    subprocess.run(make, cwd=REPO, check=True, capture_output=True)
     return directory
 
 
@@ -145,10 +146,10 @@ def test_rows_depend_on_the_seed_alone() -> None:
     assert preferences("train", 0, 50) == preferences("train", 0, 80)[:50]
     assert demonstrations("train", 0, 50) != demonstrations("train", 1, 50)
     # nothing depends on the order of a set: another process, with another hash seed, makes the same rows
-    code = "import json, toy; print(json.dumps([toy.demonstrations('train', 0, 50), toy.preferences('test', 0, 50)]))"
+    code = "import json; from data import toy; print(json.dumps([toy.demonstrations('train', 0, 50), toy.preferences('test', 0, 50)]))"
     other = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(toy.__file__).parent,
+        cwd=REPO,
         env={**os.environ, "PYTHONHASHSEED": "7"},
         check=True,
         capture_output=True,
@@ -226,7 +227,7 @@ def test_model_is_a_small_gemma_2_made_by_its_seed(built: Path, tmp_path: Path) 
 
 def test_nothing_is_overwritten(built: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.iterdir()}
-    run = subprocess.run([sys.executable, toy.__file__, str(built)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "data.toy", str(built)], cwd=REPO, capture_output=True, text=True)
     assert run.returncode == 2
     assert "is there already" in run.stdout + run.stderr
     assert "Traceback" not in run.stdout + run.stderr

@@ -10,8 +10,8 @@ from test_training import PAIRS, assembled, losses, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import models
-import trainers
 from launch import settings
+from training import loop
 from utils import UserError
 
 # ---------------------------------------------------------------------------------------------------- PPO
@@ -100,14 +100,14 @@ def test_ppo_takes_its_rewards_from_labels_scores_or_a_model(tmp_path):
 def test_ppo_resumes_as_if_uninterrupted(tmp_path, monkeypatch):
     options = ["loss=ppo", "loss.ppo_epochs=2", "++save_every=16", "loss.reward=label"]
     whole = run(tmp_path, *options, "exp_name=whole")
-    original = trainers.BasicTrainer.optimise
+    original = loop.BasicTrainer.optimise
 
     def stops(self, step, *rest):
         if step == 4:
             raise KeyboardInterrupt
         return original(self, step, *rest)
 
-    monkeypatch.setattr(trainers.BasicTrainer, "optimise", stops)
+    monkeypatch.setattr(loop.BasicTrainer, "optimise", stops)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, *options, "exp_name=cut")
     monkeypatch.undo()
@@ -257,4 +257,4 @@ def test_every_yaml_composes(group):
             config = compose("config", overrides=choice)
             assert config[group].name
             if group == "model":
-                settings.check_config(compose("config", overrides=["loss=dpo", *choice[1:]]), [])
+                settings.check_config(compose("config", overrides=["loss=dpo", *choice[1:]]))

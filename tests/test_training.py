@@ -8,12 +8,12 @@ import shutil
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPO, metrics
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -22,7 +22,7 @@ import trainers
 from data import toy
 from launch import assembly, settings
 from sae import pooled_features
-from training import checkpoint
+from training import checkpoint, loop
 from training.checkpoint import Run
 from training.reference import LiveReference
 from utils import UserError
@@ -54,17 +54,18 @@ def run(tmp_path, *overrides):
     """Train, and give the lines of metrics.jsonl."""
     config, overrides = settle(tmp_path, *overrides)
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        train.train(config, overrides)
+        train.train(config)
     return metrics(tmp_path / config.exp_name)
 
 
 def assembled(tmp_path, *overrides):
     """A trainer that is ready to start."""
-    config, overrides = settle(tmp_path, *overrides)
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        parts = settings.check_config(config, overrides)
-        sources = settings.find_sources(config, parts.binding.needs)
-    return assembly.prepare(config, parts, sources, Run(tmp_path / config.exp_name))
+    raw, overrides = settle(tmp_path, *overrides)
+    config, classes = settings.check_config(raw)
+    paths = settings.find_paths(config, classes.binding.needs)
+    trainer = assembly.prepare(config, classes, paths, Run(tmp_path / config.exp_name))
+    trainer.start_optimizer()
+    return trainer
 
 
 def losses(lines):
@@ -110,14 +111,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch):
     options = ["loss=fpo", "++n_epochs=2", "++save_every=16", "++eval_every=16"]
     whole = run(tmp_path, *options, "exp_name=whole")
 
-    original = trainers.BasicTrainer.optimise
+    original = loop.BasicTrainer.optimise
 
     def dies_at_step_4(self, step, *rest):
         if step == 4:
             raise Killed
         return original(self, step, *rest)
 
-    monkeypatch.setattr(trainers.BasicTrainer, "optimise", dies_at_step_4)
+    monkeypatch.setattr(loop.BasicTrainer, "optimise", dies_at_step_4)
     with pytest.raises(Killed):
         run(tmp_path, *options, "exp_name=cut")
     assert len(losses(metrics(tmp_path / "cut"))) == 4
@@ -290,7 +291,7 @@ def test_a_damaged_state_is_passed_over(tmp_path, capsys):
 
 def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
     """The limit on the size of a file, which the second state meets, stands for the disk."""
-    save, limits = trainers.BasicTrainer.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = loop.BasicTrainer.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fills_up(self, step, examples):
         self.run.finish_saving()
@@ -299,7 +300,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
         save(self, step, examples)
         self.run.finish_saving()
 
-    monkeypatch.setattr(trainers.BasicTrainer, "save", fills_up)
+    monkeypatch.setattr(loop.BasicTrainer, "save", fills_up)
     try:
         with pytest.raises(UserError) as error:
             run(tmp_path, "loss=dpo", "exp_name=full", "++save_every=8")
@@ -322,7 +323,7 @@ def test_an_export_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
     def fails(*_args, **_options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trainers, "write_hub_format", fails)
+    monkeypatch.setattr(loop, "write_hub_format", fails)
     trainer = assembled(tmp_path, "loss=dpo", "exp_name=a", "++n_examples=16")
     with pytest.raises(UserError, match="No space left on device"):
         trainer.export(3, 24)
@@ -418,7 +419,7 @@ def test_a_step_waits_for_nothing(tmp_path, monkeypatch, loss):
     for step, micro_batches in enumerate(list(trainer.steps("train"))):
         monkeypatch.setattr(torch.Tensor, "tolist", lambda values: read.append(values) or tolist(values))
         with Waits() as waits:
-            trainer.optimise(step, micro_batches, trainers.MetricAccumulator())
+            trainer.optimise(step, micro_batches, loop.MetricAccumulator())
         assert read == []
         monkeypatch.setattr(torch.Tensor, "tolist", tolist)
         of_hosts = {"_local_scalar_dense": trainer.passes}  # what the ranks' records count for
@@ -431,7 +432,7 @@ def test_a_step_waits_for_nothing(tmp_path, monkeypatch, loss):
 def test_what_a_step_reads_is_ready_before_it(tmp_path):
     trainer = assembled(tmp_path, "loss=kto")
     micro_batches = next(trainer.steps("train"))
-    for batch in [*micro_batches, *trainer.upcoming["train", 0]]:
+    for batch in [*micro_batches, *trainer.mismatched_kl.prepared["train", 0]]:
         assert len(batch.reference["logps"]) == batch.num_sequences
 
 
@@ -443,7 +444,7 @@ def test_schedules_equal_transformers(name, warmup, steps):
     theirs = {"constant": "constant_with_warmup"}.get(name, name)
     rates = []
     for make in (
-        lambda o: trainers.make_schedule(OmegaConf.create({"lr_schedule": name, "warmup_steps": warmup}), o, steps),
+        lambda o: loop.make_schedule(SimpleNamespace(lr_schedule=name, warmup_steps=warmup), o, steps),
         lambda o: get_scheduler(theirs, o, num_warmup_steps=warmup, num_training_steps=steps),
     ):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)

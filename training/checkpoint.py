@@ -26,12 +26,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from omegaconf import DictConfig, OmegaConf
+import yaml
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from distributed import parallel
 from distributed.sharding import reshard
+from training.settings import TrainingSettings
 from utils import UserError, console, file_digest, flush_to_disk, write_text
 
 # All that a run leaves in its directory, and so all that starting over removes.
@@ -94,23 +95,26 @@ class Run:
             shutil.rmtree(part)
         return lock
 
-    def start(self, config: DictConfig) -> None:
+    def start(self, config: TrainingSettings, saved: TrainingSettings | None) -> None:
         """On rank 0: write the configuration, and with `resume: never` remove what the run of this name left.
 
-        Raises UserError where the run there was started with another configuration.
+        `saved` is the configuration that the run there was started with, if there is one. Raises UserError where it
+        differs in something that changes the steps to come.
         """
         if config.resume == "never":
             for path in [found for pattern in OWN_FILES for found in self.folder.glob(pattern)]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if self.saved():
-            differing = differences(OmegaConf.load(self.folder / "config.yaml"), config)
+            differing = {} if saved is None else differences(saved, config)
             if differing:
                 raise UserError(
                     f"{self.folder} holds a run with another configuration:\n"
                     + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items())
                     + "\nUse another exp_name, or resume=never to start over and replace it."
                 )
-        write_text(self.folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write_text(
+            self.folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+        )
 
     def saved(self) -> list[Path]:
         """The states on disk, the newest first."""
@@ -323,7 +327,7 @@ class MetricsLog:
     `size` goes into each state, so that a resumed run cuts off what the killed one wrote after it.
     """
 
-    def __init__(self, run: Run, config: DictConfig, size: int) -> None:
+    def __init__(self, run: Run, config: TrainingSettings, size: int) -> None:
         self.file, self.wandb = None, None
         if parallel.rank() == 0:
             path = run.folder / "metrics.jsonl"
@@ -352,7 +356,7 @@ class MetricsLog:
             self.wandb.finish()
 
 
-def start_wandb(run: Run, config: DictConfig) -> Any:
+def start_wandb(run: Run, config: TrainingSettings) -> Any:
     """A wandb run. It never asks for a login: without a key it is kept offline, in the run directory."""
     import wandb  # a second to import, so only where it is used
 
@@ -367,14 +371,14 @@ def start_wandb(run: Run, config: DictConfig) -> Any:
         name=config.exp_name,
         dir=run.folder,
         mode=os.environ.get("WANDB_MODE", default),  # type: ignore[arg-type]
-        config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
+        config=config.model_dump(),
         settings=wandb.Settings(silent=True),
     )
 
 
-def differences(old: Any, new: DictConfig) -> dict[str, tuple[Any, Any]]:
+def differences(old: TrainingSettings, new: TrainingSettings) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, of those that may not change between a run and its resumption."""
-    a, b = flat(OmegaConf.to_container(old, resolve=True)), flat(OmegaConf.to_container(new, resolve=True))
+    a, b = flat(old.model_dump()), flat(new.model_dump())
     return {
         key: (a.get(key), b.get(key))
         for key in sorted(a.keys() | b.keys())

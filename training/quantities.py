@@ -13,14 +13,16 @@ work too: `chosen_logps` is `policy_chosen_logps`, `ref_chosen_logps` is `refere
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import create_model
 from torch import Tensor, nn
 
 import sae as saes
 from data.batch import Batch
-from utils import UserError, suggest
+from training.settings import LossSettings
+from utils import Count, Settings, UserError, checked, suggest
 
 SIDES = ("chosen", "rejected")
 
@@ -61,7 +63,7 @@ def lengths(e: LossContext) -> Tensor:
     return e.policy.lengths
 
 
-def feature_drift(e: LossContext, *, divergence: str, k: int, feature_weights: Tensor | None = None) -> Tensor:
+def feature_drift(e: LossContext, *, divergence: str, k: Count, feature_weights: Any = None) -> Tensor:
     """How far the completion's pooled SAE features are from the reference's (`sae.compute_feature_drift`)."""
     assert e.sae is not None and e.policy.residual is not None
     reference = e.batch.reference["features"]
@@ -171,6 +173,10 @@ class Binding:
     options: dict[str, dict[str, Any]]  # hyper-parameters of `__init__`, `loss`, the loader and each quantity
     needs: frozenset[str]  # of "reference", "live_reference", "sae", "kl"
 
+    def with_options(self, reader: str, options: dict[str, Any]) -> "Binding":
+        """The same binding, with other options for one of their readers."""
+        return replace(self, options={**self.options, reader: options})
+
 
 def parse_parameter(parameter: str) -> Input | None:
     """The quantity and side that a parameter of a loss names, or None."""
@@ -185,7 +191,7 @@ def parse_parameter(parameter: str) -> Input | None:
 
 def keyword_only(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The hyper-parameters of a function: its keyword-only parameters."""
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(function, eval_str=True).parameters
     return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
@@ -200,16 +206,11 @@ def known_parameters(sides: Iterable[str | None]) -> list[str]:
     return names
 
 
-def bind(
-    trainer: type,
-    loader: Callable[..., Any],
-    values: Mapping[str, Any],
-    own_keys: Iterable[str] = ("name", "trainer", "dataloader"),
-) -> Binding:
+def bind(trainer: type, loader: Callable[..., Any], settings: LossSettings) -> Binding:
     """Match a trainer's signature with the keys of `config.loss`.
 
-    Raises UserError naming everything that does not fit: a parameter that is no quantity, a hyper-parameter that
-    has no value, a key that nothing reads.
+    Raises UserError naming everything that does not fit: a parameter that is no quantity; a hyper-parameter that has
+    no value, or one that its annotation does not allow; a key that nothing reads.
     """
     name, problems, inputs = trainer.__name__, [], []
     loss = inspect.signature(trainer.loss)  # type: ignore[attr-defined]
@@ -228,15 +229,13 @@ def bind(
     readers = {"init": trainer.__init__, "loss": trainer.loss, "loader": loader}  # type: ignore[attr-defined, misc]
     readers |= {quantity: QUANTITIES[quantity] for quantity in quantities}
     wanted = {reader: keyword_only(function) for reader, function in readers.items()}
-    every = {key for parameters in wanted.values() for key in parameters}
-    for key in values:
-        if key not in every and key not in own_keys:
-            takes = ", ".join(sorted(every)) or "none"
-            problems.append(f"loss.{key} is read by nothing{suggest(key, every)}; hyper-parameters of {name}: {takes}")
-    for reader, parameters in wanted.items():
-        for key, parameter in parameters.items():
-            if key not in values and parameter.default is inspect.Parameter.empty:
-                problems.append(f"loss.{key} is missing: {readers[reader].__qualname__} needs it")
+    values = settings.hyperparameters
+    try:
+        checked(hyperparameters(name, wanted.values()), values, "loss")
+    except UserError as error:
+        takes = ", ".join(sorted({key for parameters in wanted.values() for key in parameters})) or "none"
+        unread = "is read by nothing" in str(error)
+        problems.append(f"{error}\nhyper-parameters of {name}: {takes}" if unread else str(error))
     if problems:
         raise UserError("\n".join(problems))
     return Binding(
@@ -244,3 +243,14 @@ def bind(
         options={reader: {k: values[k] for k in parameters if k in values} for reader, parameters in wanted.items()},
         needs=frozenset().union(*(NEEDS.get(quantity, set()) for quantity in quantities)),
     )
+
+
+def hyperparameters(name: str, readers: Iterable[Mapping[str, inspect.Parameter]]) -> type[Settings]:
+    """The settings that keyword-only parameters make, of the types that their annotations name."""
+    fields: dict[str, Any] = {}
+    for parameters in readers:
+        for key, parameter in parameters.items():
+            empty = inspect.Parameter.empty
+            annotation = Any if parameter.annotation is empty else parameter.annotation
+            fields[key] = (annotation, ... if parameter.default is empty else parameter.default)
+    return create_model(name, __base__=Settings, **fields)

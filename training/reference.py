@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data.batch import Batch
+from data.batch import Batch, batches_by_length
 from distributed import parallel
 from modeling import adapters
 from models import score
@@ -157,11 +157,12 @@ def shard_rows(
     Records of like length are scored together: less padding.
     """
     rows: dict[tuple[Any, int], dict[str, Any]] = {}
-    shapes = dict(zip(keys, records.shapes(list(keys)), strict=True))
-    order = sorted(keys, key=lambda key: shapes[key][0] + max(shapes[key][1]))
-    for start in range(0, most, batch_size):
-        own = order[start : start + batch_size] or order[:1]
-        rows |= reference_rows(records.batch(own).to(parallel.device()), model, tap, sae)
+    lengths = [prompt + max(completions) for prompt, completions in records.shapes(list(keys))]
+    batches = batches_by_length(lengths, batch_size)
+    batches += [batches[0][:1]] * (-(-most // batch_size) - len(batches))
+    for places in batches:
+        batch = records.batch([keys[place] for place in places])
+        rows |= reference_rows(batch.to(parallel.device()), model, tap, sae)
     completions = len(rows) // len(keys)
     return [rows[key, c] for key in keys for c in range(completions)]
 

@@ -1,0 +1,31 @@
+"""The keys of the configuration that say what the data is and how it is rendered."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from utils import Natural, Settings, Share
+
+
+class TemplateSettings(Settings):
+    """How a conversation becomes text."""
+
+    template: Literal["tulu", "chat"]
+    human_prefix: str
+    human_suffix: str
+    assistant_prefix: str
+    assistant_suffix: str
+
+
+class DataSettings(TemplateSettings):
+    """Which data is read, and which part of it."""
+
+    datasets: str | list[str]
+    eval_datasets: str | list[str] | None
+    data_dir: str | None
+    train_split: str
+    eval_split: str
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+    max_bad_rows: Share
+    cache_dir: str
+    seed: Natural

@@ -1,0 +1,47 @@
+"""What train.py and eval.py do before their slow imports: answer --help, and keep the start from wasting time."""
+
+import gc
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from utils import REPO
+
+WIDTH = 100
+
+
+def begin(usage: str, sections: Sequence[str], *, groups: Sequence[str] = ()) -> None:
+    """Print the help and end, where the command line asks for it: the usage, what the groups offer, and the keys in
+    some sections of config.yaml and, as `model`, of model/base.yaml."""
+    # Importing and tokenising make many objects and no garbage; looking for it at every 700th, as Python does, would
+    # take a fifth of the time.
+    gc.set_threshold(100_000)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage.strip(), *map(choices, groups), *map(keys, sections), sep="\n\n")
+        sys.exit(0)
+
+
+def choices(group: str) -> str:
+    """What a group of the configuration offers, by name."""
+    names = sorted(path.stem for path in (REPO / "config" / group).glob("*.yaml") if path.stem != "base")
+    return textwrap.fill(
+        f"{group}=  {', '.join(names)}", WIDTH, subsequent_indent=" " * (len(group) + 3), break_on_hyphens=False
+    )
+
+
+def keys(section: str) -> str:
+    """The keys of a section, each with its default and the line that the YAML file has on it."""
+    prefix = "model." if section == "model" else ""
+    file = REPO / ("config/model/base.yaml" if prefix else "config/config.yaml")
+    text = file.read_text()
+    if not prefix:
+        text = re.split(r"^# ", text.partition(f"\n# {section}")[2].partition("\n")[2], flags=re.MULTILINE)[0]
+    lines = [f"{section}:"]
+    parents: list[str] = []
+    for indent, name, value, comment in re.findall(r"^( *)(\w+): *(.*?) *(?:# (.*))?$", text, re.MULTILINE):
+        parents[len(indent) // 2 :] = [name]
+        if value not in ("", "???"):  # else a section, or what the user has to choose
+            given = f"{prefix}{'.'.join(parents)}={value}"
+            lines.append(f"  {given:<42} {comment}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""The keys of config/model/*.yaml: a model, how it is loaded, and how much of it computes at once."""
+
+from typing import Literal
+
+from utils import Count, Name, Positive, Settings, Share
+
+
+class AdapterSettings(Settings):
+    """Low-rank adapters (LoRA), `model.peft`."""
+
+    lora_r: Count
+    lora_alpha: Count
+    lora_dropout: Share
+    target_modules: str | list[str]
+
+
+class ModelSettings(Settings):
+    """`model` of the configuration."""
+
+    name: Name
+    name_or_path: str
+    tokenizer_name_or_path: str | None
+    load_from: str | None
+    reference_path: str | None
+    policy_dtype: Literal["float32", "bfloat16"]
+    weights_dtype: Literal["float32", "bfloat16"]
+    attn_implementation: Literal["auto", "segments", "flex", "flash_attention_2", "sdpa", "eager"]
+    layout: Literal["auto", "padded", "packed", "shared_prefix"]
+    activation_checkpointing: Literal[False, True, "full", "selective"]
+    compile: bool
+    block_name: str | None
+    hybrid_sharding: bool
+    cpu_offload: bool
+    use_peft: bool
+    peft: AdapterSettings
+    load_in_4bit: bool
+    batch_size: Count
+    gradient_accumulation_steps: Count
+    max_tokens: Count | None
+    eval_batch_size: Count
+    max_grad_norm: Positive | None
+    max_length: Count
+    max_prompt_length: Count

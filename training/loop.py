@@ -1,0 +1,425 @@
+"""The training loop: batches to optimiser steps, metrics, evaluations, checkpoints.
+
+`BasicTrainer` is the one loop of this repo. What a batch's loss is, its subclasses in trainers.py say.
+"""
+
+import functools
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from data.batch import Batch
+from dataloader import DataLoader
+from distributed import parallel
+from distributed.parallel import Stopped, StopRequest
+from distributed.sharding import full_tensor, reshard
+from modeling import adapters
+from modeling.weights import PolicyFile, fill, gather, write_hub_format
+from models import score
+from sae import SAE, ResidualTap
+from training.checkpoint import MetricsLog, Run
+from training.quantities import QUANTITIES, Binding, LossContext
+from training.reference import Reference, ReferenceCache
+from training.settings import TrainingSettings
+from training.throughput import Flops, ThroughputMeter
+from utils import UserError, console, prefetch, progress_bar, suggest
+
+# The share of lr, by the share of the steps after the warm-up that are done, and the share of all that are left.
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda _done, _left: 1.0,
+    "cosine": lambda done, _left: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done, _left: 1 - done,
+    "trapezoid": lambda _done, left: min(1.0, 5 * left),
+}
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """A model, and all that is needed to read it."""
+
+    policy: PreTrainedModel
+    tokenizer: Tokenizer
+    loaders: dict[str, DataLoader]  # "train" and "eval"
+    load: Callable[..., PreTrainedModel]  # gives another model, split over the ranks as the policy is
+    sae: SAE | None = None
+    tap: ResidualTap | None = None
+
+
+@dataclass(kw_only=True)
+class Setup(Subject):
+    """All that a trainer is given."""
+
+    config: TrainingSettings
+    binding: Binding
+    run: Run
+    references: dict[str, Reference] = field(default_factory=dict)  # of "train", "eval", "train/mismatched", ...
+
+
+def make_optimizer(config: TrainingSettings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """The class of torch.optim that the configuration names. Raises UserError for a name or an option it has not."""
+    known = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    if config.optimizer not in known:
+        raise UserError(f"optimizer={config.optimizer}: not in torch.optim{suggest(config.optimizer, known)}")
+    try:
+        return known[config.optimizer](parameters, lr=config.lr, **dict(config.optimizer_options))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer={config.optimizer}, lr={config.lr}, {config.optimizer_options}: {error}") from error
+
+
+def make_schedule(config: TrainingSettings, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """A learning rate that rises evenly over `warmup_steps`, then follows `lr_schedule` to the last step."""
+    warmup, after = config.warmup_steps, SCHEDULES[config.lr_schedule]
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return after((step - warmup) / max(1, steps - warmup), 1 - step / max(1, steps))
+
+    return LambdaLR(optimizer, share)
+
+
+class MetricAccumulator:
+    """Weighted means of what a batch reports, summed on the device and read once, over all ranks."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[Tensor, float]] = {}
+
+    def add(self, name: str, values: Tensor, weight: float | None = None) -> None:
+        """Add values of any shape; `weight` is what they count for, their number if not given."""
+        total, count = self.sums.get(name, (torch.zeros((), device=values.device), 0.0))
+        self.sums[name] = (
+            total + values.detach().float().sum(),
+            count + (values.numel() if weight is None else weight),
+        )
+
+    def read(self) -> dict[str, float]:
+        """The means. Every rank has to ask, and to have added the same names."""
+        if not self.sums:
+            return {}
+        sums = torch.stack([total for total, _ in self.sums.values()]).double().cpu()
+        counts = torch.tensor([count for _, count in self.sums.values()], dtype=torch.float64)
+        sums, counts = parallel.sum_over_ranks(torch.stack([sums, counts]))
+        values = zip(self.sums, sums.tolist(), counts.tolist())
+        return {name: total / count for name, total, count in values if count}
+
+
+@dataclass
+class Update:
+    """What is to be known of an update of the weights, on the device."""
+
+    step: int
+    records: list[list[Any]]  # of each micro-batch: what they are known by
+    wrong: Tensor  # [micro-batches] how many losses were not finite
+    norm: Tensor  # of the gradient, before clipping
+
+
+class BasicTrainer:
+    """The loop: batches to steps, metrics, evaluations, checkpoints. Subclasses say what a batch's loss is."""
+
+    sides: ClassVar[tuple[str | None, ...]] = (None,)  # which sides of a record a loss may ask for
+    is_reward: ClassVar[bool] = False  # trains a reward model, not a policy
+    control_tokens: ClassVar[tuple[str, ...]] = ()  # added to the vocabulary; sampling starts from the first
+    can_plan: ClassVar[bool] = True  # mode=plan can count what it takes
+    passes = 1  # updates from each step of the training data
+
+    def __init__(self, setup: Setup) -> None:
+        self.config, self.run, self.tokenizer = setup.config, setup.run, setup.tokenizer
+        self.binding = setup.binding
+        self.device = parallel.device()
+        self.policy, self.sae, self.tap = setup.policy, setup.sae, setup.tap
+        self.loaders, self.references, self.load = setup.loaders, setup.references, setup.load
+        self.kl: Tensor | None = None  # what some trainers add to the evidence
+        self.value_head: nn.Module | None = None
+        self.module = self.trained_module()
+        reshard(self.module)  # the reference pass has left some of it gathered
+        self.last_evaluation: dict[str, float] = {}
+        self.unchecked: list[Update] = []
+
+    def start_optimizer(self) -> None:
+        """Make the optimiser and its schedule. A trainer that only evaluates has none."""
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.config, trained)
+        self.schedule = make_schedule(self.config, self.optimizer, len(self.loaders["train"]))
+
+    # ------------------------------------------------------------------------------------------------ the loss
+
+    loss: Callable[..., Any]  # losses [B] from the quantities its parameters name
+
+    def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:  # noqa: ARG002
+        """The values [S] of all sequences, or those of one side of the records."""
+        return values
+
+    def weight(self, batch: Batch) -> int:
+        """What a batch counts for in the mean over the optimiser step: its number of records."""
+        return len(batch.index)
+
+    def score(self, batch: Batch, reference: Reference | None) -> tuple[Batch, Any]:
+        """The batch on the device, with what the reference says of it, and what the policy says."""
+        if reference and not batch.reference:
+            batch = reference.attach(batch)
+        batch = batch.to(self.device)
+        return batch, score(self.policy, batch, self.tap)
+
+    def steps(self, split: str, start: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each step of a split, made ready while the step before it is in use."""
+        loader = self.loaders[split]
+        prepared = map(functools.partial(self.prepare_step, split), range(start, len(loader)), loader.steps(start))
+        return prefetch(prepared)
+
+    def prepare_step(self, split: str, step: int, micro_batches: list[Batch]) -> list[Batch]:  # noqa: ARG002
+        """Do the part of a step's work that needs no model."""
+        return self.prepare_batches(split, micro_batches)
+
+    def prepare_batches(self, split: str, micro_batches: list[Batch]) -> list[Batch]:
+        """Look up the cached reference, and put all into memory from which a GPU copies by itself."""
+        reference = self.references.get(split)
+        if isinstance(reference, ReferenceCache):
+            micro_batches = [reference.attach(batch) for batch in micro_batches]
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):  # for this runs in a thread of its own
+                micro_batches = [batch.pinned() for batch in micro_batches]
+        return micro_batches
+
+    def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:
+        """Measure what belongs to a whole optimiser step, or evaluation batch, before its losses are computed."""
+
+    def clip_gradients(self) -> Tensor:
+        """Bound the gradient's norm; gives what it was, on the device."""
+        return self.clip(self.module, self.config.model.max_grad_norm)
+
+    @staticmethod
+    def clip(module: nn.Module, limit: float | None) -> Tensor:
+        """Bound the norm of one module's gradient (null: no bound); gives what it was."""
+        return full_tensor(nn.utils.clip_grad_norm_(module.parameters(), limit if limit else float("inf")))
+
+    @classmethod
+    def check(cls, config: TrainingSettings, binding: Binding) -> None:
+        """Raise UserError for a configuration that this trainer cannot work with."""
+
+    def compute_loss(self, batch: Batch, split: str, means: MetricAccumulator) -> Tensor:
+        """Losses of a batch, one for each record; their sum over the step, divided by its weight, is minimised."""
+        batch, scores = self.score(batch, self.references.get(split))
+        evidence = LossContext(batch, scores, self.sae, self.kl, self.value_head)
+        options = self.binding.options
+        names = dict.fromkeys(i.quantity for i in self.binding.inputs)
+        quantities = {name: QUANTITIES[name](evidence, **options[name]) for name in names}
+        inputs = {i.parameter: self.side(quantities[i.quantity], i.side, batch) for i in self.binding.inputs}
+        result = self.loss(**inputs, **options["loss"])
+        losses, *rewards = result if isinstance(result, tuple) else (result,)
+        if losses.ndim == 0:  # a custom loss may give the mean of its batch
+            losses = losses.expand(self.weight(batch))
+        means.add(f"loss/{split}", losses, self.weight(batch))
+        self.report(means, split, batch, scores, rewards)
+        if "feature_drift" in quantities:
+            for side in filter(None, self.sides):
+                means.add(f"feature_drift_{split}/{side}", self.side(quantities["feature_drift"], side, batch))
+        return losses
+
+    def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
+        """Add what this shape of data logs, beside the loss."""
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def trained_module(self) -> nn.Module:
+        """What the optimiser trains and a resumed run needs."""
+        return self.policy
+
+    def train(self) -> None:
+        """Train to the end of the data, from the start or from the newest state of the run."""
+        config, loader = self.config, self.loaders["train"]
+        self.start_optimizer()
+        step, examples, metrics_size = 0, 0, 0
+        if state := self.run.newest_state():
+            place = self.run.load_state(state, self.module, self.optimizer)
+            step, examples, metrics_size = place["step"], place["examples"], place["metrics_size"]
+            self.schedule.load_state_dict(place["schedule"])
+            self.last_evaluation = place["evaluation"]
+            console.print(f"resuming after {step:,} of {len(loader):,} steps ({examples:,} examples) from {state}")
+        self.metrics = MetricsLog(self.run, config, metrics_size)
+        if state is None and config.do_first_eval:
+            self.log(step, examples, self.evaluate())
+
+        start, evaluated, saved = step, False, False
+        flops = Flops.of(self.policy)
+        means, pace = MetricAccumulator(), ThroughputMeter(flops)
+        with StopRequest() as stop, progress_bar("training", len(loader), step) as advance:
+            for micro_batches in self.steps("train", start):
+                if number := stop.anywhere():
+                    self.stop(number, step, examples, saved=saved or step == start)
+                self.module.train()
+                self.optimise(step, micro_batches, means)
+                step, before = step + 1, examples
+                examples += loader.records_in(step - 1)
+                self.count(pace, step - 1, micro_batches)
+                evaluated = is_due(config.eval_every, before, examples)
+                saved = is_due(config.save_every, before, examples)
+                if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
+                    norm = self.check_updates()
+                    values = {**means.read(), "grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
+                    self.log(step, examples, {**values, **pace.read()})
+                    advance(step, self.headline(values))
+                    means, pace = MetricAccumulator(), ThroughputMeter(flops)
+                if evaluated:
+                    self.log(step, examples, self.evaluate())
+                if saved:
+                    self.save(step, examples)
+                    if config.intermediate_checkpoints:
+                        self.export(step, examples)
+        if step > start and not evaluated:
+            self.log(step, examples, self.evaluate())
+        if step > start and not saved:
+            self.save(step, examples)
+        self.run.finish_saving()
+        self.export(step, examples)
+        self.metrics.close()
+
+    def count(self, pace: ThroughputMeter, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
+        """Add what this rank did in a step to how fast the run goes."""
+        pace.add(micro_batches, self.passes)
+
+    def headline(self, values: dict[str, float]) -> str:
+        """What the progress bar says of the metrics."""
+        return f"loss {values['loss/train']:.4f}"
+
+    def stop(self, number: int, step: int, examples: int, *, saved: bool) -> NoReturn:
+        """End the run between two steps because of a signal, with its state saved."""
+        if self.unchecked:
+            self.check_updates()
+        if not saved:
+            self.save(step, examples)
+        self.run.finish_saving()
+        self.metrics.close()
+        name = signal.Signals(number).name
+        console.print(f"stopped by {name} after step {step:,}; the same command goes on from {self.run.states}")
+        raise Stopped(128 + number)
+
+    def optimise(self, step: int, micro_batches: list[Batch], means: MetricAccumulator) -> None:
+        """One step of the training data, of `passes` updates."""
+        self.before_step("train", step, micro_batches)
+        for _ in range(self.passes):
+            self.update(step, micro_batches, means)
+        self.schedule.step()
+
+    def update(self, step: int, micro_batches: list[Batch], means: MetricAccumulator) -> None:
+        """One update of the weights. The host does not wait for its outcome, which `check_updates` reads."""
+        own = sum(self.weight(batch) for batch in micro_batches)
+        total = int(parallel.sum_over_ranks(torch.tensor(own)))
+        losses = []
+        for batch in micro_batches:
+            losses.append(self.compute_loss(batch, "train", means))
+            (losses[-1].sum() * parallel.world_size() / total).backward()  # gradients are averaged over the ranks
+        self.average_replicated()
+        norm = self.clip_gradients()
+        wrong = torch.stack([(~part.isfinite()).sum() for part in losses])
+        self.unchecked.append(Update(step, [batch.index for batch in micro_batches], wrong, norm.to(wrong.device)))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def check_updates(self) -> float:
+        """The norm of the last gradient, before clipping. Nothing is evaluated or saved that was not checked by this.
+
+        Raises UserError if, in an update since it was last called, a loss or the gradient was not finite.
+        """
+        updates, self.unchecked = self.unchecked, []
+        # The norm is the same on all ranks.
+        found = [torch.stack([u.wrong.sum().float(), u.norm.float() / parallel.world_size()]) for u in updates]
+        outcomes = parallel.sum_over_ranks(torch.stack(found)).tolist()
+        for update, (not_finite, norm) in zip(updates, outcomes):
+            if not_finite or not norm < float("inf"):
+                self.raise_nonfinite(update)
+        return outcomes[-1][1]
+
+    def average_replicated(self) -> None:
+        """Average the gradients of parameters that every rank holds whole; FSDP does it for those it splits."""
+        if parallel.world_size() > 1:
+            for parameter in self.module.parameters():
+                if parameter.grad is not None and not isinstance(parameter, DTensor):
+                    dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
+                    parameter.grad /= parallel.world_size()
+
+    def raise_nonfinite(self, update: Update) -> NoReturn:
+        """Raise the UserError for a loss, or a gradient, that is not finite, naming the examples of all ranks."""
+        self.run.finish_saving()
+        rows = self.loaders["train"].rows
+        suspects = [own for own, bad in zip(update.records, update.wrong) if bad] or update.records
+        own = (bool(update.wrong.any()), [rows[i]["source"] for records in suspects for i in records])
+        found = parallel.gather_objects(own)
+        bad_loss = any(bad for bad, _ in found)
+        sources = [source for bad, sources in found if bad == bad_loss for source in sources]
+        raise UserError(
+            f"step {update.step + 1}: the {'loss' if bad_loss else 'gradient'} is not finite; nothing of it was saved. "
+            f"Examples: {', '.join(sources) or 'none in particular'}. "
+            f"The last checkpoint is good: {self.run.newest_state() or 'none yet'}"
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The means of the metrics over the whole evaluation set."""
+        self.module.eval()
+        loader, means = self.loaders["eval"], MetricAccumulator()
+        with progress_bar("evaluating", len(loader), 0) as advance:
+            for step, micro_batches in enumerate(self.steps("eval")):
+                self.before_step("eval", step, micro_batches)
+                for batch in micro_batches:
+                    self.compute_loss(batch, "eval", means)
+                advance(step + 1, None)
+        return means.read()
+
+    # ------------------------------------------------------------------------------------------------ what is kept
+
+    def log(self, step: int, examples: int, values: dict[str, float]) -> None:
+        """To metrics.jsonl and wandb; evaluations to the terminal too."""
+        self.metrics.write({"step": step, "examples": examples, **values})
+        if "loss/eval" in values:
+            self.last_evaluation = values
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            console.print(f"[bold]{examples:,} examples[/bold]  {shown}")
+
+    def save(self, step: int, examples: int) -> None:
+        """The state that a resumed run starts from."""
+        place = {
+            "step": step,
+            "examples": examples,
+            "metrics_size": self.metrics.size,
+            "schedule": self.schedule.state_dict(),
+            "evaluation": self.last_evaluation,
+        }
+        self.run.save_state(self.module, self.optimizer, place, keep=self.config.keep_checkpoints)
+
+    def export(self, step: int, examples: int) -> Path:
+        """The trained weights, for others to use. For all ranks to call; rank 0 writes."""
+
+        def write(folder: Path) -> None:
+            self.write_export(folder, step)
+
+        return self.run.export(examples, write, keep_others=self.config.intermediate_checkpoints)
+
+    def write_export(self, folder: Path, step: int) -> None:
+        """Hub format, and `policy.pt` as HALOs writes it; beside them the adapter alone, if one was trained."""
+        state = gather(self.policy)
+        if parallel.rank() == 0:
+            write_hub_format(self.policy, state, folder)
+            self.tokenizer.save_pretrained(folder)
+            torch.save({"step_idx": step, "state": state, "metrics": self.last_evaluation}, folder / "policy.pt")
+        if self.config.model.use_peft:
+            adapters.write_adapter(self.policy, folder / "adapter")
+
+    def read_export(self, folder: Path) -> None:
+        """Put the weights that `write_export` wrote in place of those trained, to evaluate them."""
+        fill(self.policy, PolicyFile(folder / "policy.pt"))
+
+
+def is_due(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]; never, where `every` is null."""
+    return every is not None and now // every > before // every

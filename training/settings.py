@@ -1,0 +1,57 @@
+"""The keys of the configuration that the training loop reads."""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from data.settings import DataSettings
+from modeling.settings import ModelSettings
+from utils import STRICT, Count, Name, Natural, NonNegative, Settings
+
+
+class LossSettings(Settings):
+    """`loss` of the configuration: which classes, and the hyper-parameters, which the loss's signature checks."""
+
+    model_config = STRICT | ConfigDict(extra="allow")
+
+    name: str
+    trainer: str | None
+    dataloader: str
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The keys that belong to the loss, its trainer and its loader."""
+        return dict(self.model_extra or {})
+
+
+class WandbSettings(Settings):
+    """`wandb` of the configuration."""
+
+    enabled: bool
+    project: str
+    entity: str | None
+
+
+class TrainingSettings(DataSettings):
+    """How long is trained, with what, and what is kept of it."""
+
+    exp_name: Name
+    resume: Literal["auto", "never"]
+    n_epochs: Count | None
+    n_examples: Count | None
+    optimizer: str
+    optimizer_options: dict[str, Any]
+    lr: NonNegative
+    lr_schedule: Literal["constant", "cosine", "linear", "trapezoid"]
+    warmup_steps: Natural
+    do_first_eval: bool
+    eval_every: Count | None
+    n_eval_examples: Count | None
+    log_every: Count
+    save_every: Count | None
+    keep_checkpoints: Count
+    intermediate_checkpoints: bool
+    toy_comparison: Count | None
+    wandb: WandbSettings
+    model: ModelSettings
+    loss: LossSettings
