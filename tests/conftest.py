@@ -111,17 +111,15 @@ def new_python(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> 
     return checked(done, check)
 
 
-def on_ranks(count: int, *arguments: str | Path, check: bool = True) -> Done:
-    """Run a command on several ranks, as a launcher does: each in a process of its own, told its place by variables.
-    The output is that of all, by rank; the status is the highest."""
+def on_ranks(count: int, *arguments: str | Path, nodes: int = 1) -> str:
+    """Run a command on several ranks, each in a process of its own that is told its place as torchrun does. Returns
+    the output of all."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    ranks = [rank.result() for rank in [Fork(*arguments, **group, **place) for place in places]]
-    status = max(rank.returncode for rank in ranks)
-    out, err = ("".join(texts) for texts in zip(*((rank.stdout, rank.stderr) for rank in ranks)))
-    return checked(subprocess.CompletedProcess(arguments, status, out, err), check)
+    of_all = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    of_all |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count // nodes}
+    places = [of_all | {"RANK": rank, "LOCAL_RANK": rank % (count // nodes)} for rank in range(count)]
+    ranks = [Fork(*arguments, **{name: str(value) for name, value in place.items()}) for place in places]
+    return "".join([checked(rank.result(), check=True).stdout for rank in ranks])
 
 
 def checked(done: Done, check: bool) -> Done:

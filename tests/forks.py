@@ -2,7 +2,7 @@
 
 A new Python takes 8 seconds of CPU to import torch, transformers and datasets, and the tests start a hundred. A fork
 has these libraries and nothing of this repo: it imports our code anew and runs the command as `__main__`, with its own
-arguments, directory, environment, output and exit status. `conftest.command` still starts a new Python.
+arguments, directory, environment, output and exit status.
 """
 
 import atexit
@@ -47,7 +47,7 @@ class Fork:
 
 
 def run_python(arguments: list[str], cwd: Path, environment: dict[str, str], outputs: list[Path]) -> None:
-    """Do in this process what `python ARGUMENTS` does: of a script, or of `-c CODE`."""
+    """Do in this process what `python ARGUMENTS` does: a script, `-c CODE` or `-m MODULE`."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     gc.freeze()  # the libraries' objects stay
@@ -56,13 +56,16 @@ def run_python(arguments: list[str], cwd: Path, environment: dict[str, str], out
     os.environ.update(environment)
     sys.orig_argv = [sys.executable, *arguments]
     sys.path = [path for path in sys.path if path and not Path(path).is_relative_to(REPO)]
+    option, script = arguments[0], Path(arguments[0])
+    sys.argv = arguments[1:] if option in ("-c", "-m") else arguments
+    sys.path.insert(0, "" if option in ("-c", "-m") else str(script.resolve().parent))
     try:
-        if arguments[0] == "-c":
-            sys.argv, sys.path[:0] = ["-c", *arguments[2:]], [""]
+        if option == "-c":
             exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+        elif option == "-m":
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv, sys.path[:0] = arguments, [str(Path(arguments[0]).resolve().parent)]
-            runpy.run_path(arguments[0], run_name="__main__")
+            runpy.run_path(option, run_name="__main__")
     finally:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
