@@ -1,11 +1,13 @@
 """Small models and batches for the tests. Nothing here is read from a network."""
 
+import functools
 import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 gc.set_threshold(100_000)  # as train.py does, and before the imports here too
@@ -88,6 +90,21 @@ def process_group():
     parallel.join(0, 1, dist.HashStore())
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a run of test_training with nothing chosen but its loss. Each is made once."""
+    from test_training import run
+
+    folder = tmp_path_factory.mktemp("plain")
+
+    @functools.cache
+    def folder_of(loss: str) -> Path:
+        run(folder, f"loss={loss}", f"exp_name={loss}")
+        return folder / loss
+
+    return folder_of
 
 
 @pytest.fixture

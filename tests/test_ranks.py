@@ -139,7 +139,7 @@ def ranks_of(process):
 
 
 # Long enough to be met in the middle, at a rate at which rounding does not grow into differences.
-LONG = ["exp_name=long", "loss=dpo", "lr=1e-5", "++n_epochs=20", "++save_every=16", "++n_eval_examples=4"]
+LONG = ["exp_name=long", "loss=dpo", "lr=1e-5", "++n_epochs=10", "++save_every=16", "++n_eval_examples=4"]
 
 
 @pytest.fixture(scope="module")
