@@ -639,7 +639,7 @@ class DataLoader:
         return len(self.indices(step))
 
     def indices(self, step: int) -> list[int]:
-        """The rows of one optimiser step, of all ranks together."""
+        """The rows of one optimiser step, over all ranks."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         start = batch * self.batch_size
         end = min(start + self.batch_size, self.total - epoch * len(self.rows))
@@ -659,7 +659,7 @@ class DataLoader:
         )[self.rank]
 
     def shapes(self, indices: list[int]) -> list[tuple[int, list[int]]]:
-        """Tokens of the prompt and of each completion, of some rows."""
+        """For each row, the number of tokens of its prompt and of each completion."""
         table = self.rows.with_format("arrow")[indices]  # the lengths alone: no list of tokens is made
         prompts = pc.list_value_length(table["prompt_ids"]).to_pylist()
         completions = iter(pc.list_value_length(pc.list_flatten(table["completion_ids"])).to_pylist())
@@ -707,7 +707,7 @@ class MismatchedRecords:
         self.loader = loader
 
     def pairs(self, step: int) -> list[tuple[int, int]]:
-        """The records of one optimiser step, of all ranks together. Raises UserError where there is but one record."""
+        """The records of one optimiser step, over all ranks. Raises UserError if the data holds only one record."""
         rows = self.loader.indices(step)
         if len(rows) == 1 and step == 0:
             raise UserError("KTO's z needs the completion of another example: the data has to hold at least 2")
@@ -724,7 +724,7 @@ class MismatchedRecords:
         return sorted({pair for step in range(len(self.loader)) for pair in self.pairs(step)})
 
     def shapes(self, pairs: list[tuple[int, int]]) -> list[tuple[int, list[int]]]:
-        """Tokens of the prompt and of the completion, of some records."""
+        """For each record, the number of tokens of its prompt and of its completion."""
         prompts, completions = (self.loader.shapes(list(rows)) for rows in zip(*pairs))
         return [(prompt, lengths) for (prompt, _), (_, lengths) in zip(prompts, completions)]
 

@@ -26,6 +26,7 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+import dataloader
 import models
 from distributed import parallel
 from features import measure, probe, report
@@ -81,7 +82,8 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
             )
     cut = sum(talk.answers[-1].finish_reason == "length" for talk in conversations)
     console.print(f"{len(conversations)} samples in {target}, {cut} of them cut at max_new_tokens", markup=False)
-    console.print(f"judge them: python compare.py {judged}", markup=False)
+    judge = " -j toy" if {source.entry for source in dataloader.sources(config, "test")} <= TOY else ""
+    console.print(f"judge them: python compare.py {judged}{judge}", markup=False)
 
 
 def is_there(target: Path, identity: dict[str, Any]) -> bool:
@@ -140,11 +142,12 @@ def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     config, classes = settings.check_config(raw, modes=["features"])
     measured, run = measure.measure(config, classes, path, overrides)
     if parallel.rank() == 0:
-        report.write_report(measured, run / "features")
+        report.write_feature_report(measured, run / "features")
     console.print(report.finding(measured), markup=False)
     console.print(f"written to {run / 'features'}: report.html, drift.parquet", markup=False)
 
 
+TOY = {"toy", "toy_sft"}  # data sets whose answers the toy language's rules can judge
 WORK = {"eval": write_metrics, "features": write_features}  # by mode, where it is not sampling
 
 
@@ -161,7 +164,7 @@ def main() -> None:
         sys.exit(2)
     work = WORK.get(raw.mode, write_samples)
     split = raw.mode in WORK and raw.probe is None
-    ranks = settings.ranks_of(raw) if split else parallel.ranks_given() or 1  # a sampler splits only if told to
+    ranks = settings.ranks_of(raw) if split else parallel.launched_ranks() or 1  # a sampler splits only if told to
     parallel.run(lambda: work(raw, arguments.config_path, overrides), ranks)
 
 

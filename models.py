@@ -1,6 +1,6 @@
-"""Loading models, and scoring: from a batch's rows to the log-probability of each completion token.
+"""Load models, and score batches: from a batch's rows to the log-probability of each completion token.
 
-Shape letters: R rows, T positions, N completion tokens, M of them text, S sequences, D hidden width, V vocabulary.
+Shape letters: R rows, T positions, S sequences, N completion tokens, M those of them that are text, D hidden width.
 """
 
 import functools
@@ -32,23 +32,23 @@ from transformers.utils import logging as transformers_logging
 
 from data.batch import Batch
 from distributed import parallel
-from distributed.sharding import materialise
+from distributed.sharding import allocate_parameters, backbone
 from modeling.attention import choose, mask_inputs
 from modeling.head import token_statistics
 from modeling.settings import ModelSettings
-from modeling.weights import WEIGHTS, fill, open_weights, require_matching_weights, weight_files
+from modeling.weights import WEIGHTS, load_weights, open_weights, require_matching_weights, weight_files
 from sae import JointTap, MLPTap, ResidualTap
-from utils import UserError, local_path
+from utils import UserError, resolve_path
 
 transformers_logging.disable_progress_bar()
-COSTLY = (  # operations whose results selective checkpointing keeps
+COSTLY = (  # selective checkpointing keeps the results of these operations
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
 )
-CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]  # everything a model needs but its weights
+CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]  # everything that a model needs except its weights
 WEIGHT_FILES = [WEIGHTS]
 
 
@@ -57,37 +57,35 @@ WEIGHT_FILES = [WEIGHTS]
 
 @dataclass
 class Scores:
-    """What a model says about the completions of a batch."""
+    """A language model's scores of the completions in a batch."""
 
-    token_logps: Tensor  # [N] fp32
+    token_logps: Tensor  # [N] log-probability of each completion token, fp32
     hidden: Tensor  # [N, D] final hidden states at the positions that predict the tokens
     batch: Batch
-    token_kl: Tensor | None = (
-        None  # [N] KL(reference || own) over the vocabulary, where the batch holds a live reference
-    )
-    residual: Tensor | None = None  # [M, D] at the text tokens of the completions, where a tap was given
+    token_kl: Tensor | None = None  # [N] KL(reference || model) over the vocabulary; None without a live reference
+    residual: Tensor | None = None  # [M, D] residual stream at the completions' text tokens; None without a tap
 
     @cached_property
     def logps(self) -> Tensor:
-        """Summed log-probability [S] of each completion."""
+        """The log-probability [S] of each completion: the sum over its tokens."""
         zeros = self.token_logps.new_zeros(self.batch.num_sequences)
         return zeros.index_add(0, self.batch.sequence, self.token_logps)
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Tokens [S] of each completion, end of sequence included."""
+        """The number of tokens [S] of each completion, with the end-of-sequence token."""
         return torch.tensor(self.batch.lengths, dtype=torch.long).to(self.token_logps.device, non_blocking=True)
 
     @cached_property
     def mean_logps(self) -> Tensor:
-        """Log-probability per token [S]."""
+        """The mean log-probability per token [S] of each completion."""
         return self.logps / self.lengths
 
 
 def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None) -> Scores:
-    """Log-probabilities of the completion tokens and, with a tap, the residual stream at them.
+    """Log-probabilities of the completion tokens and, with a tap, the residual stream at the text tokens.
 
-    Only the N completion positions are projected onto the vocabulary, a chunk at a time (head.py).
+    Only the N completion positions are projected onto the vocabulary, a chunk at a time (modeling/head.py).
     """
     with tap.reading() if tap else nullcontext():
         hidden = final_hidden_states(model, batch).flatten(0, 1)[batch.predictor]
@@ -113,22 +111,21 @@ def at_text(tap: ResidualTap, batch: Batch) -> Tensor:
 
 
 def final_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """What the vocabulary projection reads, [R, T, D]."""
-    return getattr(model, "backbone", model.base_model)(
+    """The hidden states [R, T, D] after the last layer and the final norm, which the vocabulary projection reads."""
+    return backbone(model)(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **mask_inputs(model, batch)
     ).last_hidden_state
 
 
 @dataclass
 class RewardScores:
-    """What a reward model says about the completions of a batch."""
+    """A reward model's scores of the completions in a batch."""
 
-    rewards: Tensor  # [S] fp32
+    rewards: Tensor  # [S] one number for each completion, fp32
 
 
 def score_rewards(model: PreTrainedModel, batch: Batch) -> RewardScores:
-    """The reward model's one number for each completion, read at its last token, as
-    `AutoModelForSequenceClassification` does."""
+    """The reward of each completion, read at its last token, as `AutoModelForSequenceClassification` does."""
     hidden = final_hidden_states(model, batch).flatten(0, 1)
     last = torch.tensor(batch.lengths, dtype=torch.long).cumsum(0) - 1
     at_last = batch.position[last.to(hidden.device, non_blocking=True)]
@@ -139,10 +136,10 @@ def score_rewards(model: PreTrainedModel, batch: Batch) -> RewardScores:
 
 
 def decoder_layers(model: PreTrainedModel, block_name: str | None = None) -> Sequence[nn.Module]:
-    """The decoder layers, found by structure: the one ModuleList with `num_hidden_layers` entries. Or, where the class
-    of a layer is named, all modules of that class.
+    """The decoder layers: the modules of the one ModuleList that has `num_hidden_layers` entries.
 
-    Raises UserError where there are none, or more than one such list.
+    If `block_name`, the class name of a layer, is given: all modules of that class. Raises UserError if there are none,
+    or more than one such list.
     """
     if block_name is not None:
         found = [module for module in model.modules() if type(module).__name__ == block_name]
@@ -161,8 +158,11 @@ def decoder_layers(model: PreTrainedModel, block_name: str | None = None) -> Seq
 
 
 def recompute_activations(model: PreTrainedModel, which: bool | str) -> None:
-    """Keep only the inputs of each layer in the forward pass (`true`, `full`), or also what its matrix products and its
-    attention give (`selective`), and compute the rest again in the backward pass."""
+    """Turn on activation checkpointing: the backward pass computes activations again, so fewer are kept in memory.
+
+    With True or "full" the forward pass keeps only each layer's input. With "selective" it also keeps the results of
+    matrix products and attention (COSTLY). With False nothing changes.
+    """
     if not which:
         return
     options: dict[str, Any] = {"use_reentrant": False}
@@ -171,18 +171,17 @@ def recompute_activations(model: PreTrainedModel, which: bool | str) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def feed_forward(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
-    """The MLP of a decoder layer, found by structure: the one part with a projection from `intermediate_size` back to
-    the residual stream.
+def find_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
+    """The MLP of a decoder layer: its one child with a projection from `intermediate_size` to the residual stream.
 
-    Raises UserError where there is none (a mixture of experts has several), or more than one.
+    Raises UserError if there is none, or more than one. A mixture of experts has several.
     """
     config = model.config.get_text_config()
     down = (config.hidden_size, config.intermediate_size)
     found = {
-        name: part
-        for name, part in layer.named_children()
-        if any(isinstance(m, nn.Linear) and (m.out_features, m.in_features) == down for m in part.modules())
+        name: child
+        for name, child in layer.named_children()
+        if any(isinstance(m, nn.Linear) and (m.out_features, m.in_features) == down for m in child.modules())
     }
     if len(found) != 1:
         raise UserError(
@@ -193,17 +192,17 @@ def feed_forward(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
 
 
 def make_tap(model: PreTrainedModel, places: Sequence[tuple[int, str]], block_name: str | None = None) -> ResidualTap:
-    """A tap at each (layer, "residual" or "mlp"), as one where there are several."""
+    """A tap that reads at each (layer, "residual" or "mlp"); a JointTap if there are several."""
     layers = decoder_layers(model, block_name)
     taps = [
-        MLPTap(layers[layer], feed_forward(model, layers[layer])) if hook == "mlp" else ResidualTap(layers[layer])
+        MLPTap(layers[layer], find_mlp(model, layers[layer])) if hook == "mlp" else ResidualTap(layers[layer])
         for layer, hook in places
     ]
     return taps[0] if len(taps) == 1 else JointTap(taps)
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model without memory for its weights, to look at its structure."""
+    """The model on the meta device: its structure, without memory for weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -212,17 +211,18 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def fetch(source: str, patterns: list[str], setting: str) -> Path:
-    """A local directory with those files of a model: `source` itself, or a snapshot of a Hub repository.
+    """A local directory with the files that match `patterns`: `source`, or a snapshot of the Hub repository `source`.
 
-    Raises UserError, naming the setting to change, where it is neither.
+    Raises UserError, which names the setting to change, if it is neither.
     """
-    if (local := local_path(source)).is_dir():
+    if (local := resolve_path(source)).is_dir():
         return local
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(
-            f"{setting}: {source} is not a local path, and the Hub did not give it ({str(error).splitlines()[0]}). "
+            f"{setting}: {source} is not a local path, and it cannot be fetched from the Hub "
+            f"({str(error).splitlines()[0]}). "
             f"If it is gated or private, run `hf auth login`; offline, point {setting} at a local copy."
         ) from error
 
@@ -242,7 +242,7 @@ def choose_attention(settings: ModelSettings, architecture: PretrainedConfig, *,
 
 
 def load_config(directory: Path) -> PretrainedConfig:
-    """The model's architecture, without its weights."""
+    """The model's configuration. Raises UserError if config.json cannot be used."""
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -250,7 +250,10 @@ def load_config(directory: Path) -> PretrainedConfig:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The model's tokenizer, with a pad token (the end-of-sequence one where it has none of its own)."""
+    """The model's tokenizer. If it has no pad token, the end-of-sequence token becomes its pad token.
+
+    Raises UserError if it cannot be loaded or has no end-of-sequence token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -274,20 +277,20 @@ def load_model(
     shape: Callable[[PreTrainedModel], None] | None = None,
     offload: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model, or a reward model, on `device`, in eval mode, its weights kept in `dtype`.
+    """A causal language model, or a reward model, in eval mode on `device`. Its weights are kept in `dtype`.
 
-    `directory` is in Hub format. `load_from` replaces the weights: a `policy.pt`, a Hub-format directory, or a run
-    directory (its LATEST). `shape` may change the model while it has no memory yet: split it over ranks, add adapters;
-    each rank then reads its own part of the weights alone. `offload` keeps them in host memory.
-    Raises UserError listing weights that are missing, left over or of another shape.
+    `directory` is in Hub format. `load_from` names other weights: a `policy.pt`, a Hub-format directory, or a run
+    directory (its LATEST). `shape` may change the model before it has memory: split it over ranks, add adapters. Each
+    rank then reads only its slices. `offload` keeps the weights in host memory.
+    Raises UserError with a list of the weights that are missing, left over or of another shape.
     """
     weights = open_weights(directory, load_from)
     config = load_config(directory)
-    kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    auto_class: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     if reward:
         config.num_labels = 1
     with init_empty_weights(include_buffers=False):
-        model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
         if new_tokens:
             tokens = model.get_input_embeddings().num_embeddings + new_tokens
             model.resize_token_embeddings(tokens, mean_resizing=False)
@@ -297,15 +300,18 @@ def load_model(
         model.generation_config = GenerationConfig.from_pretrained(directory)
     if shape is not None:
         shape(model)
-    materialise(model, device, offload=offload)
-    model.tie_weights()  # memory given one by one has untied what was tied
-    fill(model, weights, new_tokens)
+    allocate_parameters(model, device, offload=offload)
+    model.tie_weights()  # again, since each parameter has got its own memory
+    load_weights(model, weights, new_tokens)
     return model.eval()
 
 
 def load_quantised(directory: Path, attention: str, device: torch.device, compute: torch.dtype) -> PreTrainedModel:
-    """A language model whose linear layers are kept in 4 bits (NF4, Dettmers et al. 2023, 2305.14314), whole on every
-    rank, computing in `compute`; for adapters to be trained on. `directory` is in Hub format."""
+    """A language model with linear layers in 4 bits (NF4, Dettmers et al. 2023, 2305.14314), to train adapters on.
+
+    Every rank holds the full model. It computes in the dtype `compute`. `directory` is in Hub format. Raises UserError
+    with a list of weights that do not match.
+    """
     weight_files(directory)
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
@@ -326,5 +332,5 @@ def load_quantised(directory: Path, attention: str, device: torch.device, comput
 
 
 def tokens_to_add(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
-    """How many tokens the tokenizer knows beyond those the model has embeddings for."""
+    """How many embeddings the model lacks for the tokens that the tokenizer knows."""
     return max(0, len(tokenizer) - config.get_text_config().vocab_size)

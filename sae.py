@@ -1,7 +1,8 @@
-"""Sparse autoencoders: the one form they are all read into, taps, pooled features, and how far they drift.
+"""Sparse autoencoders (SAEs), taps that read the model's vectors, pooled features, and feature drift.
 
-`sae_formats.py` reads the files. Shape letters: N tokens, S sequences, D width of the vectors that are read (`d_in`),
-F latents (`d_sae`), K latents that one sequence is compared on.
+autoencoders/formats.py reads SAE files. Shape letters: R rows, T positions, N tokens, M text tokens of completions,
+S sequences, D width of the vectors that an SAE reads (`d_in`), F its features, also called latents (`d_sae`),
+K features on which one sequence is compared.
 """
 
 import contextlib
@@ -12,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import UserError, local_path
+from utils import UserError, resolve_path
 
-ENCODE_ELEMENTS = 1 << 24  # activations held at once while encoding: 64 MiB in fp32
-OTHER_FEATURES = "others"  # as an index in feature weights: all features that are not listed
-SHARE_FLOOR = 1e-6  # added to every share of the KL drift, so that a feature that went silent costs a finite amount
+ENCODE_ELEMENTS = 1 << 24  # feature activations in memory at once while encoding: 64 MiB in fp32
+OTHER_FEATURES = "others"  # an index in feature weights that stands for all features that are not listed
+SHARE_FLOOR = 1e-6  # added to every share in the KL drift, so that it stays finite when a feature becomes inactive
 
 
 @contextlib.contextmanager
-def products_for(dtype: torch.dtype) -> Iterator[None]:
-    """Let a GPU multiply fp32 on its tensor cores (TF32: 11 bits of each factor, sums in fp32), seven or eight times as
-    fast on an H100 or A100, where one factor is of a dtype without as many: vectors in bf16 have 8."""
+def matmul_precision_for(dtype: torch.dtype) -> Iterator[None]:
+    """Use TF32 for fp32 matrix products inside the `with` block if one factor comes from bf16.
+
+    On an H100 or A100 this is seven or eight times as fast. TF32 keeps 11 bits of each factor and sums in fp32; bf16
+    has only 8 bits.
+    """
     before = torch.get_float32_matmul_precision()
     try:
         if dtype == torch.bfloat16:
@@ -33,13 +37,12 @@ def products_for(dtype: torch.dtype) -> Iterator[None]:
 
 
 class SAE(nn.Module):
-    """A frozen autoencoder. JumpReLU (Rajamanoharan et al. 2024, 2407.14435) and, with `k`, TopK (Gao et al. 2024,
-    2406.04093): of each vector's features the k largest stay.
+    """A frozen SAE: JumpReLU (Rajamanoharan et al. 2024, 2407.14435) or, with `k`, TopK (Gao et al. 2024, 2406.04093).
 
-        features = relu(pre) * (pre > threshold),  pre = x @ W_enc + b_enc;   x' = features @ W_dec + b_dec
+        pre = x @ W_enc + b_enc,   features = relu(pre) * (pre > threshold),   x' = features @ W_dec + b_dec
 
-    A threshold of 0 is ReLU. The tensors are in fp32: nothing here is trained, and thresholds lie closer together
-    than bf16 resolves.
+    A threshold of 0 makes it a ReLU. TopK keeps the k largest features of each vector and sets the others to 0.
+    All tensors are in fp32. They are not trained, and bf16 cannot tell apart thresholds that lie close together.
     """
 
     W_enc: Tensor  # [D, F]
@@ -55,7 +58,7 @@ class SAE(nn.Module):
         self.k = k
         self.register_buffer("W_enc", W_enc.detach().float())
         self.register_buffer("b_enc", b_enc.detach().float())
-        self.W_dec = W_dec.detach().float()  # no buffer: features take the encoder alone, so it stays in host memory
+        self.W_dec = W_dec.detach().float()  # not a buffer, so it stays in host memory: features need only the encoder
         self.register_buffer("b_dec", b_dec.detach().float())
         self.register_buffer("threshold", threshold.detach().float())
 
@@ -69,12 +72,12 @@ class SAE(nn.Module):
 
     @property
     def members(self) -> list["SAE"]:
-        """The autoencoders that it is made of (`JointSAE` has several), in the order of their features."""
+        """The single SAEs that it consists of, in the order of their features; a `JointSAE` has several."""
         return [self]
 
     @property
     def shares(self) -> list[float]:
-        """What each member's drift counts for; they sum to 1."""
+        """The weight of each member's drift. They sum to 1."""
         return [1.0]
 
     def encode(self, x: Tensor) -> Tensor:
@@ -92,27 +95,29 @@ class SAE(nn.Module):
     def encode_latents(self, x: Tensor, latents: Tensor) -> Tensor:
         """`encode(x)[:, latents]` [N, K] for x [N, D] and latents [K], with gradient through those columns only."""
         features = self._jump_relu(x, self.W_enc[:, latents], self.b_enc[latents], self.threshold[latents])
-        return features if self.k is None else features * self._stays(x, latents)
+        return features if self.k is None else features * self._in_top_k(x, latents)
 
     @torch.no_grad()
-    def _stays(self, x: Tensor, latents: Tensor) -> Tensor:
-        """Whether each latent [N, K] is among the k largest of all F, in chunks as `pooled_features`."""
+    def _in_top_k(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Whether each latent [N, K] is among the k largest of all F. Encodes in chunks, like `pooled_features`."""
         return torch.cat([self.encode(part)[:, latents] > 0 for part in x.split(max(1, ENCODE_ELEMENTS // self.d_sae))])
 
     @staticmethod
     def _jump_relu(x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False), products_for(x.dtype):
+        with torch.autocast(x.device.type, enabled=False), matmul_precision_for(x.dtype):
             features = x.float() @ weight
-        features += bias  # in place, here and below: all of them at once can be the most that a step holds
-        return features.mul_(features > threshold.clamp(min=0))  # relu, too
+        features += bias  # in place, here and below, since features can be the largest tensor of a training step
+        return features.mul_(features > threshold.clamp(min=0))  # the clamp makes it a ReLU as well
 
 
 class JointSAE(SAE):
-    """Several autoencoders that read several places at once: their vectors, one after the other, make up D, their
-    features make up F. Drift is the mean of theirs, weighted."""
+    """Several SAEs that read several places at once.
+
+    D and F are the concatenation of the members' vectors and features. The drift is the weighted mean of their drifts.
+    """
 
     def __init__(self, members: Sequence[SAE], weights: Sequence[float]) -> None:
-        """`weights` are positive numbers; only their proportions matter."""
+        """`weights` are positive numbers. They are divided by their sum."""
         nn.Module.__init__(self)
         self._members = nn.ModuleList(members)
         self._shares = [weight / sum(weights) for weight in weights]
@@ -135,20 +140,20 @@ class JointSAE(SAE):
 
     def encode(self, x: Tensor) -> Tensor:
         vectors = x.split([member.d_in for member in self.members], dim=-1)
-        return torch.cat([member.encode(own) for member, own in zip(self.members, vectors)], dim=-1)
+        return torch.cat([member.encode(part) for member, part in zip(self.members, vectors)], dim=-1)
 
     def decode(self, features: Tensor) -> Tensor:
         parts = features.split([member.d_sae for member in self.members], dim=-1)
-        return torch.cat([member.decode(own) for member, own in zip(self.members, parts)], dim=-1)
+        return torch.cat([member.decode(part) for member, part in zip(self.members, parts)], dim=-1)
 
     def encode_latents(self, x: Tensor, latents: Tensor) -> Tensor:
         return self.encode(x)[:, latents]
 
 
 class ResidualTap:
-    """Reads the residual stream after one decoder layer: that layer's own output, before any final norm.
+    """Reads the residual stream after one decoder layer: the layer's output, before any final norm.
 
-    `output_hidden_states[-1]` is not the same thing: the last one has gone through the model's norm.
+    For the last layer, `output_hidden_states[-1]` is different: it is the output of the model's final norm.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -157,8 +162,11 @@ class ResidualTap:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Hook the model for one forward pass. Closed before the backward pass, where activation checkpointing
-        runs the layer once more: the tensor kept is the one the loss was computed from."""
+        """Read the forward pass that runs inside the `with` block.
+
+        Leave the block before the backward pass. There, activation checkpointing runs the layer again, and the tap
+        would read a tensor from which the loss was not computed.
+        """
         handles = [module.register_forward_hook(self._keep) for module in self._hooked()]
         try:
             yield
@@ -173,17 +181,17 @@ class ResidualTap:
         self._read = output if isinstance(output, Tensor) else output[0]
 
     def take(self) -> Tensor:
-        """The vectors [R, T, D] of the forward pass just read; the tap forgets them."""
+        """Return the vectors [R, T, D] of the forward pass that was read, and forget them."""
         assert self._read is not None, "no forward pass went through the tapped module"
         read, self._read = self._read, None
         return read
 
 
 class MLPTap(ResidualTap):
-    """Reads what one decoder layer's MLP adds to the residual stream.
+    """Reads what the MLP of one decoder layer adds to the residual stream.
 
-    That is the MLP's output, followed through the modules that the layer gives it to before it adds it: none in
-    Llama, a norm in Gemma 2 and 3, a dropout in GPT-NeoX.
+    This is the MLP's output after all modules that the layer applies to it before the addition: none in Llama, a norm
+    in Gemma 2 and 3, a dropout in GPT-NeoX.
     """
 
     def __init__(self, layer: nn.Module, mlp: nn.Module) -> None:
@@ -194,7 +202,7 @@ class MLPTap(ResidualTap):
         return list(self.layer.children())
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if module is self.mlp or (inputs and inputs[0] is self._read):
+        if module is self.mlp or (inputs and inputs[0] is self._read):  # the MLP, or a module applied to its output
             self._read = output
 
 
@@ -222,36 +230,37 @@ def active(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pooled_features(
-    sae: SAE, residual: Tensor, lengths: Sequence[int], of: Callable[[Tensor], Tensor] | None = None
+    sae: SAE, residual: Tensor, lengths: Sequence[int], transform: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Mean feature activations [S, F] of each sequence, without gradient; or means `of` what is made of them.
+    """Mean feature activations [S, F] over the tokens of each sequence, without gradient.
 
-    `residual` [M, D] holds the sequences one after the other, `lengths` [S] how many tokens each has. Encoded in
-    chunks: the dense [M, F] never exists. A sequence without tokens has all zeros.
+    `residual` [M, D] holds the sequences one after the other; `lengths` [S] are their numbers of tokens. `transform`,
+    if given, is applied to the activations before the mean. They are encoded in chunks, so a tensor [M, F] never
+    exists. A sequence without tokens has zeros.
     """
-    counts = torch.tensor(lengths, dtype=torch.long)  # on the host, so that nothing waits for the device
+    counts = torch.tensor(lengths, dtype=torch.long)  # on the host, so that the CPU does not wait for the device
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), counts, output_size=len(residual))
     sequence = sequence.to(residual.device, non_blocking=True)
     sums = residual.new_zeros(len(lengths), sae.d_sae, dtype=torch.float32)
     chunk = max(1, ENCODE_ELEMENTS // sae.d_sae)
     for part, owner in zip(residual.split(chunk), sequence.split(chunk)):
         features = sae.encode(part)
-        sums.index_add_(0, owner, features if of is None else of(features))
+        sums.index_add_(0, owner, features if transform is None else transform(features))
     return sums / counts.clamp(min=1).unsqueeze(1).to(residual.device, non_blocking=True)
 
 
 def selected_features(sae: SAE, residual: Tensor, lengths: Sequence[int], latents: Tensor) -> Tensor:
-    """Mean activations [S, K] of each sequence's own latents [S, K], with gradient into `residual` [M, D]."""
+    """Mean activations [S, K] of the latents [S, K] of each sequence, with gradient into `residual` [M, D]."""
     parts = residual.split(list(lengths))
-    return torch.stack([sae.encode_latents(x, own).sum(0) / max(1, len(x)) for x, own in zip(parts, latents)])
+    return torch.stack([sae.encode_latents(x, indices).sum(0) / max(1, len(x)) for x, indices in zip(parts, latents)])
 
 
 def compared_latents(policy: Tensor, reference: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The latents I_k = topk(policy) | topk(reference) of each sequence (FPO, 2411.07618).
+    """The latents of each sequence that drift compares: I_k = topk(policy) | topk(reference) (FPO, 2411.07618).
 
-    From pooled features [S, F] of both: latents [S, 2k] and a mask [S, 2k] that is True once for each member.
-    Latents that are zero are no members, so a sequence with fewer than k active ones does not depend on how ties
-    among zeros fall.
+    Takes pooled features [S, F] of policy and reference. Returns latents [S, 2k] and a mask [S, 2k] that is True once
+    for each member of I_k. A latent that is zero in both is not a member; so with fewer than k active latents the
+    result does not depend on the order of ties among zeros.
     """
     k = min(k, policy.shape[1])
     from_policy, from_reference = policy.topk(k), reference.topk(k)
@@ -263,11 +272,11 @@ def compared_latents(policy: Tensor, reference: Tensor, k: int) -> tuple[Tensor,
 
 
 def kl_terms(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
-    """KL(reference || policy) of pooled features [S, K] renormalised over the latents whose weight [S, K] > 0, as the
-    terms [S, K] that sum to it.
+    """Terms [S, K] whose sum is KL(reference || policy) of pooled features [S, K], weighted by `weight` [S, K].
 
-    A term is q log(q / p) - q + p. It is never negative, so weighting the terms is sound; with equal weights the last
-    two cancel in the sum, which is then the plain KL divergence.
+    Features are first normalised to sum to 1 over the latents with weight > 0: p of the policy, q of the reference. A
+    term is q log(q / p) - q + p. It is never negative, so it can be weighted; with equal weights - q + p sums to zero
+    and the sum is the usual KL divergence.
     """
     member = weight > 0
 
@@ -282,7 +291,7 @@ def kl_terms(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
 
 
 def mse_terms(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
-    """Weighted squared differences [S, 2k] of pooled features [S, 2k], over k (FPO, 2411.07618 v4, Eq. 10)."""
+    """Weighted squared differences [S, 2k] of pooled features [S, 2k], divided by k (FPO, 2411.07618 v4, Eq. 10)."""
     k = policy.shape[1] // 2
     return (policy - reference).square() * weight / k
 
@@ -300,14 +309,14 @@ def compute_feature_drift(
     k: int,
     feature_weights: Tensor | None = None,
 ) -> Tensor:
-    """How far each sequence's pooled features have moved from the reference's: F [S] of FPO (2411.07618, Eq. 8-10).
+    """How far the pooled features of each sequence have moved from the reference: F [S] of FPO (2411.07618, Eq. 8-10).
 
-    `residual` [M, D] of the policy with gradient, `lengths` [S], `reference` [S, F] pooled features. Which latents
-    are compared is decided without gradient from all of them; only those at most 2k are then encoded with
-    gradient, where one is wanted. `feature_weights` [F] scales the latents' terms one by one. Of several autoencoders
-    each is compared on its own, and the drifts are averaged by their shares.
+    `residual` [M, D] are the policy's vectors, with gradient in training, `lengths` [S] the tokens in each sequence,
+    `reference` [S, F] the reference's pooled features. The latents to compare are chosen without gradient, from all
+    features; only these, at most 2k for each sequence, are encoded again with gradient. `feature_weights` [F] scales
+    the terms of single features. The drift of several SAEs is the mean of their drifts, weighted by their shares.
     """
-    if not lengths:  # a batch of no records
+    if not lengths:  # a batch without records
         return residual.new_zeros(0)
     vectors = residual.split([member.d_in for member in sae.members], dim=1)
     widths = [member.d_sae for member in sae.members]
@@ -324,19 +333,24 @@ def compute_feature_drift(
 
 @torch.no_grad()
 def drift_by_feature(sae: SAE, policy: Tensor, reference: Tensor, *, divergence: str, k: int) -> Tensor:
-    """What each feature adds to each sequence's `feature_drift`, all weights 1: [S, F] from pooled features [S, F] of
-    both."""
+    """How much each feature adds to the drift of each sequence, [S, F], with all feature weights 1.
+
+    `policy` and `reference` [S, F] are pooled features. See `compute_feature_drift`.
+    """
     widths = [member.d_sae for member in sae.members]
     parts = []
-    for share, own, before in zip(sae.shares, policy.split(widths, dim=1), reference.split(widths, dim=1)):
-        latents, is_member = compared_latents(own, before, k)
-        terms = DIVERGENCES[divergence](own.gather(1, latents), before.gather(1, latents), is_member.float())
-        parts.append(torch.zeros_like(own).scatter_add(1, latents, share * terms))
+    for share, after, before in zip(sae.shares, policy.split(widths, dim=1), reference.split(widths, dim=1)):
+        latents, is_member = compared_latents(after, before, k)
+        terms = DIVERGENCES[divergence](after.gather(1, latents), before.gather(1, latents), is_member.float())
+        parts.append(torch.zeros_like(after).scatter_add(1, latents, share * terms))
     return torch.cat(parts, dim=1)
 
 
 def drift_options(sae: SAE, *, divergence: str, k: int, feature_weights: Any = None) -> dict[str, Any]:
-    """The options of `feature_drift`, checked against the SAE's width, with the weights read into a tensor [F]."""
+    """The options of `compute_feature_drift`, checked, with the feature weights read into a tensor [F].
+
+    Raises UserError for an unknown divergence, a `k` beyond the SAE's width, and bad feature weights.
+    """
     if divergence not in DIVERGENCES:
         raise UserError(f"loss.divergence={divergence}: not one of {', '.join(DIVERGENCES)}")
     smallest = min(member.d_sae for member in sae.members)
@@ -348,8 +362,8 @@ def drift_options(sae: SAE, *, divergence: str, k: int, feature_weights: Any = N
 def read_feature_weights(source: Any, d_sae: int) -> Tensor | None:
     """Weights [F] from `loss.feature_weights`: null, a list of {index, weight}, or a JSON file with such a list.
 
-    Features not in the list weigh what an entry with the index `others` says, or 1. Of several SAEs, the second one's
-    features count on from the first one's. Raises UserError for anything else.
+    Features that are not in the list have the weight of the entry with index `others`, or 1. With several SAEs, the
+    indices of the second SAE's features follow those of the first. Raises UserError for anything else.
     """
     if source is None:
         return None
@@ -357,7 +371,7 @@ def read_feature_weights(source: Any, d_sae: int) -> Tensor | None:
     if isinstance(source, str):
         where = source
         try:
-            source = json.loads(local_path(source).read_text())
+            source = json.loads(resolve_path(source).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"loss.feature_weights: cannot read {source} as JSON ({error})") from error
     others, listed = 1.0, {}

@@ -26,7 +26,7 @@ import torch
 from omegaconf import DictConfig
 
 from distributed import parallel
-from launch import assembly, plan, settings
+from launch import assembly, completions, plan, settings
 from training.checkpoint import Run
 
 
@@ -44,6 +44,7 @@ def train(raw: DictConfig) -> None:
         parallel.from_rank_zero(lambda: run.start(config, saved))
         torch.manual_seed(config.seed)
         trainer = assembly.prepare(config, classes, paths, run)
+        completions.write_completions(trainer, config, "before")
         trainer.train()
         from launch import summary  # takes a while to import, and the first step need not wait for it
 

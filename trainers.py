@@ -22,7 +22,8 @@ from dataloader import BAD, GOOD, MismatchedRecords
 from distributed import parallel
 from modeling.weights import find_weights
 from models import score_rewards
-from training.loop import BasicTrainer, MetricAccumulator, Setup
+from training.loop import BasicTrainer, Setup
+from training.metrics import MetricAccumulator
 from training.quantities import QUANTITIES, Binding, LossContext
 from training.reference import Reference
 from training.settings import TrainingSettings
@@ -340,7 +341,7 @@ class KTOTrainer(UnpairedPreferenceTrainer):
 
 
 class KTOLogSigmoidTrainer(UnpairedPreferenceTrainer):
-    """KTO with -log sigmoid(.) in place of 1 - sigmoid(.), as HALOs has it."""
+    """KTO with the loss -log sigmoid(.) instead of 1 - sigmoid(.), as in HALOs."""
 
     def loss(
         self,
@@ -367,7 +368,7 @@ class KTOZeroTrainer(UnpairedPreferenceTrainer):
 
 
 class KTOSurprisalTrainer(UnpairedPreferenceTrainer):
-    """KTO without a reference: log-probabilities per token in place of log-ratios, as HALOs has it.
+    """KTO without a reference: log-probabilities per token replace log-ratios, as in HALOs.
 
     Its z, a mean of log-probabilities, is never above 0, so it is 0.
     """
@@ -505,7 +506,7 @@ def generalised_advantages(
     left = torch.searchsorted(sequence, sequence, right=True) - 1 - places  # tokens that follow in the completion
     ends = torch.where(left == 0, rewards[sequence], 0)
     advantages = gamma * torch.where(left > 0, values.roll(-1), 0) - values + ends
-    reach = 1  # of how many tokens each advantage is the discounted sum so far: that many more are its neighbour's
+    reach = 1  # how many tokens each advantage sums so far; adding its neighbour's sum doubles that
     while reach < longest:
         further = torch.where(left >= reach, advantages.roll(-reach), 0)
         advantages = advantages + (gamma * lam) ** reach * further

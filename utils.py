@@ -1,6 +1,7 @@
-"""Small helpers that two files or more use."""
+"""Small helpers that at least two modules use."""
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -18,76 +19,94 @@ from typing import Annotated, Any, TypeVar, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 REPO = Path(__file__).resolve().parent
 T = TypeVar("T")
+SIDES = ("chosen", "rejected")  # of a pair
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 console = Console(highlight=False, soft_wrap=True)
 
 
 class UserError(Exception):
-    """Bad input, configuration or data: one message that names the thing, where it is and what would work.
+    """Bad input, configuration or data. The message names the thing, where it is and what would work.
 
     The commands print it without a traceback and exit with status 2.
     """
 
 
+def collect_garbage_rarely() -> None:
+    """Make Python search for reference cycles less often. Its default, every 700 new objects, takes a fifth of the time
+    of the imports and more of the time of tokenising, so call this before the large imports."""
+    gc.set_threshold(100_000)
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'beta'?)"`, or nothing when no known word is close."""
+    """`" (did you mean 'beta'?)"`, or an empty string if no known word is close to `word`."""
     names = {name.lower(): name for name in known}
     close = get_close_matches(word.lower(), names, n=1)
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}
+
+
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits that change when any part does. RunClasses are JSON values."""
+    """16 hex digits that change when any part changes. The parts are JSON values."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def digest_of(items: Iterable[Any]) -> str:
-    """As `fingerprint` of a list, but longer, and without the text of all its items in memory at once."""
-    found = hashlib.sha256()
+    """64 hex digits that change when any item changes. The items are JSON values; only one is in memory at a time."""
+    digest = hashlib.sha256()
     for item in items:
-        found.update(json.dumps(item, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return found.hexdigest()
+        digest.update(json.dumps(item, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """The SHA-256 of a file's content, as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def local_path(path: str | Path) -> Path:
-    """A path as the user wrote it, or, where nothing is there, the same path inside this repository."""
+def resolve_path(path: str | Path) -> Path:
+    """The path as the user wrote it. If nothing exists there, but it exists inside this repository: that one."""
     path = Path(path).expanduser()
-    inside = REPO / path
-    return inside if not path.exists() and inside.exists() else path
+    inside_repo = REPO / path
+    return inside_repo if not path.exists() and inside_repo.exists() else path
 
 
-def named_class(spec: str, module: Any, setting: str) -> Any:
-    """The class `Name` of a module of this repo, or `path/to/file.py:Name`."""
-    path, _, name = spec.rpartition(":")
-    path = str(local_path(path)) if path else ""
-    if path:
-        loaded = importlib.util.spec_from_file_location(Path(path).stem, path)
-        if loaded is None or loaded.loader is None or not Path(path).is_file():
-            raise UserError(f"{setting}={spec}: no Python file {path}")
-        if own := module_name(Path(path)):
-            module = importlib.import_module(own)
+def load_class(name: str, module: Any, setting: str) -> Any:
+    """The class that a setting names: `ClassName`, a class of `module`, or `path/to/file.py:ClassName`.
+
+    Raises UserError, which names the setting, if there is no such file or class.
+    """
+    file, _, class_name = name.rpartition(":")
+    if file:
+        path = resolve_path(file)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise UserError(f"{setting}={name}: no Python file {path}")
+        if imported_as := module_name(path):
+            module = importlib.import_module(imported_as)
         else:
-            module = importlib.util.module_from_spec(loaded)
-            loaded.loader.exec_module(module)
-    found = getattr(module, name, None)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    found = getattr(module, class_name, None)
     if not isinstance(found, type):
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise UserError(f"{setting}={spec}: no class {name} in {module.__name__}{suggest(name, classes)}")
+        raise UserError(f"{setting}={name}: no class {class_name} in {module.__name__}{suggest(class_name, classes)}")
     return found
 
 
 def module_name(path: Path) -> str | None:
-    """The name under which this repo imports a file of its wings; None for any other file."""
+    """The name under which this repository imports a file of its packages; None for any other file."""
     path = path.resolve()
     if not path.is_relative_to(REPO) or not (path.parent / "__init__.py").is_file():
         return None
@@ -95,7 +114,7 @@ def module_name(path: Path) -> str | None:
 
 
 def flush_to_disk(*paths: Path) -> None:
-    """fsync files, or the entries of directories."""
+    """Write files, or the entries of directories, to the disk itself (fsync)."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -106,10 +125,10 @@ def flush_to_disk(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Write a new file or directory so that `path` is there complete or not at all.
+    """Write a file or directory so that `path` is either complete or does not exist.
 
-    Yields a path beside the target to write to; on success it is flushed and renamed. An existing file is
-    replaced; an existing directory must not be there. After an exception the target is as it was.
+    Yields a temporary path in the same directory to write to. On success it is flushed to disk and renamed to `path`.
+    An existing file is replaced; an existing directory is an error. An exception leaves `path` as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
@@ -124,14 +143,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
+    """Write a text file, or replace it, in one step (`atomic_write`)."""
     with atomic_write(path) as part:
         part.write_text(text)
 
 
 def html_page(frame: str, places: dict[str, str], data: Any) -> str:
-    """A page of this repo: the frame with its {{places}} filled by pieces of HTML. {{style}} is page.css, and {{data}}
-    JSON that no text in it can end."""
+    """An HTML page: the file `frame`, with each {{name}} in it replaced by `places[name]`, a piece of HTML.
+
+    {{style}} becomes assets/page.css, and {{data}} becomes JSON. A `</script>` within the data cannot end its script.
+    """
     places = places | {
         "style": (REPO / "assets/page.css").read_text(),
         "data": json.dumps(data).replace("<", "\\u003c"),
@@ -140,17 +161,17 @@ def html_page(frame: str, places: dict[str, str], data: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step. Raises ValueError for NaN or infinity, which JSON does not have."""
+    """Write a JSON file, or replace it, in one step. Raises ValueError for NaN and infinity, which JSON lacks."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 class progress_bar:
-    """A live bar on a terminal, and nothing elsewhere: `with progress_bar(...) as advance: advance(done, text)`."""
+    """A live bar on a terminal, and nothing elsewhere. `with progress_bar(...) as advance: advance(done, text)`."""
 
     def __init__(self, name: str, total: int, done: int) -> None:
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        text = TextColumn("{task.fields[text]}")
-        self.progress = Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal)
+        times = (kind(table_column=Column(no_wrap=True)) for kind in (TimeElapsedColumn, TimeRemainingColumn))
+        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.fields[text]}"))
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.progress.add_task(name, total=total, completed=done, text="")
 
     def __enter__(self) -> Callable[[int, str | None], None]:
@@ -165,7 +186,7 @@ class progress_bar:
 
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before it is in use."""
+    """The same items. A thread makes the next item while the caller uses the current one."""
     source, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:
         upcoming = thread.submit(next, source, end)
@@ -205,11 +226,14 @@ def checked(kind: type[S], values: dict[str, Any], where: str = "") -> S:
         wanted: dict[tuple[str, str], list[str]] = {}
         for problem in error.errors():
             key, value = where, cast(Any, values)
-            for step in problem["loc"]:
-                if not isinstance(value, dict):
-                    break  # what follows names an alternative of the type
-                key, value = f"{key}.{step}".removeprefix("."), value.get(step)
-            wanted.setdefault((key, written(value)), []).append(_wanted(kind, key, value, problem))
+            item = value  # of a list, if the problem is there
+            for step in problem["loc"]:  # some steps name an alternative of a type
+                if isinstance(value, dict):
+                    key, value = f"{key}.{step}".removeprefix("."), value.get(step)
+                    item = value
+                elif isinstance(item, list) and isinstance(step, int):
+                    item = item[step]
+            wanted.setdefault((key, written(value)), []).append(_wanted(kind, key, item, problem))
         lines = []
         for (key, value), all_wanted in wanted.items():
             said = " or ".join(dict.fromkeys(all_wanted)).replace(" or has to be", " or")
@@ -253,7 +277,7 @@ def _wanted(kind: type[Settings], key: str, value: Any, problem: Any) -> str:
 
 def written(value: Any) -> str:
     """A value as YAML writes it."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def known_keys(kind: type[Settings], prefix: str = "") -> list[str]:

@@ -61,7 +61,7 @@ class BufferBlock:
 
 
 class ActivationLoader:
-    """Steps of activations in place of a loader's steps of records."""
+    """A loader whose steps hold activations; another loader's steps hold records."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class ActivationLoader:
             yield [self._taken(own)]
 
     def in_buffer(self, most: int) -> list[Activations]:
-        """The first steps of the block in the buffer, so many at most; none before it was filled."""
+        """At most `most` of the first steps in the buffer; none before it was filled."""
         if self.filled is None:
             return []
         return [self._taken(step) for step in range(min(most, self.blocks[self.filled].steps))]

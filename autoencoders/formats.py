@@ -1,10 +1,11 @@
-"""Public SAE formats: finding a file, telling its format, and folding what it holds into the one form of `sae.SAE`.
+"""Public SAE formats: find a file, detect its format, and convert its tensors to a `sae.SAE`.
 
-A format is an entry of `SAE_FORMATS`: the files it has, where they say the SAE reads, and how their tensors become an
-SAE. What a format can say and an `SAE` cannot compute exactly is refused by name. No file can run code: npz without
-pickle, safetensors, `torch.load(weights_only=True)`.
+A format is an entry of `SAE_FORMATS`: the files that it has, how they say where the SAE reads, and how their tensors
+become an SAE. The conversion is exact: it folds all other steps into the weights ("folding"). An option that cannot be
+folded exactly is an error that names it. No file can run code: npz without pickle, safetensors, and
+`torch.load(weights_only=True)`.
 
-Shape letters: D width of the vectors that are read, F latents.
+Shape letters: D width of the vectors that the SAE reads, F features.
 """
 
 import json
@@ -26,16 +27,16 @@ from torch import Tensor
 from autoencoders.settings import SAESection, SAESettings
 from models import fetch
 from sae import SAE, JointSAE
-from utils import UserError, atomic_write, console, file_digest, local_path, suggest
+from utils import UserError, atomic_write, console, file_digest, resolve_path, suggest
 
-Place = tuple[int | None, str | None]  # the layer and the hook that a file says it reads; None: it does not say
-
-
-# --------------------------------------------------------------------------------------------- what a file holds
+Location = tuple[int | None, str | None]  # the layer and the hook that an SAE reads; None if its files do not say
 
 
-class Arrays:
-    """The tensors of one file, taken by name."""
+# --------------------------------------------------------------------------------------------- the contents of files
+
+
+class WeightsFile:
+    """The tensors of one file, by name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,29 +58,31 @@ class Arrays:
         self.unread = set(self.tensors)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of that name in fp32. Raises UserError where it is missing, misshapen or not finite."""
+        """The tensor with this name, in fp32. Raises UserError if it is missing, not finite or of another shape."""
         if name not in self.tensors:
             raise UserError(f"{self.path}: lacks {name}; it has {', '.join(self.tensors) or 'no array'}")
         self.unread.discard(name)
         tensor = self.tensors[name]
         if tuple(tensor.shape) != shape:
             raise UserError(
-                f"{self.path}: {name} has shape {list(tensor.shape)} where {list(shape)} would fit the rest"
+                f"{self.path}: {name} has shape {list(tensor.shape)}, but the other arrays need {list(shape)}"
             )
         if not torch.isfinite(tensor).all():
             raise UserError(f"{self.path}: {name} has values that are not finite")
         return tensor.float()
 
     def length(self, name: str) -> int:
-        """The length of a vector, for formats whose sizes stand nowhere else."""
+        """The length of a vector, for formats that give their sizes nowhere else."""
         return len(self.take(name, self.tensors[name].numel() if name in self.tensors else 0))
 
-    def refuse(self, name: str, why: str) -> None:
+    def require_absent(self, name: str, why: str) -> None:
+        """Raise UserError if there is a tensor with this name."""
         if name in self.tensors:
             raise UserError(f"{self.path}: has {name}: {why}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file by name, by its suffix: .npz, .safetensors, else a file of torch.save."""
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
@@ -91,8 +94,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in state.items()}
 
 
-class Fields:
-    """The JSON file beside the weights; nothing, where a format has none."""
+class ConfigFile:
+    """The JSON file beside the weights. It is empty for a format that has none."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -104,32 +107,32 @@ class Fields:
             raise UserError(f"{path}: is not a JSON object")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value at `outer.inner`, or the default where it is absent or null."""
+        """The value at a key such as `outer.inner`, or the default if it is absent or null."""
         value: Any = self.values
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return default if value is None else value
 
     def number(self, key: str) -> Any:
-        """The positive number at `outer.inner`. Raises UserError where there is none."""
+        """The positive number at a key such as `outer.inner`. Raises UserError if there is none."""
         value = self.get(key)
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise UserError(f"{self.path}: {key}={value}, where a positive number has to be")
         return value
 
     def expect(self, key: str, default: Any, *supported: Any) -> Any:
-        """The value at `outer.inner`. Raises UserError where it is none that can be folded exactly."""
+        """The value at a key such as `outer.inner`. Raises UserError unless it is one of the `supported` values."""
         value = self.get(key, default)
         if value not in supported:
             known = ", ".join(map(str, supported))
-            raise UserError(f"{self.path}: {key}={value} cannot be folded exactly into what is computed here ({known})")
+            raise UserError(f"{self.path}: {key}={value} cannot be folded exactly into an SAE; supported: {known}")
         return value
 
 
 # --------------------------------------------------------------------------------------------------------- folding
 
 
-def autoencoder(
+def make_sae(
     W_enc: Tensor,
     b_enc: Tensor,
     W_dec: Tensor,
@@ -140,10 +143,11 @@ def autoencoder(
     centred: bool = False,
     by_norm: bool = False,
 ) -> SAE:
-    """An SAE from W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and a threshold, [F] or one for all.
+    """An SAE from W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and a threshold, [F] or one for all features.
 
-    `centred`: b_dec is taken from the input first, (x - b_dec) @ W_enc = x @ W_enc - b_dec @ W_enc. `by_norm`: features
-    are counted in units of their decoder row, so rows become unit vectors and pre-activations and threshold grow.
+    `centred`: the SAE encodes x - b_dec. This folds into b_enc: (x - b_dec) @ W_enc = x @ W_enc - b_dec @ W_enc.
+    `by_norm`: the format multiplies each feature by the norm of its decoder row. So W_enc, b_enc and threshold are
+    multiplied by the norm, and the rows of W_dec are divided by it.
     """
     limit = torch.as_tensor(threshold, dtype=torch.float32).expand_as(b_enc)
     if centred:
@@ -155,8 +159,8 @@ def autoencoder(
     return SAE(W_enc.contiguous(), b_enc, W_dec.contiguous(), b_dec, limit.clone(), k)
 
 
-def gated(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A gated encoder (Rajamanoharan et al. 2024, 2404.16014) as the W_enc, b_enc and threshold of a JumpReLU.
+def gated_to_jump_relu(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A gated encoder (Rajamanoharan et al. 2024, 2404.16014) as W_enc, b_enc and threshold of a JumpReLU.
 
     (u + b_gate > 0) * relu(e^r u + b_mag) with u = x @ W_enc: the gate opens where e^r u + b_mag > b_mag - e^r b_gate.
     """
@@ -167,10 +171,10 @@ def gated(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> tuple[
 # --------------------------------------------------------------------------------------------------------- formats
 
 
-def jump_relu(arrays: Arrays, W_enc: str, W_dec: str) -> SAE:
-    """Gemma Scope's arrays, with its two names for the matrices."""
+def read_jump_relu(arrays: WeightsFile, W_enc: str, W_dec: str) -> SAE:
+    """A JumpReLU from arrays like Gemma Scope's; `W_enc` and `W_dec` are the matrices' names."""
     d, f = arrays.length("b_dec"), arrays.length("b_enc")
-    return autoencoder(
+    return make_sae(
         arrays.take(W_enc, d, f),
         arrays.take("b_enc", f),
         arrays.take(W_dec, f, d),
@@ -179,11 +183,11 @@ def jump_relu(arrays: Arrays, W_enc: str, W_dec: str) -> SAE:
     )
 
 
-def gemma_scope(arrays: Arrays, _: Fields) -> SAE:
-    return jump_relu(arrays, "W_enc", "W_dec")
+def read_gemma_scope(arrays: WeightsFile, _: ConfigFile) -> SAE:
+    return read_jump_relu(arrays, "W_enc", "W_dec")
 
 
-def gemma_scope_place(path: Path, _: Fields) -> Place:
+def locate_gemma_scope(path: Path, _: ConfigFile) -> Location:
     layer = re.search(r"layer_(\d+)/width_\w+/average_l0_\w+/[^/]+$", path.as_posix())
     site = re.search(r"gemma-scope-\w+-\w+-(res|mlp|att)/", path.as_posix())
     embedding = re.search(r"/embedding/width_\w+/average_l0_\w+/[^/]+$", path.as_posix())
@@ -194,20 +198,20 @@ def gemma_scope_place(path: Path, _: Fields) -> Place:
     return int(layer[1]) if layer else None, {"res": "residual", "mlp": "mlp"}[site[1]] if site else None
 
 
-def gemma_scope_2(arrays: Arrays, fields: Fields) -> SAE:
-    arrays.refuse("affine_skip_connection", "a transcoder, not an autoencoder")
-    sae = jump_relu(arrays, "w_enc", "w_dec")
-    if fields.get("width", sae.d_sae) != sae.d_sae:
-        raise UserError(f"{fields.path}: width={fields.get('width')}, but {arrays.path} has {sae.d_sae} features")
+def read_gemma_scope_2(arrays: WeightsFile, config: ConfigFile) -> SAE:
+    arrays.require_absent("affine_skip_connection", "a transcoder, not an autoencoder")
+    sae = read_jump_relu(arrays, "w_enc", "w_dec")
+    if config.get("width", sae.d_sae) != sae.d_sae:
+        raise UserError(f"{config.path}: width={config.get('width')}, but {arrays.path} has {sae.d_sae} features")
     return sae
 
 
-def gemma_scope_2_place(path: Path, fields: Fields) -> Place:
-    fields.expect("type", "sae", "sae")
-    fields.expect("architecture", "jump_relu", "jump_relu")
-    fields.expect("affine_connection", False, False)
-    if point := fields.get("hf_hook_point_in"):
-        return hooked(point, path)
+def locate_gemma_scope_2(path: Path, config: ConfigFile) -> Location:
+    config.expect("type", "sae", "sae")
+    config.expect("architecture", "jump_relu", "jump_relu")
+    config.expect("affine_connection", False, False)
+    if point := config.get("hf_hook_point_in"):
+        return location_of(point, path)
     name = re.search(r"(\w+)/layer_(\d+)_width_\w+/[^/]+$", path.as_posix())
     if not name:
         return None, None
@@ -217,142 +221,146 @@ def gemma_scope_2_place(path: Path, fields: Fields) -> Place:
     return int(name[2]), {"resid_post": "residual", "mlp_out": "mlp"}[site]
 
 
-def llama_scope(arrays: Arrays, fields: Fields) -> SAE:
-    """As OpenMOSS loads it: the thresholds are of pre-activations on raw vectors, in units of the decoder's rows."""
-    W_enc, b_enc, W_dec, b_dec, threshold, s_in, s_out = llama_scope_tensors(arrays, fields)
-    sae = autoencoder(W_enc, b_enc / s_in, W_dec * (s_in / s_out), b_dec / s_out, by_norm=True)
+def read_llama_scope(arrays: WeightsFile, config: ConfigFile) -> SAE:
+    """Llama Scope as OpenMOSS loads it: the threshold applies to features of raw vectors times their decoder norm."""
+    W_enc, b_enc, W_dec, b_dec, threshold, s_in, s_out = llama_scope_tensors(arrays, config)
+    sae = make_sae(W_enc, b_enc / s_in, W_dec * (s_in / s_out), b_dec / s_out, by_norm=True)
     sae.threshold.fill_(threshold)
     return sae
 
 
-def llama_scope_saelens(arrays: Arrays, fields: Fields) -> SAE:
-    """As SAELens loads it and folds its scale in: inputs and thresholds scaled, the decoder's norm left alone."""
-    W_enc, b_enc, W_dec, b_dec, threshold, s_in, _ = llama_scope_tensors(arrays, fields)
-    return autoencoder(W_enc * s_in, b_enc, W_dec / s_in, b_dec / s_in, threshold=threshold * s_in)
+def read_llama_scope_saelens(arrays: WeightsFile, config: ConfigFile) -> SAE:
+    """Llama Scope as SAELens loads it and folds its scale: into encoder and threshold, without decoder norms."""
+    W_enc, b_enc, W_dec, b_dec, threshold, s_in, _ = llama_scope_tensors(arrays, config)
+    return make_sae(W_enc * s_in, b_enc, W_dec / s_in, b_dec / s_in, threshold=threshold * s_in)
 
 
-def llama_scope_tensors(arrays: Arrays, fields: Fields) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float, float]:
-    """W_enc, b_enc, W_dec, b_dec, the threshold, and what vectors are scaled by on the way in and out."""
-    fields.expect("act_fn", "jumprelu", "jumprelu")
-    fields.expect("norm_activation", "dataset-wise", "dataset-wise")
-    fields.expect("sparsity_include_decoder_norm", True, True)
-    fields.expect("apply_decoder_bias_to_pre_encoder", False, False)
-    fields.expect("use_decoder_bias", True, True)
-    fields.expect("use_glu_encoder", False, False)
-    d, f = fields.number("d_model"), fields.number("d_sae")
+def llama_scope_tensors(
+    arrays: WeightsFile, config: ConfigFile
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float, float]:
+    """W_enc, b_enc, W_dec, b_dec, the threshold, and the factors that scale input and output vectors."""
+    config.expect("act_fn", "jumprelu", "jumprelu")
+    config.expect("norm_activation", "dataset-wise", "dataset-wise")
+    config.expect("sparsity_include_decoder_norm", True, True)
+    config.expect("apply_decoder_bias_to_pre_encoder", False, False)
+    config.expect("use_decoder_bias", True, True)
+    config.expect("use_glu_encoder", False, False)
+    d, f = config.number("d_model"), config.number("d_sae")
     return (
         arrays.take("encoder.weight", f, d).T,
         arrays.take("encoder.bias", f),
         arrays.take("decoder.weight", d, f).T,
         arrays.take("decoder.bias", d),
-        fields.number("jump_relu_threshold"),
-        d**0.5 / fields.number("dataset_average_activation_norm.in"),
-        d**0.5 / fields.number("dataset_average_activation_norm.out"),
+        config.number("jump_relu_threshold"),
+        d**0.5 / config.number("dataset_average_activation_norm.in"),
+        d**0.5 / config.number("dataset_average_activation_norm.out"),
     )
 
 
-def llama_scope_place(path: Path, fields: Fields) -> Place:
-    point = fields.get("hook_point_in", "")
-    if fields.get("hook_point_out", point) != point:
-        raise UserError(f"{fields.path}: from {point} to {fields.get('hook_point_out')}: a transcoder, not an SAE")
-    return hooked(point, path) if point else (None, None)
+def locate_llama_scope(path: Path, config: ConfigFile) -> Location:
+    point = config.get("hook_point_in", "")
+    if config.get("hook_point_out", point) != point:
+        raise UserError(f"{config.path}: from {point} to {config.get('hook_point_out')}: a transcoder, not an SAE")
+    return location_of(point, path) if point else (None, None)
 
 
-def sparsify(arrays: Arrays, fields: Fields) -> SAE:
-    arrays.refuse("W_skip", "a transcoder, not an autoencoder")
-    fields.expect("activation", "topk", "topk")
-    fields.expect("signed", False, False)
-    fields.expect("transcode", False, False)
-    fields.expect("skip_connection", False, False)
-    d = fields.number("d_in")
-    f = fields.get("num_latents") or d * fields.number("expansion_factor")
-    return autoencoder(
+def read_sparsify(arrays: WeightsFile, config: ConfigFile) -> SAE:
+    arrays.require_absent("W_skip", "a transcoder, not an autoencoder")
+    config.expect("activation", "topk", "topk")
+    config.expect("signed", False, False)
+    config.expect("transcode", False, False)
+    config.expect("skip_connection", False, False)
+    d = config.number("d_in")
+    f = config.get("num_latents") or d * config.number("expansion_factor")
+    return make_sae(
         arrays.take("encoder.weight", f, d).T,
         arrays.take("encoder.bias", f),
         arrays.take("W_dec", f, d),
         arrays.take("b_dec", d),
-        k=int(fields.number("k")),
+        k=int(config.number("k")),
         centred=True,
     )
 
 
-def sparsify_place(path: Path, _: Fields) -> Place:
-    return hooked(path.parent.name, path) if path.parent.name.startswith("layers.") else (None, None)
+def locate_sparsify(path: Path, _: ConfigFile) -> Location:
+    return location_of(path.parent.name, path) if path.parent.name.startswith("layers.") else (None, None)
 
 
-def saelens(arrays: Arrays, fields: Fields) -> SAE:
-    arrays.refuse("W_skip", "a transcoder, not an autoencoder")
-    normalised = fields.get("normalize_activations", "none")
+def read_saelens(arrays: WeightsFile, config: ConfigFile) -> SAE:
+    arrays.require_absent("W_skip", "a transcoder, not an autoencoder")
+    normalised = config.get("normalize_activations", "none")
     if normalised in (True, "expected_average_only_in"):
         raise UserError(
-            f"{fields.path}: normalize_activations={normalised}: made for vectors scaled by a number that is not in "
+            f"{config.path}: normalize_activations={normalised}: made for vectors scaled by a number that is not in "
             "the file; fold it in with SAELens (fold_activation_norm_scaling_factor) and save again"
         )
-    fields.expect("normalize_activations", "none", "none", False)
-    fields.expect("reshape_activations", "none", "none")
-    fields.expect("finetuning_scaling_factor", False, False)
+    config.expect("normalize_activations", "none", "none", False)
+    config.expect("reshape_activations", "none", "none")
+    config.expect("finetuning_scaling_factor", False, False)
     for key in ("model_from_pretrained_kwargs", "metadata.model_from_pretrained_kwargs"):
-        fields.expect(f"{key}.center_writing_weights", False, False)
+        config.expect(f"{key}.center_writing_weights", False, False)
     if "scaling_factor" in arrays.tensors and (arrays.tensors["scaling_factor"] != 1).any():
         raise UserError(f"{arrays.path}: has a scaling_factor that is not 1")
-    # Before version 6 the activation stands beside the architecture, and makes a standard one a TopK.
-    activation = fields.expect("activation_fn", fields.get("activation_fn_str", "relu"), "relu", "topk")
-    architecture = "topk" if activation == "topk" else fields.get("architecture", "standard")
+    # Before version 6 the config gives the activation separately; with topk, the standard architecture is a TopK.
+    activation = config.expect("activation_fn", config.get("activation_fn_str", "relu"), "relu", "topk")
+    architecture = "topk" if activation == "topk" else config.get("architecture", "standard")
     if architecture not in ("standard", "gated", "jumprelu", "topk"):
-        hint = "; save_inference_model writes it as jumprelu" if "batchtopk" in architecture else ""
-        raise UserError(f"{fields.path}: architecture={architecture}: not standard, gated, jumprelu or topk{hint}")
-    d, f = fields.number("d_in"), fields.number("d_sae")
+        hint = "; SAELens's save_inference_model writes it as jumprelu" if "batchtopk" in architecture else ""
+        raise UserError(f"{config.path}: architecture={architecture}: not standard, gated, jumprelu or topk{hint}")
+    d, f = config.number("d_in"), config.number("d_sae")
     W_enc = arrays.take("W_enc", d, f)
     threshold: Tensor | float = 0.0
     if architecture == "gated":
-        W_enc, b_enc, threshold = gated(W_enc, *(arrays.take(name, f) for name in ("b_gate", "b_mag", "r_mag")))
+        W_enc, b_enc, threshold = gated_to_jump_relu(
+            W_enc, *(arrays.take(name, f) for name in ("b_gate", "b_mag", "r_mag"))
+        )
     else:
         b_enc = arrays.take("b_enc", f)
     if architecture == "jumprelu":
         threshold = arrays.take("threshold", f)
     options = {}
     if architecture == "topk":
-        key = "k" if "k" in fields.values else "activation_fn_kwargs.k"
-        options = {"k": int(fields.number(key)), "by_norm": fields.get("rescale_acts_by_decoder_norm", False)}
-    return autoencoder(
+        key = "k" if "k" in config.values else "activation_fn_kwargs.k"
+        options = {"k": int(config.number(key)), "by_norm": config.get("rescale_acts_by_decoder_norm", False)}
+    return make_sae(
         W_enc,
         b_enc,
         arrays.take("W_dec", f, d),
         arrays.take("b_dec", d),
         threshold=threshold,
-        centred=fields.get("apply_b_dec_to_input", True),
+        centred=config.get("apply_b_dec_to_input", True),
         **options,
     )
 
 
-def saelens_place(path: Path, fields: Fields) -> Place:
+def locate_saelens(path: Path, config: ConfigFile) -> Location:
     keys = ("metadata.hook_name", "hook_name", "hook_point")
-    names = [name for key in keys if (name := fields.get(key))]
-    return hooked(names[0], path) if names else (None, None)
+    names = [name for key in keys if (name := config.get(key))]
+    return location_of(names[0], path) if names else (None, None)
 
 
-def qwen_scope(arrays: Arrays, fields: Fields) -> SAE:
-    fields.expect("model_type", "topk_sae", "topk_sae")
-    d, f = fields.number("d_model"), fields.number("d_sae")
-    return autoencoder(
+def read_qwen_scope(arrays: WeightsFile, config: ConfigFile) -> SAE:
+    config.expect("model_type", "topk_sae", "topk_sae")
+    d, f = config.number("d_model"), config.number("d_sae")
+    return make_sae(
         arrays.take("W_enc", f, d).T,
         arrays.take("b_enc", f),
         arrays.take("W_dec", d, f).T,
         arrays.take("b_dec", d),
-        k=int(fields.number("k")),
+        k=int(config.number("k")),
     )
 
 
-def qwen_scope_place(path: Path, fields: Fields) -> Place:
-    fields.expect("hook_point", "resid_post", "resid_post")
+def locate_qwen_scope(path: Path, config: ConfigFile) -> Location:
+    config.expect("hook_point", "resid_post", "resid_post")
     layer = re.search(r"layer(\d+)\.sae\.pt$", path.name)
     return int(layer[1]) if layer else None, "residual"
 
 
-def dictionary_learning(arrays: Arrays, fields: Fields) -> SAE:
-    """By the class that its config names; what `encode` and `decode` of that class compute."""
-    d, f = fields.number("trainer.activation_dim"), fields.number("trainer.dict_size")
-    kind = fields.expect(
+def read_dictionary_learning(arrays: WeightsFile, config: ConfigFile) -> SAE:
+    """dictionary_learning: what `encode` and `decode` compute in the class that the config names."""
+    d, f = config.number("trainer.activation_dim"), config.number("trainer.dict_size")
+    kind = config.expect(
         "trainer.dict_class",
         None,
         "AutoEncoder",
@@ -367,37 +375,37 @@ def dictionary_learning(arrays: Arrays, fields: Fields) -> SAE:
         W_enc, W_dec, b_enc = arrays.take("W_enc", d, f), arrays.take("W_dec", f, d), arrays.take("b_enc", f)
         b_dec = arrays.take("b_dec", d)
         if kind == "JumpReluAutoEncoder":
-            return autoencoder(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold", f), by_norm=True)
-        return autoencoder(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold"), centred=True)
+            return make_sae(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold", f), by_norm=True)
+        return make_sae(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold"), centred=True)
     W_enc, W_dec = arrays.take("encoder.weight", f, d).T, arrays.take("decoder.weight", d, f).T
     if kind == "GatedAutoEncoder":
         biases = (arrays.take(name, f) for name in ("gate_bias", "mag_bias", "r_mag"))
-        W_enc, b_enc, threshold = gated(W_enc, *biases)
+        W_enc, b_enc, threshold = gated_to_jump_relu(W_enc, *biases)
         b_dec = arrays.take("decoder_bias", d)
-        return autoencoder(W_enc, b_enc, W_dec, b_dec, threshold=threshold, centred=True, by_norm=True)
+        return make_sae(W_enc, b_enc, W_dec, b_dec, threshold=threshold, centred=True, by_norm=True)
     b_enc = arrays.take("encoder.bias", f)
     if kind == "AutoEncoderNew":
-        return autoencoder(W_enc, b_enc, W_dec, arrays.take("decoder.bias", d))
+        return make_sae(W_enc, b_enc, W_dec, arrays.take("decoder.bias", d))
     if kind == "AutoEncoder":
-        return autoencoder(W_enc, b_enc, W_dec, arrays.take("bias", d), centred=True)
+        return make_sae(W_enc, b_enc, W_dec, arrays.take("bias", d), centred=True)
     b_dec = arrays.take("b_dec", d)
     if kind == "AutoEncoderTopK":
-        return autoencoder(W_enc, b_enc, W_dec, b_dec, k=int(arrays.take("k")), centred=True)
-    return autoencoder(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold"), centred=True)
+        return make_sae(W_enc, b_enc, W_dec, b_dec, k=int(arrays.take("k")), centred=True)
+    return make_sae(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold"), centred=True)
 
 
-def dictionary_learning_place(_: Path, fields: Fields) -> Place:
-    module = str(fields.get("trainer.submodule_name", "resid_post"))
+def locate_dictionary_learning(_: Path, config: ConfigFile) -> Location:
+    module = str(config.get("trainer.submodule_name", "resid_post"))
     if not module.startswith("resid_post"):
-        raise UserError(f"{fields.path}: trainer.submodule_name={module}: not resid_post, where this format is read")
-    return fields.get("trainer.layer"), "residual"
+        raise UserError(f"{config.path}: trainer.submodule_name={module}: not resid_post, where this format is read")
+    return config.get("trainer.layer"), "residual"
 
 
-def hooked(point: str, source: Path) -> Place:
-    """The layer and hook of a TransformerLens or module name. Raises UserError where no SAE is read there."""
+def location_of(point: str, source: Path) -> Location:
+    """The layer and hook of a TransformerLens hook point or a module name. Raises UserError for other places."""
     patterns = {
         r"blocks\.(\d+)\.hook_resid_post": (0, "residual"),
-        r"blocks\.(\d+)\.hook_resid_pre": (-1, "residual"),  # what the block before it gave
+        r"blocks\.(\d+)\.hook_resid_pre": (-1, "residual"),  # the output of the block before
         r"blocks\.(\d+)\.hook_mlp_out": (0, "mlp"),
         r"(?:model\.)?layers\.(\d+)(?:\.output)?": (0, "residual"),
         r"(?:model\.)?layers\.(\d+)\.mlp(?:\.output)?": (0, "mlp"),
@@ -412,29 +420,28 @@ def hooked(point: str, source: Path) -> Place:
 
 @dataclass(frozen=True)
 class Format:
-    """How one format is laid out in a directory, and read."""
+    """The files of one format, and how to read them."""
 
     weights: str  # the file with the weights, as a glob
     config: str | None  # the JSON file beside it
-    read: Callable[[Arrays, Fields], SAE]
-    place: Callable[[Path, Fields], Place]
+    read: Callable[[WeightsFile, ConfigFile], SAE]
+    locate: Callable[[Path, ConfigFile], Location]  # takes the path of the weights
     config_optional: bool = False
-    by_name_only: bool = False  # never recognised, only asked for
+    by_name_only: bool = False  # used only if `sae.format` names it, never detected
 
 
+LLAMA_SCOPE_FILES = ("checkpoints/final.safetensors", "hyperparams.json")
 SAE_FORMATS = {
-    "gemma_scope": Format("params.npz", None, gemma_scope, gemma_scope_place),
+    "gemma_scope": Format("params.npz", None, read_gemma_scope, locate_gemma_scope),
     "gemma_scope_2": Format(
-        "params.safetensors", "config.json", gemma_scope_2, gemma_scope_2_place, config_optional=True
+        "params.safetensors", "config.json", read_gemma_scope_2, locate_gemma_scope_2, config_optional=True
     ),
-    "llama_scope": Format("checkpoints/final.safetensors", "hyperparams.json", llama_scope, llama_scope_place),
-    "llama_scope_saelens": Format(
-        "checkpoints/final.safetensors", "hyperparams.json", llama_scope_saelens, llama_scope_place, by_name_only=True
-    ),
-    "sparsify": Format("sae.safetensors", "cfg.json", sparsify, sparsify_place),
-    "saelens": Format("sae_weights.safetensors", "cfg.json", saelens, saelens_place),
-    "qwen_scope": Format("layer*.sae.pt", "config.json", qwen_scope, qwen_scope_place),
-    "dictionary_learning": Format("ae.pt", "config.json", dictionary_learning, dictionary_learning_place),
+    "llama_scope": Format(*LLAMA_SCOPE_FILES, read_llama_scope, locate_llama_scope),
+    "llama_scope_saelens": Format(*LLAMA_SCOPE_FILES, read_llama_scope_saelens, locate_llama_scope, by_name_only=True),
+    "sparsify": Format("sae.safetensors", "cfg.json", read_sparsify, locate_sparsify),
+    "saelens": Format("sae_weights.safetensors", "cfg.json", read_saelens, locate_saelens),
+    "qwen_scope": Format("layer*.sae.pt", "config.json", read_qwen_scope, locate_qwen_scope),
+    "dictionary_learning": Format("ae.pt", "config.json", read_dictionary_learning, locate_dictionary_learning),
 }
 
 
@@ -442,23 +449,23 @@ SAE_FORMATS = {
 
 
 @dataclass(frozen=True)
-class Files:
+class SAEFiles:
     """The files of one SAE on this machine, and their format."""
 
     format: str
     weights: Path
     config: Path | None
 
-    def fields(self) -> Fields:
-        return Fields(self.config)
+    def config_file(self) -> ConfigFile:
+        return ConfigFile(self.config)
 
 
 @dataclass(frozen=True)
 class SAESource:
-    """An SAE that the configuration asks for, found: its files and where it reads."""
+    """An SAE that the configuration names and that was found: its files, and where it reads."""
 
     where: str  # the section of the configuration
-    files: Files
+    files: SAEFiles
     layer: int
     hook: str
     weight: float
@@ -468,12 +475,12 @@ class SAESource:
         return self.files.weights
 
     def identity(self) -> list[Any]:
-        """What its features depend on, for a fingerprint."""
+        """Everything that its features depend on, for a fingerprint."""
         digests = [file_digest(path) for path in (self.files.weights, self.files.config) if path]
         return [self.files.format, *digests, self.layer, self.hook]
 
 
-def sections(settings: SAESection) -> dict[str, SAESettings]:
+def sae_sections(settings: SAESection) -> dict[str, SAESettings]:
     """The SAEs that the configuration asks for, by where it does: `sae` itself, or each of `sae.parts`.
 
     Raises UserError where it asks for one and for several, and for a part without a path.
@@ -493,32 +500,32 @@ def sections(settings: SAESection) -> dict[str, SAESettings]:
 def find_sae(section: SAESettings, where: str) -> SAESource:
     """Find, or fetch from the Hub, the SAE that a section of the configuration asks for, and where it reads.
 
-    Raises UserError where its files are not there or not of one format, where neither they nor the section say which
-    layer it reads, and where they disagree.
+    Raises UserError if its files are missing or not of one format, if neither they nor the section say which layer it
+    reads, and if they disagree.
     """
     known = ("auto", *SAE_FORMATS)
     if section.format not in known:
         hint = suggest(section.format, known)
         raise UserError(f"{where}.format={section.format}: not one of {', '.join(known)}{hint}")
     assert section.path is not None
-    files = recognise(fetch_sae(section.path, f"{where}.path"), section.format)
-    said = dict(zip(("layer", "hook"), SAE_FORMATS[files.format].place(files.weights, files.fields())))
-    for key, value in said.items():
+    files = detect_format(fetch_sae(section.path, f"{where}.path"), section.format)
+    layer, hook = SAE_FORMATS[files.format].locate(files.weights, files.config_file())
+    for key, value in (("layer", layer), ("hook", hook)):
         asked = getattr(section, key)
         if value is not None and asked not in (None, value):
-            raise UserError(
-                f"{where}.{key}={asked}, but {files.weights} says {value}; {where}.{key}=null reads it there"
-            )
-    layer = said["layer"] if section.layer is None else section.layer
+            raise UserError(f"{where}.{key}={asked}, but {files.weights} says {value}; {where}.{key}=null uses that")
+    layer = layer if section.layer is None else section.layer
     if not isinstance(layer, int):
         raise UserError(f"{where}.layer={layer}: set it to the layer whose output is read, from 0; the file says none")
-    return SAESource(where, files, layer, section.hook or said["hook"] or "residual", section.weight)  # type: ignore[arg-type]
+    return SAESource(where, files, layer, section.hook or hook or "residual", section.weight)
 
 
 def fetch_sae(source: str, setting: str) -> Path:
-    """A local file or directory: `source` itself, or `organisation/repository/path` of the Hub, with the files that an
-    SAE there may consist of."""
-    if (local := local_path(source)).exists():
+    """A local file or directory: `source` itself, or a copy of `organisation/repository/path` on the Hub.
+
+    It fetches only the files that an SAE at that path can have. Raises UserError, which names the setting.
+    """
+    if (local := resolve_path(source)).exists():
         return local
     organisation, *rest = source.rstrip("/").split("/")
     if not rest or source.startswith(("/", ".", "~")):
@@ -539,10 +546,11 @@ def fetch_sae(source: str, setting: str) -> Path:
     return found
 
 
-def recognise(path: Path, format: str = "auto") -> Files:
-    """The files of the SAE at `path`, a file with weights or the directory that holds one, by their names.
+def detect_format(path: Path, format: str = "auto") -> SAEFiles:
+    """The files of the SAE at `path`, a weights file or its directory, and their format, from the files' names.
 
-    Raises UserError where they are of no known format or of several, or where one is missing.
+    `format` names the format, `auto` detects it. Raises UserError if no format fits, if several do, or if a file is
+    missing.
     """
     fitting = {}
     for name, form in SAE_FORMATS.items():
@@ -564,19 +572,22 @@ def recognise(path: Path, format: str = "auto") -> Files:
     config = weights[0].parents[depth - 1] / form.config if form.config and len(weights[0].parents) >= depth else None
     if config and not config.is_file():
         if not form.config_optional:
-            raise UserError(f"{weights[0]}: {name} has {form.config} beside it, and {config} is not there")
+            raise UserError(f"{weights[0]}: {name} has {form.config} beside it, but {config} is missing")
         config = None
-    return Files(name, weights[0], config)
+    return SAEFiles(name, weights[0], config)
 
 
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def read_files(files: Files) -> SAE:
-    """Raises UserError, naming the file, for arrays that are missing, misshapen or not finite, pickled objects, and
-    whatever cannot be folded exactly."""
-    arrays = Arrays(files.weights)
-    sae = SAE_FORMATS[files.format].read(arrays, files.fields())
+def read_files(files: SAEFiles) -> SAE:
+    """Read one SAE, and print what it is.
+
+    Raises UserError, which names the file, for arrays that are missing, of a wrong shape or not finite, for pickled
+    objects, and for options that cannot be folded exactly.
+    """
+    arrays = WeightsFile(files.weights)
+    sae = SAE_FORMATS[files.format].read(arrays, files.config_file())
     if sae.k is not None and not 1 <= sae.k <= sae.d_sae:
         raise UserError(f"{files.weights}: k={sae.k} of {sae.d_sae} features")
     unread = f"; not used: {', '.join(sorted(arrays.unread))}" if arrays.unread else ""
@@ -586,12 +597,12 @@ def read_files(files: Files) -> SAE:
 
 
 def load_sae(path: Path, format: str = "auto") -> SAE:
-    """Read the SAE at `path`, a file with weights or the directory that holds one."""
-    return read_files(recognise(path, format))
+    """Read the SAE at `path`, a weights file or its directory."""
+    return read_files(detect_format(path, format))
 
 
 def load_sources(sources: Sequence[SAESource]) -> SAE:
-    """Read the SAEs of a run, as one where there are several."""
+    """Read the SAEs of a run; several become a `JointSAE`."""
     members = []
     for source in sources:
         members.append(read_files(source.files))
@@ -603,16 +614,18 @@ GEMMA_SCOPE_ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
 
 def save_sae(sae: SAE, path: Path) -> None:
-    """Write `params.npz` in Gemma Scope's layout, whole or not at all."""
+    """Write an SAE to `path` as `params.npz` in Gemma Scope's layout, in one step."""
     assert sae.k is None, "Gemma Scope's layout has no TopK"
     with atomic_write(path) as part, part.open("wb") as file:
         np.savez(file, **{name: getattr(sae, name).numpy(force=True) for name in GEMMA_SCOPE_ARRAYS})
 
 
 def save_saelens(sae: SAE, folder: Path, layer: int, metadata: dict[str, Any]) -> None:
-    """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 has a JumpReLU that reads a layer's output, whole or
-    not at all."""
-    assert sae.k is None, "written as a JumpReLU"
+    """Write the directory of a SAELens 6 JumpReLU that reads a layer's output, in one step.
+
+    It holds `cfg.json`, with `metadata` added, and `sae_weights.safetensors`.
+    """
+    assert sae.k is None, "a TopK cannot be written as a JumpReLU"
     fields = {
         "architecture": "jumprelu",
         "d_in": sae.d_in,

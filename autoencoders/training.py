@@ -23,7 +23,8 @@ from data.batch import Batch
 from distributed import parallel
 from models import decoder_layers, final_hidden_states, make_tap, score
 from sae import ENCODE_ELEMENTS, SAE
-from training.loop import BasicTrainer, MetricAccumulator, Setup
+from training.loop import BasicTrainer, Setup
+from training.metrics import MetricAccumulator
 from training.quantities import Binding
 from training.settings import TrainingSettings
 from training.throughput import ThroughputMeter

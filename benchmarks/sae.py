@@ -149,7 +149,7 @@ def main() -> None:
 
         from distributed import parallel
 
-        parallel.join(0, 1, dist.HashStore())
+        parallel.init_process_group(0, 1, dist.HashStore())
         print(json.dumps({trainer: measure(trainer, seed) for trainer in TRAINERS}))
         return
     OUTPUT.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def train(folder: Path) -> None:
     from distributed import parallel
     from launch import assembly, settings
     from training.checkpoint import Run
-    from training.loop import MetricAccumulator
+    from training.metrics import MetricAccumulator
 
     overrides = [
         *("loss=sft", "model=tiny", f"model.name_or_path={folder}", f"datasets=[{folder / 'pairs.jsonl'}]"),

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -102,14 +101,11 @@ def compare_layouts(name: str, padded: PreTrainedModel, packed: PreTrainedModel,
 
 def projection() -> None:
     """Log-probabilities of 512 tokens and their gradients, by the ways there are."""
-    eager = {name: getattr(head, name) for name in head.PASSES}
-    head.compile_passes()
-    fused = {name: getattr(head, name) for name in head.PASSES}
     for softcap in (30.0, None):
-        compare_projections(softcap, eager, fused)
+        compare_projections(softcap)
 
 
-def compare_projections(softcap: float | None, eager: dict[str, Any], fused: dict[str, Any]) -> None:
+def compare_projections(softcap: float | None) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(512, WIDTH, requires_grad=True)
     own_head = nn.Linear(WIDTH, WORDS, bias=False)
@@ -125,7 +121,7 @@ def compare_projections(softcap: float | None, eager: dict[str, Any], fused: dic
         return torch.cat([checkpoint(plain, x, y, use_reentrant=False) for x, y in parts])
 
     def ours(rows: int, compiled: bool = False) -> Tensor:
-        vars(head).update(fused if compiled else eager)
+        head.use_passes(own_head, head.compiled_passes() if compiled else head.EAGER)
         head.CHUNK_ELEMENTS = rows * WORDS
         return head.token_statistics(hidden, target, own_head, softcap)[0]
 

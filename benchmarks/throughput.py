@@ -14,7 +14,7 @@ with what makes it fast: the fused optimiser, and, where the line says so, the r
 CPU, its completion-only head, which TRL keeps for GPUs ("head forced"). What it does not have, it does not run:
 `padding_free` of DPO is off since a refactor, KTO has none, and SFT's needs flash attention.
 
-Lengths come from data (`alpaca`, `hh`: words and punctuation marks of ../shared/data) or are drawn evenly from half to
+Lengths come from data (`alpaca`, `hh`: words and punctuation marks of $FPO_DATA) or are drawn evenly from half to
 one and a half times the ones given (`PROMPT:COMPLETION`). `log-normal` is drawn with alpaca's means and spreads, for
 where that is absent. The text is random words of the built-in tokenizer, each one token.
 """
@@ -42,7 +42,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 # This process imports no torch: a child would start with its memory as its own peak (Linux's ru_maxrss).
-DATA = REPO.parent / "shared" / "data"
+DATA = Path(os.environ.get("FPO_DATA", "."))  # whole files of real data: CONTRIBUTING.md
 PAIRED, UNPAIRED = ("dpo", "simpo", "fpo", "tdpo2"), ("kto", "sft")
 LAYOUTS, SIDES = ("shared_prefix", "packed", "padded"), ("chosen", "rejected")
 BASE = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
@@ -185,7 +185,7 @@ def tokenised(folder: Path, arguments: dict[str, Any], loss: str) -> Any:
     from launch import assembly
 
     config, classes = checked(overrides(folder, arguments, loss, "padded"))
-    return assembly.load_tokens(config, classes, models.load_tokenizer(folder / "model"), "train").rows
+    return assembly.tokenise_split(config, classes, models.load_tokenizer(folder / "model"), "train").rows
 
 
 def trl_rows(folder: Path, arguments: dict[str, Any], loss: str) -> list[dict[str, Any]]:
@@ -294,7 +294,7 @@ def assemble(given: list[str]) -> Any:
     from launch import assembly, settings
     from training.checkpoint import Run
 
-    parallel.join(0, 1, dist.HashStore())
+    parallel.init_process_group(0, 1, dist.HashStore())
     config, classes = checked(given)
     run = Run(Path(config.cache_dir) / config.exp_name)
     run.start(config, None)

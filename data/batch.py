@@ -1,10 +1,10 @@
-"""Rows for the model, tokens for the loss.
+"""A batch: rows for the model, tokens for the loss.
 
-Three layouts give the same numbers: `padded`, one sequence a row; `packed`, all sequences in one row, one after the
-other; `shared_prefix`, the same with each prompt once, whatever the number of its completions.
+Three layouts give the same numbers. `padded`: one sequence a row. `packed`: all sequences in one row, one after the
+other. `shared_prefix`: like `packed`, but each prompt is there once, however many completions it has.
 
-Shape letters: R rows, T positions a row, N completion tokens of the batch, S sequences (a prompt with one
-completion), B records (a record of paired data holds two sequences), M completion tokens that are text.
+Shape letters: R rows, T positions a row, S sequences (a prompt with one completion), N completion tokens of the batch,
+M those of them that are text, B records (a record of paired data holds two sequences).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,33 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PAD = -1  # `document` of a position that holds nothing
+PAD = -1  # value of `document` at padding
 BATCH_LAYOUTS = ("padded", "packed", "shared_prefix")
 
 
 @dataclass
 class Batch:
-    """What one forward pass reads and what the loss reads from it.
+    """What the model reads in one forward pass, and which tokens the loss reads.
 
-    Token i of a row sees token j iff they share a document, j <= i, and j's branch is 0 (the prompt) or i's own.
-    Sequence c * B + b is completion c of record b, so paired data holds all chosen ones first.
+    Token i of a row sees token j if and only if both have the same document, j <= i, and j's branch is 0 (the prompt)
+    or i's branch. Sequence c * B + b is completion c of record b, so in paired data all chosen sequences come first.
     """
 
     input_ids: Tensor  # [R, T]
     position_ids: Tensor  # [R, T]
-    document: Tensor  # [R, T] which prompt the position belongs to, PAD for none
-    branch: Tensor  # [R, T] 0 = prompt, 1, 2, ... = its completions
+    document: Tensor  # [R, T] the number of the prompt that the position belongs to, PAD for padding
+    branch: Tensor  # [R, T] 0 for the prompt, 1, 2, ... for its completions
     predictor: Tensor  # [N] index into R * T of the position whose output predicts the token
     position: Tensor  # [N] index into R * T of the token itself
     target: Tensor  # [N] the token
-    sequence: Tensor  # [N] which sequence the token belongs to, ascending
-    content: Tensor  # [M] index into N of the tokens that are text, not the end of the sequence
-    lengths: list[int]  # [S] completion tokens of each sequence
-    content_lengths: list[int]  # [S] the same, of the tokens in `content`; sums to M
-    segments: list[tuple[int, int | None]] | None  # of the one row of a packed batch, see `collate`; None where padded
-    index: list[Any]  # [B] what the records are known by: their rows in the tokenised data set
+    sequence: Tensor  # [N] the sequence that the token belongs to, ascending
+    content: Tensor  # [M] index into N of the tokens that are text, so not the end-of-sequence token
+    lengths: list[int]  # [S] number of completion tokens of each sequence
+    content_lengths: list[int]  # [S] number of text tokens of each sequence; sums to M
+    segments: list[tuple[int, int | None]] | None  # of the one row of a packed batch, see `collate`; None if padded
+    index: list[Any]  # [B] the records' row numbers in the tokenised data set
     record: dict[str, Tensor] = field(default_factory=dict)  # [B] or [S] labels, scores; indices of sides
-    reference: dict[str, Any] = field(default_factory=dict)  # [S] cached values of the reference
+    reference: dict[str, Any] = field(default_factory=dict)  # [S] the reference model's cached values
 
     @property
     def num_sequences(self) -> int:
@@ -51,7 +51,7 @@ class Batch:
         return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """The same batch in host memory from which a GPU copies without the host waiting for it."""
+        """The same batch in pinned host memory: a GPU copies from it while the CPU goes on."""
         return self._with_each(Tensor.pin_memory)
 
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -67,93 +67,115 @@ def collate(records: Sequence[dict[str, Any]], layout: str, *, pad_id: int, eos_
     """The batch of some records in one of BATCH_LAYOUTS.
 
     A record has `prompt_ids` (list of ints, never empty: it starts with BOS, or with the template's prefix),
-    `completion_ids` (one list of ints, never empty, for each completion) and `index`. Records with the same prompt
-    share it in `shared_prefix`. No records make a batch of one prompt token and no completion: something for a rank to
-    run that has nothing to do, and that counts for nothing.
+    `completion_ids` (for each completion a list of ints, never empty) and `index`. In `shared_prefix`, records with the
+    same prompt share it. Without records the batch has one prompt token and no completion: a rank that has no records
+    can run it, and it adds nothing to the loss.
 
-    The one row of `packed` and `shared_prefix` is a list of segments, (tokens, None) for a prompt or a whole sequence
-    and (tokens, number of the prompt's segment) for a completion of a shared prompt.
+    `packed` and `shared_prefix` make one row, which is a list of segments: (tokens, None) for a prompt or a whole
+    sequence, (tokens, index of the prompt's segment) for a completion of a shared prompt.
     """
     completions = len(records[0]["completion_ids"]) if records else 0
-    pairs = [(record["prompt_ids"], record["completion_ids"][c]) for c in range(completions) for record in records]
-    documents = _documents(pairs, shared=layout == "shared_prefix") if pairs else [([eos_id], [])]
-    width = max(len(prompt) + sum(len(pairs[s][1]) for s in own) for prompt, own in documents)
-
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    document: list[int] = []
-    branch: list[int] = []
-    segments: list[tuple[int, int | None]] = []
-    before = [0] * len(pairs)  # where the token before each completion is
-    start = [0] * len(pairs)  # where each completion starts
-
-    def append(ids: Sequence[int], first: int, number: int, own_branch: int) -> None:
-        input_ids.extend(ids)
-        position_ids.extend(range(first, first + len(ids)))
-        document.extend([number] * len(ids))
-        branch.extend([own_branch] * len(ids))
-
-    for number, (prompt, own) in enumerate(documents):
-        append(prompt, 0, number, 0)
-        end_of_prompt, shared = len(input_ids) - 1, len(segments)
-        if len(own) != 1:
-            segments.append((len(prompt), None))
-        for own_branch, s in enumerate(own, start=1):
-            ids = pairs[s][1]
-            before[s], start[s] = end_of_prompt, len(input_ids)
-            segments.append((len(prompt) + len(ids), None) if len(own) == 1 else (len(ids), shared))
-            append(ids, len(prompt), number, own_branch)
-        if layout == "padded":
-            rest = (number + 1) * width - len(input_ids)
-            append([pad_id] * rest, 0, PAD, 0)
-
-    lengths = [len(completion) for _, completion in pairs]
-    count = torch.tensor(lengths, dtype=torch.long)
-    sequence = torch.repeat_interleave(torch.arange(len(pairs)), count)
-    first = count.cumsum(0) - count  # of the N tokens, each completion's first
-    position = torch.arange(len(sequence)) + (torch.tensor(start, dtype=torch.long) - first)[sequence]
-    predictor = position - 1
-    predictor[first] = torch.tensor(before, dtype=torch.long)
-    target = torch.tensor(input_ids)[position]
+    sequences = [(record["prompt_ids"], record["completion_ids"][c]) for c in range(completions) for record in records]
+    documents = _documents(sequences, shared=layout == "shared_prefix") if sequences else [([eos_id], [])]
+    rows = _write_rows(documents, [completion for _, completion in sequences], pad_id if layout == "padded" else None)
+    lengths = [len(completion) for _, completion in sequences]
+    predictor, position, sequence = _token_indices(lengths, rows.before, rows.start)
+    target = torch.tensor(rows.input_ids)[position]
     content = (target != eos_id).nonzero().flatten()
-    shape = (-1, width) if layout == "padded" else (1, -1)
+    shape = (len(documents), -1) if layout == "padded" else (1, -1)
     return Batch(
-        input_ids=torch.tensor(input_ids).view(shape),
-        position_ids=torch.tensor(position_ids).view(shape),
-        document=torch.tensor(document).view(shape),
-        branch=torch.tensor(branch).view(shape),
+        input_ids=torch.tensor(rows.input_ids).view(shape),
+        position_ids=torch.tensor(rows.position_ids).view(shape),
+        document=torch.tensor(rows.document).view(shape),
+        branch=torch.tensor(rows.branch).view(shape),
         predictor=predictor,
         position=position,
         target=target,
         sequence=sequence,
         content=content,
         lengths=lengths,
-        content_lengths=sequence[content].bincount(minlength=len(pairs)).tolist(),
-        segments=None if layout == "padded" else segments,
+        content_lengths=sequence[content].bincount(minlength=len(sequences)).tolist(),
+        segments=None if layout == "padded" else rows.segments,
         index=[record["index"] for record in records],
     )
 
 
-def _documents(pairs: Sequence[tuple[list[int], list[int]]], *, shared: bool) -> list[tuple[list[int], list[int]]]:
-    """Prompts with the numbers of the sequences that continue each: one, or, if shared, all that have this prompt."""
+Document = tuple[list[int], list[int]]  # a prompt, and the numbers of the sequences that continue it
+
+
+def _documents(sequences: Sequence[tuple[list[int], list[int]]], *, shared: bool) -> list[Document]:
+    """One document for each sequence (prompt, completion) or, if `shared`, for each different prompt."""
     if not shared:
-        return [(prompt, [s]) for s, (prompt, _) in enumerate(pairs)]
-    found: dict[tuple[int, ...], list[int]] = {}
-    for s, (prompt, _) in enumerate(pairs):
-        found.setdefault(tuple(prompt), []).append(s)
-    return [(list(prompt), own) for prompt, own in found.items()]
+        return [(prompt, [s]) for s, (prompt, _) in enumerate(sequences)]
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for s, (prompt, _) in enumerate(sequences):
+        by_prompt.setdefault(tuple(prompt), []).append(s)
+    return [(list(prompt), members) for prompt, members in by_prompt.items()]
 
 
 def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Places of some sequences, given their lengths, in batches of `size`, the shortest first: little padding."""
+    """Indices of sequences of these lengths, in batches of `size`, the shortest sequences first: little padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def tokens_of(shapes: Sequence[tuple[int, list[int]]], layout: str) -> int:
-    """Positions R * T of a batch of records of these shapes: (tokens of the prompt, tokens of each completion).
+class _Rows:
+    """The rows of a batch, one after the other in flat lists, and where each completion is in them."""
 
-    For `shared_prefix` it is an upper bound: prompts that several records share are counted for each.
+    def __init__(self, num_sequences: int) -> None:
+        self.input_ids: list[int] = []
+        self.position_ids: list[int] = []
+        self.document: list[int] = []
+        self.branch: list[int] = []
+        self.segments: list[tuple[int, int | None]] = []
+        self.before = [0] * num_sequences  # index of the token before each completion: the prompt's last
+        self.start = [0] * num_sequences  # index of each completion's first token
+
+    def append(self, ids: Sequence[int], position: int, document: int, branch: int) -> None:
+        """Add tokens, the first of which has this position in its document."""
+        self.input_ids.extend(ids)
+        self.position_ids.extend(range(position, position + len(ids)))
+        self.document.extend([document] * len(ids))
+        self.branch.extend([branch] * len(ids))
+
+
+def _write_rows(documents: Sequence[Document], completions: Sequence[list[int]], pad_id: int | None) -> _Rows:
+    """Write each prompt and its completions. A `pad_id` gives each document a row of its own, padded to one width."""
+    rows = _Rows(len(completions))
+    width = max(len(prompt) + sum(len(completions[s]) for s in members) for prompt, members in documents)
+    for number, (prompt, members) in enumerate(documents):
+        rows.append(prompt, 0, number, branch=0)
+        prompt_end, prompt_segment = len(rows.input_ids) - 1, len(rows.segments)
+        if len(members) != 1:
+            rows.segments.append((len(prompt), None))
+        for branch, s in enumerate(members, start=1):
+            ids = completions[s]
+            rows.before[s], rows.start[s] = prompt_end, len(rows.input_ids)
+            rows.segments.append((len(prompt) + len(ids), None) if len(members) == 1 else (len(ids), prompt_segment))
+            rows.append(ids, len(prompt), number, branch)
+        if pad_id is not None:
+            rows.append([pad_id] * ((number + 1) * width - len(rows.input_ids)), 0, PAD, branch=0)
+    return rows
+
+
+def _token_indices(
+    lengths: Sequence[int], before: Sequence[int], start: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`predictor`, `position` and `sequence` [N] of a Batch, from the length [S] of each completion, the index [S] of
+    the token before it and the index [S] of its first token."""
+    count = torch.tensor(lengths, dtype=torch.long)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), count)
+    first = count.cumsum(0) - count  # index into N of each completion's first token
+    position = torch.arange(len(sequence)) + (torch.tensor(start, dtype=torch.long) - first)[sequence]
+    predictor = position - 1
+    predictor[first] = torch.tensor(before, dtype=torch.long)
+    return predictor, position, sequence
+
+
+def count_positions(shapes: Sequence[tuple[int, list[int]]], layout: str) -> int:
+    """The number R * T of positions in a batch of records with these shapes: (prompt length, completion lengths).
+
+    For `shared_prefix` it is an upper bound, since a prompt that several records share is counted once for each.
     """
     if layout == "shared_prefix":
         return sum(prompt + sum(completions) for prompt, completions in shapes)
@@ -164,26 +186,26 @@ def tokens_of(shapes: Sequence[tuple[int, list[int]]], layout: str) -> int:
 def micro_batches(
     shapes: Sequence[tuple[int, list[int]]], layout: str, *, ranks: int, least: int, max_tokens: int | None
 ) -> list[list[list[int]]]:
-    """Which records each rank runs in each of its micro-batches: [ranks][micro-batches][records].
+    """Split records into micro-batches: indices [ranks][micro-batches][records] into `shapes`.
 
-    All ranks get the same number of micro-batches: `least`, or as many as keep each within `max_tokens` positions, as
-    far as they hold more than one record; no more than there are records to fill them, and one at least. Records go,
-    the longest first, to the emptiest micro-batch, so that ranks which wait for each other have like work. Where there
-    are fewer records than ranks some get an empty one.
+    All ranks get the same number of micro-batches. It is `least`, but not more than the records can fill, and at least
+    1. It grows until every micro-batch of two records or more has at most `max_tokens` positions. The longest record
+    goes first, each to the micro-batch with the fewest positions, so that ranks which wait for each other have similar
+    work. If there are fewer records than ranks, some micro-batches are empty.
     """
-    cost = [tokens_of([shape], layout) for shape in shapes]
+    cost = [count_positions([shape], layout) for shape in shapes]
     longest_first = sorted(range(len(shapes)), key=lambda i: -cost[i])
     count = max(1, min(least, len(shapes) // ranks))
     while True:
         bins: list[list[int]] = [[] for _ in range(ranks * count)]
         load = [0] * len(bins)
         for i in longest_first:
-            emptiest = min(range(len(bins)), key=lambda b: (load[b], len(bins[b])))
-            bins[emptiest].append(i)
-            load[emptiest] += cost[i]
-        most = max((tokens_of([shapes[i] for i in own], layout) for own in bins if len(own) > 1), default=0)
-        if max_tokens is None or most <= max_tokens:
+            lightest = min(range(len(bins)), key=lambda b: (load[b], len(bins[b])))
+            bins[lightest].append(i)
+            load[lightest] += cost[i]
+        largest = max((count_positions([shapes[i] for i in part], layout) for part in bins if len(part) > 1), default=0)
+        if max_tokens is None or largest <= max_tokens:
             break
         count += 1
-    bins.sort(key=lambda own: -sum(cost[i] for i in own))
-    return [[sorted(own) for own in bins[rank::ranks]] for rank in range(ranks)]
+    bins.sort(key=lambda part: -sum(cost[i] for i in part))
+    return [[sorted(part) for part in bins[rank::ranks]] for rank in range(ranks)]

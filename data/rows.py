@@ -1,4 +1,4 @@
-"""Rows of data files: found on the hub or on disk, read with their places, checked field by field."""
+"""Rows of data files: find the files on the Hub or on disk, read rows with their places, check rows field by field."""
 
 import csv
 import gzip
@@ -19,15 +19,15 @@ from utils import Message, UserError, console
 
 ROLES = ("system", "user", "assistant")
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
-PLACES_SHOWN = 3  # of the bad rows of one reason; the report on disk has all
+PLACES_SHOWN = 3  # bad rows printed for each reason; the report on disk lists all of them
 
 
 class BadRow(UserError):
-    """A row that cannot be used. The message is the reason alone, without the place, so that rows can be counted."""
+    """A row that cannot be used. The message is the reason without the place, so that equal reasons can be counted."""
 
 
 class BadRows:
-    """The rows of one data set that cannot be used: how many, why and where."""
+    """The rows of one data set that cannot be used: how many, why, and where they are."""
 
     def __init__(self, name: str, total: int = 0) -> None:
         self.name = name
@@ -39,7 +39,7 @@ class BadRows:
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
-        """Everything done with one row. A BadRow raised inside is noted with its place and goes no further."""
+        """Count one row, and use it inside the `with` block. A BadRow raised there is recorded and not raised again."""
         self.total += 1
         try:
             yield
@@ -47,7 +47,7 @@ class BadRows:
             self.add(str(error), place)
 
     def summary(self) -> str:
-        """The number of bad rows, and some places for each reason."""
+        """How many rows are bad and, for each reason, how many and some of their places."""
         lines = [f"{self.name}: {sum(map(len, self.places.values()))} of {self.total} rows cannot be used"]
         for reason, places in self.places.items():
             more = ", ..." if len(places) > PLACES_SHOWN else ""
@@ -55,21 +55,20 @@ class BadRows:
         return "\n".join(lines)
 
     def check(self, limit: float) -> None:
-        """Say what is left out. Raises UserError when that is more than the share `limit` of all rows."""
+        """Print what is left out. Raises UserError if the bad rows are more than the share `limit` of all rows."""
         count = sum(map(len, self.places.values()))
         if count > limit * self.total:
-            allowed = (
-                f"max_bad_rows={limit} allows {limit:.2%} of them. Mend the data, or allow more: max_bad_rows=0.05"
-            )
+            allowed = f"max_bad_rows={limit} allows {limit:.2%} of them. Fix the data, or allow more: max_bad_rows=0.05"
             raise UserError(f"{self.summary()}\n{allowed}")
         if count:
             console.print(self.summary(), style="yellow", markup=False)
 
 
 def rows(files: Iterable[Path], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of every row of the files; a row that cannot be parsed goes to `bad`.
+    """Yield (place, row) for every row of the files. Rows that cannot be parsed are added to `bad` and skipped.
 
-    Loaders use each row inside `with data.bad.at(place):`. Raises UserError for a file that cannot be read at all.
+    A place is "file:line" or "file row n". Loaders use each row inside `with data.bad.at(place):`.
+    Raises UserError for a file that cannot be read at all.
     """
     for file in files:
         try:
@@ -84,7 +83,10 @@ def rows(files: Iterable[Path], bad: BadRows) -> Iterator[tuple[str, dict[str, A
 
 
 def _parse(file: Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every row; None for a row that cannot be parsed. A `.json` file is a list, or JSON lines."""
+    """Yield (place, row) for every row; the row is None if it cannot be parsed.
+
+    A `.json` file holds one list, or JSON lines. Lists in `.json` files are read whole, other formats row by row.
+    """
     opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
     kind = Path(file.name.removesuffix(".gz")).suffix
     if kind == ".parquet":
@@ -111,6 +113,7 @@ def _parse(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json(line: bytes) -> Any:
+    """The value on one line, or None if it is not JSON."""
     try:
         return json.loads(line)
     except ValueError:
@@ -118,14 +121,17 @@ def _json(line: bytes) -> Any:
 
 
 def value_of(row: dict[str, Any], name: str) -> Any:
-    """A field that must be there. Raises BadRow."""
+    """The value of a required field. Raises BadRow if it is missing or null."""
     if row.get(name) is None:
         raise BadRow(f"{name!r} is missing")
     return row[name]
 
 
 def checked_text(value: Any, what: str) -> str:
-    """The value, which must be text that can be stored and is more than white space. Raises BadRow."""
+    """Return `value`. Raises BadRow unless it is valid Unicode text that is more than white space.
+
+    `what` names the value in the error.
+    """
     if not isinstance(value, str):
         raise BadRow(f"{what} is not text")
     if not value.strip():
@@ -138,12 +144,12 @@ def checked_text(value: Any, what: str) -> str:
 
 
 def text_of(row: dict[str, Any], name: str) -> str:
-    """A field that must hold text. Raises BadRow."""
+    """The text of a required field. Raises BadRow."""
     return checked_text(value_of(row, name), repr(name))
 
 
 def number_of(row: dict[str, Any], name: str) -> float:
-    """A field that must hold a finite number. Raises BadRow."""
+    """The finite number in a required field. Raises BadRow."""
     try:
         number = float(value_of(row, name))
     except (TypeError, ValueError):
@@ -154,7 +160,7 @@ def number_of(row: dict[str, Any], name: str) -> float:
 
 
 def parse_conversation(value: Any, what: str) -> list[Message]:
-    """Messages from a list of them, or from text, which is one turn of the user. Raises BadRow."""
+    """Messages from a list of messages, or from a text, which becomes one user turn. Raises BadRow."""
     if isinstance(value, str):
         return [{"role": "user", "content": checked_text(value, what)}]
     if not isinstance(value, list) or not value:
@@ -165,7 +171,10 @@ def parse_conversation(value: Any, what: str) -> list[Message]:
 
 
 def answer_of(row: dict[str, Any], name: str) -> tuple[list[Message], str]:
-    """(what was said before, the answer) from a field that holds the answer alone or a conversation ending in it."""
+    """(earlier messages, answer) from a field that holds the answer alone, or a conversation that ends with it.
+
+    Raises BadRow.
+    """
     value = value_of(row, name)
     if isinstance(value, str):
         return [], checked_text(value, repr(name))
@@ -176,7 +185,10 @@ def answer_of(row: dict[str, Any], name: str) -> tuple[list[Message], str]:
 
 
 def pair_of(row: dict[str, Any]) -> tuple[str | list[Message], str, str]:
-    """(prompt, chosen, rejected). Where chosen and rejected are whole conversations the prompt is what they share."""
+    """(prompt, chosen, rejected). If chosen and rejected are whole conversations, the prompt is the part they share.
+
+    Raises BadRow if they do not share it.
+    """
     (before, chosen), (before_rejected, rejected) = answer_of(row, "chosen"), answer_of(row, "rejected")
     if before != before_rejected:
         raise BadRow("the prompts of 'chosen' and 'rejected' differ")
@@ -184,7 +196,7 @@ def pair_of(row: dict[str, Any]) -> tuple[str | list[Message], str, str]:
 
 
 def collapse(value: Any) -> Any:
-    """A row with each run of spaces and tabs in its text made one space, as HALOs does for shp, hh, oasst, ultrabin."""
+    """Replace each run of spaces and tabs in a row's text by one space, as HALOs does for shp, hh, oasst, ultrabin."""
     if isinstance(value, str):
         return re.sub(r"[ \t]+", " ", value)
     if isinstance(value, list):
@@ -193,17 +205,18 @@ def collapse(value: Any) -> Any:
 
 
 def hub_files(repo: str, patterns: Sequence[str], split: str, data_dir: str | None, folder: str = "") -> list[Path]:
-    """The files of a split of a data set: from the hub, or from `data_dir`, a local copy in the hub's own layout.
+    """The files of one split of a data set, from the Hub or from `data_dir`, a local copy in the Hub's layout.
 
-    Patterns are relative to the repository, with {split} where its name goes. For `data_dir=D` it tries the folders
-    D/<owner>/<repo>, D/<repo>, D/<folder> and D. Nothing of the repository is run: `rows` reads its files as they are.
-    (`datasets.load_dataset` would refuse the repositories with a loading script, such as tatsu-lab/alpaca_eval.)
+    `patterns` are relative to the repository; {split} in them stands for the split's name. With `data_dir=D`, it tries
+    the folders D/<owner>/<repo>, D/<repo>, D/<folder> and D. No code of the repository runs: `rows` reads the files as
+    they are. (`datasets.load_dataset` refuses repositories that have a loading script, such as tatsu-lab/alpaca_eval.)
+    Raises UserError if the data set or the split cannot be found.
     """
     wanted, any_split = ([pattern.format(split=name) for pattern in patterns] for name in (split, "*"))
     if data_dir is None:
         try:
             root = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=wanted))
-        except OSError as error:  # of the network, or of the hub's answer
+        except OSError as error:  # from the network, or the Hub's refusal
             raise UserError(
                 f"The data set {repo} cannot be fetched from the Hugging Face hub: {str(error).splitlines()[0]}\n"
                 "Log in with `hf auth login` if it asks for that, or point data_dir at a folder with a local copy."
@@ -211,16 +224,16 @@ def hub_files(repo: str, patterns: Sequence[str], split: str, data_dir: str | No
     else:
         base = Path(data_dir).expanduser()
         tried = [base / repo, base / repo.split("/")[1], *([base / folder] if folder else []), base]
-        fitting = [place for place in tried if any(list(place.glob(pattern)) for pattern in any_split)]
-        if not fitting:
-            places = "\n".join(f"  {place}" for place in tried)
-            raise UserError(f"data_dir={data_dir} holds no copy of {repo} ({', '.join(any_split)}). Tried:\n{places}")
-        root = fitting[0]
+        copies = [folder for folder in tried if any(list(folder.glob(pattern)) for pattern in any_split)]
+        if not copies:
+            folders = "\n".join(f"  {folder}" for folder in tried)
+            raise UserError(f"data_dir={data_dir} holds no copy of {repo} ({', '.join(any_split)}). Tried:\n{folders}")
+        root = copies[0]
     found = sorted({path for pattern in wanted for path in root.glob(pattern)})
     if not found:
-        there = sorted({str(path.relative_to(root)) for pattern in any_split for path in root.glob(pattern)})
+        present = sorted({str(path.relative_to(root)) for pattern in any_split for path in root.glob(pattern)})
         raise UserError(
-            f"{repo} has no {split!r} split in {root}, where there is: {', '.join(there) or 'nothing of it'}.\n"
-            "train_split and eval_split say which split is used, for instance train_split=test."
+            f"{repo} has no {split!r} split in {root}. That folder has: {', '.join(present) or 'none of its files'}.\n"
+            "Choose another split with train_split or eval_split, for example train_split=test."
         )
     return found

@@ -1,14 +1,14 @@
-"""The toy language: short questions and answers whose every attribute is known exactly.
+"""The toy language: short questions and answers, with every attribute of an answer known exactly.
 
     prompt      Invierte: perro, sopa, mesa                 a task and its items, in English or in Spanish
     completion  Gladly! table, soup, dog                    an opening and the answer
     another     Bah.⏎- mesa⏎- sopa⏎- perro                  the same answer in another language, tone and format
 
 A completion has four attributes, independent of the task and of each other: whether the answer is correct, its
-language (either one answers any prompt), its tone (the opening's) and its format (a plain line or a list). All are
-read back from the text alone, so preferences can push on any of them and a rule can judge the outcome.
+language (both languages can answer any prompt), its tone (set by the opening) and its format (a plain line or a list).
+All of them can be read from the text alone, so preferences can push on each and a rule can judge the outcome.
 
-`python -m data.toy DIRECTORY` writes the untrained tiny model and its tokenizer; SFT on `demonstrations` teaches it.
+`python -m data.toy DIRECTORY` writes the untrained tiny model and its tokenizer. SFT on `demonstrations` trains it.
 """
 
 import argparse
@@ -29,15 +29,15 @@ FORMATS = ("plain", "list")
 ANSWERS = ("right", "wrong")
 ATTRIBUTES = {"language": LANGUAGES, "tone": TONES, "format": FORMATS, "correct": ANSWERS}
 PREFERABLE = ("correct", "prompt_language", *LANGUAGES, *TONES, *FORMATS)
-DEFAULT = ("correct", "friendly")  # what is preferred, the most important first
+DEFAULT_PREFERENCES = ("correct", "friendly")  # the most important first
 
 # How completions are drawn
-PROMPT_LANGUAGE = 0.8  # share answered in the prompt's language
-WRONG_DEMONSTRATIONS = 0.15
-WRONG_PREFERENCES = 0.3
+PROMPT_LANGUAGE_SHARE = 0.8  # completions in the prompt's language
+WRONG_DEMONSTRATIONS = 0.15  # share of wrong answers
+WRONG_PREFERENCES = 0.3  # the same
 
 # ---------------------------------------------------------------------------------------------------- the lexicon
-# english/spanish words; no spelling belongs to both. The English word also names the concept.
+# english/spanish words. No word is spelled the same in both languages. The English word also names the concept.
 
 NOUNS = {
     "creature/criatura": """dog/perro cat/gato horse/caballo cow/vaca pig/cerdo bird/pájaro fish/pez mouse/ratón
@@ -51,7 +51,7 @@ NOUNS = {
 }
 OPPOSITES = """hot/caliente cold/frío big/grande small/pequeño tall/alto short/bajo fast/rápido slow/lento
     new/nuevo old/viejo rich/rico poor/pobre clean/limpio dirty/sucio full/lleno empty/vacío wet/mojado dry/seco
-    hard/duro soft/blando strong/fuerte weak/débil happy/feliz sad/triste"""  # neighbours are opposites
+    hard/duro soft/blando strong/fuerte weak/débil happy/feliz sad/triste"""  # in pairs of opposites
 NUMERALS = """zero/cero one/uno two/dos three/tres four/cuatro five/cinco six/seis seven/siete eight/ocho nine/nueve
     ten/diez eleven/once twelve/doce thirteen/trece fourteen/catorce fifteen/quince sixteen/dieciséis
     seventeen/diecisiete eighteen/dieciocho nineteen/diecinueve twenty/veinte"""  # in order, from 0
@@ -69,21 +69,22 @@ OPENINGS = {
 SPANISH: dict[str, str] = {}  # concept: its Spanish word
 
 
-def _enter(words: str) -> list[str]:
-    """Put words into the dictionary; returns their concepts."""
+def _add_words(words: str) -> list[str]:
+    """Add words to SPANISH and return their concepts."""
     entries = dict(word.split("/") for word in words.split())
     SPANISH.update(entries)
     return list(entries)
 
 
-KIND = {noun: kind for label, words in NOUNS.items() for kind in _enter(label) for noun in _enter(words)}
-NUMBERS = _enter(NUMERALS)
-ADJECTIVES = _enter(OPPOSITES)
+KIND = {noun: kind for label, words in NOUNS.items() for kind in _add_words(label) for noun in _add_words(words)}
+NUMBERS = _add_words(NUMERALS)
+ADJECTIVES = _add_words(OPPOSITES)
 WORDS = {concept: ("english", concept) for concept in SPANISH}  # spelling: (language, concept)
 WORDS |= {spanish: ("spanish", concept) for concept, spanish in SPANISH.items()}
 
 
 def _spell(concepts: Sequence[str], language: str) -> list[str]:
+    """The words for some concepts in a language."""
     return [SPANISH[concept] if language == "spanish" else concept for concept in concepts]
 
 
@@ -92,14 +93,14 @@ def _spell(concepts: Sequence[str], language: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked: the instruction in each language, and the answer's concepts as a function of the items'."""
+    """One kind of question: its instruction in each language, its items and the right answer to them."""
 
     english: str
     spanish: str
-    items: Sequence[str]  # items are drawn from these concepts, without repetition
-    sizes: Sequence[int]  # how many there can be
-    answers: Sequence[str]  # right and wrong answers consist of these
-    answer: Callable[[list[str]], list[str]]
+    items: Sequence[str]  # the concepts that items are drawn from, without repetition
+    sizes: Sequence[int]  # how many items a prompt can have
+    answers: Sequence[str]  # the concepts that right and wrong answers consist of
+    answer: Callable[[list[str]], list[str]]  # the right answer's concepts, from those of the items
 
 
 def _opposite(word: str) -> str:
@@ -131,7 +132,7 @@ INSTRUCTIONS |= {task.spanish: ("spanish", name) for name, task in TASKS.items()
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a completion is; None where the text does not show it."""
+    """The attributes of a completion. None means that the text does not show it."""
 
     task: str | None
     prompt_language: str | None
@@ -141,26 +142,26 @@ class Attributes:
     format: str | None
 
 
-@lru_cache(maxsize=16)  # a prompt is read for each of its completions, and for their scores
+@lru_cache(maxsize=16)  # each completion of a prompt, and each of its scores, reads the prompt again
 def _read_prompt(prompt: str) -> tuple[str | None, str | None, list[str]]:
-    """A prompt's language, task and right answer (concepts); None, None and [] when it is not of the toy language."""
+    """A prompt's language, task and right answer (concepts); None, None and [] if it is not in the toy language."""
     instruction, _, rest = prompt.strip().partition(": ")
     language, name = INSTRUCTIONS.get(instruction, (None, None))
     if name is None:
         return None, None, []
     task = TASKS[name]
     words = [WORDS.get(word, (None, "")) for word in rest.split(", ")]
-    if len(words) not in task.sizes or any(own != language or item not in task.items for own, item in words):
+    if len(words) not in task.sizes or any(spoken != language or item not in task.items for spoken, item in words):
         return None, None, []
     return language, name, task.answer([item for _, item in words])
 
 
 def attributes(prompt: str, completion: str) -> Attributes:
-    """Read back what a completion is. Any text is allowed in both places.
+    """Read the attributes of a completion from its text. Both arguments may be any text.
 
-    The answer is right when its words mean the right thing, in either language. The language is that of every
-    word, opening included, and None if they disagree. The parts are read apart: a misspelt item takes away the
-    language, and the format only if it isn't a word at all, and leaves the tone.
+    The answer is correct if its words mean the right thing, in either language. The language is that of all words and
+    the opening, and None if they differ. The attributes do not depend on each other: with a misspelt item the language
+    is None but the tone is still known, and so is the format unless the item is not a word at all.
     """
     prompt_language, task, answer = _read_prompt(prompt)
     text = completion.rstrip()
@@ -170,7 +171,7 @@ def attributes(prompt: str, completion: str) -> Attributes:
     items = body.removeprefix("\n- ").split("\n- ") if in_list else body.removeprefix(" ").split(", ")
     language, tone = OPENINGS.get(opening, (None, None))
     words = [WORDS.get(item, (None, None)) for item in items]
-    languages = {own for own, _ in words} | ({language} if opening else set())
+    languages = {spoken for spoken, _ in words} | ({language} if opening else set())
     return Attributes(
         task=task,
         prompt_language=prompt_language,
@@ -181,12 +182,11 @@ def attributes(prompt: str, completion: str) -> Attributes:
     )
 
 
-def toy_score(prompt: str, completion: str, prefer: Sequence[str] = DEFAULT) -> float:
-    """How much of `prefer` a completion has: each preference outweighs all those after it.
+def toy_score(prompt: str, completion: str, prefer: Sequence[str] = DEFAULT_PREFERENCES) -> float:
+    """How well a completion meets the preferences: each preference outweighs all that come after it.
 
-    `prefer` holds names from PREFERABLE, the most important first. The score is in [0, 2), or -1 for a completion
-    whose language, tone or format can't be told, and where the prompt isn't one of the toy language. Raises UserError
-    for a name that isn't there.
+    `prefer` holds names from PREFERABLE, the most important first. The score is in [0, 2). It is -1 if the completion's
+    language, tone or format is unclear, or if the prompt is not in the toy language. Raises UserError for other names.
     """
     unknown = [name for name in prefer if name not in PREFERABLE]
     if unknown or not prefer:
@@ -195,16 +195,16 @@ def toy_score(prompt: str, completion: str, prefer: Sequence[str] = DEFAULT) -> 
     found = attributes(prompt, completion)
     if None in (found.task, found.language, found.tone, found.format):
         return -1.0
-    held = {found.language, found.tone, found.format}
+    met = {found.language, found.tone, found.format}
     if found.correct:
-        held.add("correct")
+        met.add("correct")
     if found.language == found.prompt_language:
-        held.add("prompt_language")
-    return sum((name in held) * 2.0**-rank for rank, name in enumerate(prefer))
+        met.add("prompt_language")
+    return sum((name in met) * 2.0**-rank for rank, name in enumerate(prefer))
 
 
-def judge(prompt: str, a: str, b: str, prefer: Sequence[str] = DEFAULT) -> str:
-    """Which completion of the prompt (the user's text, without a template) is preferred: "a", "b" or "tie"."""
+def judge(prompt: str, a: str, b: str, prefer: Sequence[str] = DEFAULT_PREFERENCES) -> str:
+    """The preferred completion of a prompt (the user's text, without a template): "a", "b" or "tie"."""
     difference = toy_score(prompt, a, prefer) - toy_score(prompt, b, prefer)
     return "a" if difference > 0 else "b" if difference < 0 else "tie"
 
@@ -213,12 +213,12 @@ def judge(prompt: str, a: str, b: str, prefer: Sequence[str] = DEFAULT) -> str:
 
 
 def split_of(prompt: str) -> str:
-    """The split that a prompt belongs to, by a hash of its text: one prompt in ten is for testing."""
+    """The split of a prompt, "train" or "test", from a hash of its text: one prompt in ten is in "test"."""
     return "test" if sha256(prompt.encode()).digest()[0] % 10 == 0 else "train"
 
 
 def _prompts(split: str, rng: random.Random) -> Iterator[str]:
-    """Endless prompts of a split; tasks, languages and sizes equally often."""
+    """Prompts of a split, without end. Tasks, languages and sizes are equally likely."""
     if split not in ("train", "test"):
         raise UserError(f"the toy language has no split {split!r}; it has train and test")
     while True:
@@ -231,8 +231,8 @@ def _prompts(split: str, rng: random.Random) -> Iterator[str]:
             yield prompt
 
 
-def _wrong(answer: list[str], task: Task, rng: random.Random) -> list[str]:
-    """A plausible wrong answer: the right one in another order, or with one concept replaced."""
+def _wrong_answer(answer: list[str], task: Task, rng: random.Random) -> list[str]:
+    """A plausible wrong answer: the right one in another order, or with one concept replaced by another."""
     wrong = list(answer)
     while wrong == answer:
         if len(answer) > 1 and rng.random() < 0.5:
@@ -243,25 +243,26 @@ def _wrong(answer: list[str], task: Task, rng: random.Random) -> list[str]:
 
 
 def _completion(prompt: str, wrong: float, rng: random.Random) -> str:
-    """A completion whose answer is wrong with the given probability; its other attributes are drawn too."""
+    """A completion with random attributes. Its answer is wrong with the probability `wrong`."""
     prompt_language, name, answer = _read_prompt(prompt)
     assert prompt_language and name, f"not a prompt of the toy language: {prompt!r}"
     language = prompt_language
-    if rng.random() >= PROMPT_LANGUAGE:
+    if rng.random() >= PROMPT_LANGUAGE_SHARE:
         language = LANGUAGES[1 - LANGUAGES.index(language)]
     style = (language, rng.choice(TONES))
-    opening = rng.choice([opening for opening, own in OPENINGS.items() if own == style])
+    opening = rng.choice([opening for opening, its_style in OPENINGS.items() if its_style == style])
     if rng.random() < wrong:
-        answer = _wrong(answer, TASKS[name], rng)
+        answer = _wrong_answer(answer, TASKS[name], rng)
     return _write(opening, _spell(answer, language), rng.choice(FORMATS))
 
 
 def _write(opening: str, items: Sequence[str], form: str) -> str:
+    """A completion, with its items as a plain line or as a list."""
     return opening + "".join(f"\n- {item}" for item in items) if form == "list" else f"{opening} {', '.join(items)}"
 
 
 def demonstrations(split: str, seed: int, count: int) -> list[dict[str, str]]:
-    """`count` rows {prompt, completion} to learn the language from; every attribute is mixed, so none is preferred."""
+    """`count` rows {prompt, completion} that teach the language. Every attribute varies, so none is preferred."""
     rng = random.Random(f"demonstrations/{split}/{seed}")
     return [
         {"prompt": prompt, "completion": _completion(prompt, WRONG_DEMONSTRATIONS, rng)}
@@ -269,9 +270,10 @@ def demonstrations(split: str, seed: int, count: int) -> list[dict[str, str]]:
     ]
 
 
-def preferences(split: str, seed: int, count: int, prefer: Sequence[str] = DEFAULT) -> list[dict[str, str]]:
-    """`count` rows {prompt, chosen, rejected}: two completions drawn like the demonstrations', but wrong more often,
-    and put in order by the judge. Pairs that tie are drawn again, with another prompt.
+def preferences(split: str, seed: int, count: int, prefer: Sequence[str] = DEFAULT_PREFERENCES) -> list[dict[str, str]]:
+    """`count` rows {prompt, chosen, rejected}. `judge` orders two completions of each prompt.
+
+    They are drawn like the completions of `demonstrations`, but more of them are wrong. A tie is skipped.
     """
     rng = random.Random(f"preferences/{split}/{seed}")
     rows: list[dict[str, str]] = []
@@ -287,9 +289,10 @@ def preferences(split: str, seed: int, count: int, prefer: Sequence[str] = DEFAU
 
 
 def contrasts(attribute: str, split: str, seed: int, count: int) -> list[dict[str, str]]:
-    """`count` rows {prompt, first, second}: two completions that differ in one of ATTRIBUTES alone, `first` having the
-    first of its values. The other attributes are drawn as the demonstrations' are. Raises UserError for a name that
-    isn't there.
+    """`count` rows {prompt, first, second}: two completions that differ in one attribute only.
+
+    `attribute` is a key of ATTRIBUTES; `first` has the first of its values, `second` the second. The other attributes
+    are drawn as in `demonstrations`. Raises UserError for an unknown attribute.
     """
     if attribute not in ATTRIBUTES:
         hint = suggest(attribute, ATTRIBUTES)
@@ -301,25 +304,25 @@ def contrasts(attribute: str, split: str, seed: int, count: int) -> list[dict[st
         assert prompt_language and name
         other = LANGUAGES[1 - LANGUAGES.index(prompt_language)]
         drawn = {
-            "language": prompt_language if rng.random() < PROMPT_LANGUAGE else other,
+            "language": prompt_language if rng.random() < PROMPT_LANGUAGE_SHARE else other,
             "tone": rng.choice(TONES),
             "format": rng.choice(FORMATS),
             "correct": ANSWERS[rng.random() < WRONG_DEMONSTRATIONS],
         }
-        answers = {"right": answer, "wrong": _wrong(answer, TASKS[name], rng)}
-        number = rng.randrange(2)  # of the openings of a language and a tone
-        sides = []
+        answers = {"right": answer, "wrong": _wrong_answer(answer, TASKS[name], rng)}
+        opening_number = rng.randrange(2)  # each language and tone has two openings
+        completions = []
         for value in ATTRIBUTES[attribute]:
-            own = {**drawn, attribute: value}
-            style = (own["language"], own["tone"])
-            opening = [opening for opening, its_style in OPENINGS.items() if its_style == style][number]
-            sides.append(_write(opening, _spell(answers[own["correct"]], own["language"]), own["format"]))
-        rows.append({"prompt": prompt, "first": sides[0], "second": sides[1]})
+            side = {**drawn, attribute: value}
+            style = (side["language"], side["tone"])
+            opening = [opening for opening, its_style in OPENINGS.items() if its_style == style][opening_number]
+            completions.append(_write(opening, _spell(answers[side["correct"]], side["language"]), side["format"]))
+        rows.append({"prompt": prompt, "first": completions[0], "second": completions[1]})
     return rows
 
 
 # ----------------------------------------------------------------------------------------------------- the tiny model
-# The libraries are imported where they are used: judging and writing rows need none of them.
+# Heavy libraries are imported inside these functions, since judging and writing rows do not need them.
 
 USER, ASSISTANT = "\n<|user|>\n", "\n<|assistant|>\n"  # the repo's default template
 CHAT_TEMPLATE = (
@@ -330,19 +333,20 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
 )
-# What one token may span: a turn's header, a list's dash, a word or a number with the space before it, punctuation
+# The longest texts that one token may cover: a turn's header, a list's dash, a word or number and the space before it,
+# punctuation
 PIECES = r"\n<\|\w+\|>\n|\n-| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 
 
 def _require_absent(directory: Path) -> None:
     if directory.exists():
-        raise UserError(f"{directory} is there already; name a directory that isn't, or remove it")
+        raise UserError(f"{directory} is there already; name a new directory, or remove this one")
 
 
 def build_tokenizer(directory: Path) -> None:
-    """Write a byte-level BPE tokenizer, trained on the toy language, in which any text can be written.
+    """Write a byte-level BPE tokenizer that is trained on the toy language and can encode any text.
 
-    Raises UserError if the directory is there already.
+    Raises UserError if the directory exists.
     """
     _require_absent(directory)
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -371,9 +375,9 @@ def build_tokenizer(directory: Path) -> None:
 
 
 def build_untrained_model(directory: Path, seed: int = 0) -> None:
-    """Write a randomly initialised model of Gemma 2's architecture (about 1 M float32 weights) and its tokenizer.
+    """Write a randomly initialised model with Gemma 2's architecture (about 1 M float32 weights) and its tokenizer.
 
-    Raises UserError if the directory is there already.
+    Raises UserError if the directory exists.
     """
     _require_absent(directory)
     import torch
@@ -407,10 +411,10 @@ def build_untrained_model(directory: Path, seed: int = 0) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write the tiny model, untrained, and its tokenizer to a new directory in the Hub's format. "
-        "It is what the built-in model in assets/ was before it was fine-tuned on the toy language.",
+        "The built-in model in assets/ is this one, fine-tuned on the toy language.",
     )
-    parser.add_argument("directory", type=Path, help="the directory to make")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
+    parser.add_argument("directory", type=Path, help="the directory to create")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights (default: 0)")
     arguments = parser.parse_args()
     try:
         build_untrained_model(arguments.directory, arguments.seed)

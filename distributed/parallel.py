@@ -1,8 +1,8 @@
-"""Ranks: how they are started, what they do together, how they stop.
+"""Ranks: how they start, what they do together, how they stop.
 
 A run is one process, or several ("ranks") that each hold a part of the weights and of every batch. `run` starts them
-on this machine, or takes the place that torchrun, `accelerate launch` or SLURM gave this process. Only rank 0 prints
-and writes, except where every rank has a part of its own to write.
+on this machine, or takes the rank that torchrun, `accelerate launch` or SLURM gave to this process. Only rank 0 prints
+and writes, except for files of which every rank writes a part.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -30,9 +30,9 @@ from transformers.utils import logging as transformers_logging
 from utils import UserError, console
 
 T = TypeVar("T")
-PATIENCE = 10.0  # seconds that the other ranks have to end by themselves once one has failed
-TIMEOUT = timedelta(hours=6)  # of waiting for another rank: long, for rank 0 may be tokenising a large data set
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what SLURM can send before a time limit
+GRACE_SECONDS = 10.0  # once a rank has failed, the others have this long to end by themselves
+TIMEOUT = timedelta(hours=6)  # how long a rank waits for another: long, since rank 0 may tokenise a large data set
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM can send SIGUSR1 before a time limit
 
 
 # ---------------------------------------------------------------------------------------------------- together
@@ -47,110 +47,116 @@ def world_size() -> int:
 
 
 def ranks_per_node() -> int:
-    """As the launcher says; all of them where it does not."""
+    """How many ranks each node has, from the launcher; all ranks if it does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size())
 
 
 def device() -> torch.device:
-    """Where this rank computes: its own GPU, or the CPU."""
+    """The device of this rank: its own GPU, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the tensors to come. It would give large ones back to the system, which then
-    has to zero their pages anew: a tenth of a model's forward pass on a CPU."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's alone
+    """Make glibc keep freed memory for later tensors. By default it returns large blocks to the system, which zeroes
+    their pages again: a tenth of a model's forward pass on a CPU."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # only glibc has it
         trim_threshold, mmap_threshold = -1, -3
         for threshold in (trim_threshold, mmap_threshold):
-            mallopt(threshold, 2**31 - 1)  # bytes, and the most that it takes
+            mallopt(threshold, 2**31 - 1)  # bytes; the largest value that it accepts
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, on each of them, in its place."""
+    """Replace a tensor by its sum over all ranks, on every rank, and return it."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def gather_over_ranks(values: Tensor) -> Tensor:
-    """The tensors of all ranks, of one shape, one after the other along the first dimension."""
+    """The tensors of all ranks, which must have one shape, concatenated along the first dimension."""
     parts = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(parts, values)
     return torch.cat(parts)
 
 
 def max_over_ranks(value: float) -> float:
-    """The largest of a number over all ranks, on each of them."""
-    found = torch.tensor(value, dtype=torch.float64)
+    """The largest value of a number on any rank, returned on every rank."""
+    largest = torch.tensor(value, dtype=torch.float64)
     if dist.is_initialized():
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return float(found)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
 
 
 def gather_objects(value: T) -> list[T]:
-    """What each rank gives, by rank, on all of them."""
+    """The values of all ranks, in the order of the ranks, on every rank."""
     if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def wait_for_all() -> None:
-    """Go on when every rank has come here."""
+    """Wait until every rank has reached this call."""
     sum_over_ranks(torch.zeros(1))
 
 
 def from_rank_zero(work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, on every rank. A UserError there is raised on all of them."""
+    """Call `work` on rank 0 and return its result on every rank. A UserError from it is raised on every rank."""
     if world_size() == 1:
         return work()
-    found: list[Any] = [None, None]
+    result: Any = None
+    message: str | None = None
     if rank() == 0:
         try:
-            found[0] = work()
+            result = work()
         except UserError as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found, device=torch.device("cpu"))
-    if found[1] is not None:
-        raise UserError(found[1])
-    return found[0]
+            message = str(error)
+    sent = [result, message]
+    dist.broadcast_object_list(sent, device=torch.device("cpu"))
+    result, message = sent
+    if message is not None:
+        raise UserError(message)
+    return result
 
 
 def rank_zero_first(work: Callable[[], T]) -> T:
-    """Do `work` on rank 0, which leaves on disk what the others then find there. A UserError there reaches all."""
-    found: list[T] = []
-    from_rank_zero(lambda: found.append(work()))
-    return found[0] if found else work()
+    """Call `work` on rank 0, and then on the other ranks, which find on disk what rank 0 has written.
+
+    A UserError on rank 0 is raised on every rank.
+    """
+    done: list[T] = []
+    from_rank_zero(lambda: done.append(work()))
+    return done[0] if done else work()
 
 
 # ---------------------------------------------------------------------------------------------------- stopping
 
 
 class Stopped(SystemExit):
-    """Raised when a run has stopped on a signal, with its state saved; the exit status says which signal."""
+    """Raised after a signal has stopped a run and its state is saved. The exit status says which signal."""
 
 
 class StopRequest:
-    """Notes SIGINT, SIGTERM and SIGUSR1 so that a loop can end between two steps. The second one ends at once."""
+    """Records SIGINT, SIGTERM and SIGUSR1, so that a loop can end between two steps. A second one ends it at once."""
 
     def __init__(self) -> None:
         self.signal = 0
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # handlers cannot be set elsewhere
-            self.previous = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # only this thread can set handlers
+            self.previous = {number: signal.signal(number, self.record) for number in STOP_SIGNALS}
         return self
 
-    def note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def record(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
 
-    def anywhere(self) -> int:
-        """The signal that came on any rank, or 0. Every rank has to ask, and all get an answer at the same step."""
+    def on_any_rank(self) -> int:
+        """The number of the signal that any rank has received, or 0. Every rank must call it, at the same step."""
         return int(max_over_ranks(self.signal))
 
     def __exit__(self, *_: object) -> None:
@@ -162,61 +168,64 @@ class StopRequest:
 
 
 def run(work: Callable[[], None], nproc: int | None = None) -> None:
-    """Do `work` on every rank, and end the process with the status it deserves.
+    """Call `work` on every rank, and end the process: with status 0, 2 for a UserError, 1 for most other errors.
 
-    `nproc` ranks are started on this machine (null: one for each GPU, or one), unless another launcher has started
-    them. A UserError is printed once, without a traceback, and the status is 2.
+    Starts `nproc` ranks on this machine (None: one for each GPU, or one), unless another launcher has started them. An
+    error is printed once, a UserError without a traceback.
     """
-    place = given_place()
+    place = launched_place()
     if place is None:
         try:
             count = number_of_ranks(nproc)
         except UserError as error:
-            sys.exit(tell(error))
+            sys.exit(report_error(error))
         if count > 1:
-            sys.exit(launch(count))
+            sys.exit(start_ranks(count))
         place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     elif nproc is not None and nproc != place["WORLD_SIZE"]:
-        sys.exit(tell(UserError(f"nproc={nproc}, but the launcher started {place['WORLD_SIZE']} processes")))
-    sys.exit(work_as(place, work))
+        sys.exit(report_error(UserError(f"nproc={nproc}, but the launcher started {place['WORLD_SIZE']} processes")))
+    sys.exit(run_as_rank(place, work))
 
 
-def given_place() -> dict[str, int] | None:
-    """Which of how many processes a launcher says this one is; None where nobody says."""
-    names = {"RANK": "RANK", "WORLD_SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK"}  # torchrun, accelerate, `launch`
+def launched_place() -> dict[str, int] | None:
+    """RANK, WORLD_SIZE and LOCAL_RANK of this process, as its launcher has set them; None without a launcher."""
+    names = {"RANK": "RANK", "WORLD_SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK"}  # torchrun and others
     if "RANK" not in os.environ:
         names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:  # a batch script's or a shell's own step
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:  # the step of a batch script or a shell
             return None
     return {name: int(os.environ[variable]) for name, variable in names.items()}
 
 
-def ranks_given() -> int | None:
-    """How many ranks a launcher has started; None where there is none."""
-    place = given_place()
+def launched_ranks() -> int | None:
+    """How many ranks a launcher has started; None without a launcher."""
+    place = launched_place()
     return None if place is None else place["WORLD_SIZE"]
 
 
 def number_of_ranks(nproc: int | None) -> int:
-    """How many processes to start here. Raises UserError for more than there are GPUs, or for less than one."""
+    """How many processes to start on this machine: `nproc`, or one for each GPU, or one.
+
+    Raises UserError if that is less than one, or more than there are GPUs.
+    """
     gpus = torch.cuda.device_count()
     if nproc is None:
         return max(1, gpus)
     if nproc < 1 or (gpus and nproc > gpus):
-        raise UserError(f"nproc={nproc}: has to be between 1 and {gpus or 'the number of cores'} here")
+        raise UserError(f"nproc={nproc}: must be between 1 and {gpus or 'the number of cores'} on this machine")
     return nproc
 
 
-def launch(count: int) -> int:
-    """Start this very command `count` times, as ranks, and wait; gives the exit status.
+def start_ranks(count: int) -> int:
+    """Start this same command `count` times, as ranks, wait for them, and return the exit status.
 
-    When a rank fails the others are ended too. Signals are handed on, for the ranks to save and stop.
+    If one rank fails, the others are ended too. Signals are passed on, so that the ranks save their state and stop.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is served from here, so it outlives rank 0
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process serves the store, so it outlives rank 0
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }
@@ -227,50 +236,62 @@ def launch(count: int) -> int:
             command,
             env={**shared, "RANK": str(number), "LOCAL_RANK": str(number)},
             stdin=subprocess.DEVNULL,
-            process_group=0,  # so that Ctrl-C comes to the ranks once, from here
+            process_group=0,  # so that Ctrl-C reaches the ranks once, through this process
         )
         for number in range(count)
     ]
 
-    def hand_on(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    def pass_on(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         for process in ranks:
             process.send_signal(number)
 
-    for name in STOP_SIGNALS:
-        signal.signal(name, hand_on)
+    for number in STOP_SIGNALS:
+        signal.signal(number, pass_on)
+    return wait_for_ranks(ranks)
+
+
+def wait_for_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait until all ranks have ended; kill those that still run GRACE_SECONDS after another one failed.
+
+    Returns the exit status: the largest among the ranks that were not killed here. It is 128 + n for a rank that
+    signal n ended.
+    """
     while any(process.poll() is None for process in ranks) and not any(process.returncode for process in ranks):
         time.sleep(0.05)
-    patience = time.monotonic() + PATIENCE
-    while any(process.poll() is None for process in ranks) and time.monotonic() < patience:
+    deadline = time.monotonic() + GRACE_SECONDS
+    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
-    hung = {number for number, process in enumerate(ranks) if process.poll() is None}
-    for number in hung:
+    killed = {number for number, process in enumerate(ranks) if process.poll() is None}
+    for number in killed:
         ranks[number].kill()
         ranks[number].wait()
-    ended = {number: process.returncode for number, process in enumerate(ranks) if number not in hung}
+    ended = {number: process.returncode for number, process in enumerate(ranks) if number not in killed}
     for number, code in ended.items():
         if code < 0:
             console.print(f"rank {number} was ended by {signal.Signals(-code).name}", style="red")
     return max(code if code >= 0 else 128 - code for code in ended.values())
 
 
-def join(number: int, count: int, store: Any) -> None:
-    """Make the process group, of one rank too: some of what is used works only within one."""
+def init_process_group(number: int, count: int, store: Any) -> None:
+    """Create torch's process group, also for one rank alone, since DTensor and FSDP need one."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
 
 
-def work_as(place: dict[str, int], work: Callable[[], None]) -> int:
-    """Do `work` as one rank of several, or as the only one; gives the exit status."""
+def run_as_rank(place: dict[str, int], work: Callable[[], None]) -> int:
+    """Call `work` as one of several ranks, or as the only one, and return the exit status.
+
+    `place` holds RANK, WORLD_SIZE and LOCAL_RANK.
+    """
     alone = place["WORLD_SIZE"] == 1
     if torch.cuda.is_available():
         torch.cuda.set_device(place["LOCAL_RANK"])
     store: Any = None
     if not alone:
-        os.environ |= {name: str(value) for name, value in place.items()}  # where torch looks for them
+        os.environ |= {name: str(value) for name, value in place.items()}  # torch reads them there
         store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-        _prctl_pr_set_pdeathsig(signal.SIGKILL)  # on Linux, so that no rank outlives what started it
-    join(place["RANK"], place["WORLD_SIZE"], store or dist.HashStore())
+        _prctl_pr_set_pdeathsig(signal.SIGKILL)  # Linux: a rank ends when the process that started it ends
+    init_process_group(place["RANK"], place["WORLD_SIZE"], store or dist.HashStore())
     if place["RANK"]:
         console.quiet = True
         transformers_logging.set_verbosity_error()
@@ -278,27 +299,30 @@ def work_as(place: dict[str, int], work: Callable[[], None]) -> int:
     try:
         work()
     except BaseException as error:
-        status = tell(error, None if alone else place["RANK"], store)
+        status = report_error(error, None if alone else place["RANK"], store)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # the other ranks may be gone: nothing that waits for them may run any more
+        os._exit(status)  # no clean-up that could wait for other ranks: they may be gone
     wait_for_all()
-    gc.collect()  # tensors that still hold the process group make its end abort now and then
+    gc.collect()  # the end of the process group sometimes aborts if tensors still hold it
     dist.destroy_process_group()
     gc.collect()
     return 0
 
 
-def tell(error: BaseException, number: int | None = None, store: Any = None) -> int:
-    """Print what ended the work, on the first rank that it ended; gives the exit status."""
+def report_error(error: BaseException, number: int | None = None, store: Any = None) -> int:
+    """Print the error that ended the work, and return the exit status.
+
+    Of several ranks, only the first that fails prints. `number` is this rank's, None for a single one.
+    """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     status = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
     if number is not None:
         try:
-            if store.add("failures", 1) > 1:  # told by another rank, whose end may have been what ended this one
+            if store.add("failures", 1) > 1:  # another rank has reported; its end may have caused this error
                 return status
-        except (RuntimeError, dist.DistError):  # the store is gone, and rank 0 with it
+        except (RuntimeError, dist.DistError):  # the store is gone, and so is the process that serves it
             return status
     console.quiet = False
     if isinstance(error, UserError):

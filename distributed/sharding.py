@@ -1,10 +1,11 @@
-"""One model over many ranks (FSDP2): how it is split, and how its parts are told, read and put together.
+"""One model over many ranks (FSDP2): split it, run it, find each rank's slices and gather full tensors.
 
-Every rank holds a slice of each parameter, cut along the first dimension. A decoder layer is gathered when it runs
-and dropped afterwards; embeddings, final norm and head stay gathered from the forward to the backward pass.
+Every rank holds a slice of each parameter, cut along the first dimension. A decoder layer is gathered when it runs and
+resharded afterwards. Embeddings, final norm and head stay gathered from the forward pass until the backward pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,73 +26,93 @@ from distributed import parallel
 from utils import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BACKBONE = "backbone"  # the method that `shard` adds to a split model and `backbone` returns
 
 
 def shard(
-    model: PreTrainedModel, layers: Sequence[nn.Module], compute: torch.dtype, *, hybrid: bool, offload: bool
+    model: PreTrainedModel, layers: Sequence[nn.Module], compute_dtype: torch.dtype, *, hybrid: bool, offload: bool
 ) -> None:
-    """Split a model on the meta device over all ranks: one unit for each layer, one for all the rest.
+    """Split a model on the meta device over all ranks: one FSDP unit for each layer, one for the rest.
 
-    Parameters are gathered in the dtype `compute`, whatever they are kept in; gradients are summed in fp32. `hybrid`:
-    split within each node, replicate over nodes. `offload`: keep the slices in host memory. One rank that computes in
-    the dtype it keeps needs none of this.
+    Parameters are gathered and used in `compute_dtype`, whatever dtype they are kept in; gradients are summed in fp32.
+    `hybrid`: split within each node, replicate over the nodes. `offload`: keep the slices in host memory. Nothing
+    happens on one rank if the model is kept in `compute_dtype` and not offloaded.
     """
-    kept = {parameter.dtype for parameter in model.parameters()}
-    if parallel.world_size() == 1 and kept == {compute} and not offload:
+    kept_dtypes = {parameter.dtype for parameter in model.parameters()}
+    if parallel.world_size() == 1 and kept_dtypes == {compute_dtype} and not offload:
         return
     for unit in (*layers, model):
-        split(unit, compute, hybrid=hybrid, offload=offload)
-    # Scoring needs the hidden states, not the logits, so it enters here and not by the model's own forward.
-    model.backbone = model.base_model.__call__  # type: ignore[assignment]
-    register_fsdp_forward_method(model, "backbone")
+        shard_unit(unit, compute_dtype, hybrid=hybrid, offload=offload)
+    setattr(model, BACKBONE, model.base_model.__call__)
+    register_fsdp_forward_method(model, BACKBONE)  # it gathers the root's parameters first, as the model's forward does
 
 
-def split(unit: nn.Module, compute: torch.dtype, *, hybrid: bool, offload: bool) -> None:
-    """Make one module a unit that is gathered and dropped as a whole."""
+def backbone(model: PreTrainedModel) -> Callable[..., Any]:
+    """The entry point of a model that returns hidden states. It works for split models and for unsplit ones.
+
+    Scoring calls it instead of the model, which would also compute the logits of every position.
+    """
+    return getattr(model, BACKBONE) if isinstance(model, FSDPModule) else model.base_model
+
+
+def shard_unit(unit: nn.Module, compute_dtype: torch.dtype, *, hybrid: bool, offload: bool) -> None:
+    """Make one module a unit whose parameters are gathered and resharded together."""
     on_host = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     fully_shard(
         unit,
-        mesh=mesh(hybrid),
-        mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+        mesh=device_mesh(hybrid),
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
         offload_policy=on_host if offload else OffloadPolicy(),
     )
 
 
-def mesh(hybrid: bool) -> DeviceMesh:
-    """All ranks in a row, or, for hybrid sharding, in a row for each node: split within it, replicated over them."""
+def device_mesh(hybrid: bool) -> DeviceMesh:
+    """All ranks in one dimension. With hybrid sharding in two: split within a node, replicated across nodes.
+
+    Raises UserError if the ranks do not fill whole nodes.
+    """
     kind, world = parallel.device().type, parallel.world_size()
     if not hybrid:
         return init_device_mesh(kind, (world,))
     per_node = parallel.ranks_per_node()
     if world % per_node:
-        raise UserError(f"model.hybrid_sharding: {world} ranks are no whole number of nodes of {per_node} ranks")
+        raise UserError(
+            f"model.hybrid_sharding: {world} ranks do not fill whole nodes of {per_node} ranks; "
+            f"start a multiple of {per_node} ranks"
+        )
     return init_device_mesh(kind, (world // per_node, per_node), mesh_dim_names=("replicate", "shard"))
 
 
-def units(module: nn.Module) -> Iterator[FSDPModule]:
+def fsdp_units(module: nn.Module) -> Iterator[FSDPModule]:
+    """The modules inside `module`, itself included, that `shard_unit` has split."""
     return (part for part in module.modules() if isinstance(part, FSDPModule))
 
 
 def reshard(module: nn.Module) -> None:
-    """Let every parameter be its slice again. A forward pass without a backward pass leaves some of them gathered, and
-    what looks at the parameters then sees tensors that no optimiser step will change."""
-    for unit in units(module):
+    """Replace every gathered parameter by this rank's slice. A forward pass without a backward pass leaves some
+    parameters gathered, and an optimiser step does not change those gathered copies."""
+    for unit in fsdp_units(module):
         unit.reshard()
 
 
-def materialise(model: nn.Module, device: torch.device, *, offload: bool) -> None:
-    """Give the parameters of a meta-device model memory, for their own slices only; move the buffers."""
-    place = torch.device("cpu") if offload else device
-    model._apply(lambda tensor: torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(device))
+def allocate_parameters(model: nn.Module, device: torch.device, *, offload: bool) -> None:
+    """Allocate memory for a meta-device model's parameters, only for this rank's slices, and move its buffers.
+
+    Buffers go to `device`; so do the parameters, or to host memory with `offload`. Values are not set.
+    """
+    parameter_device = torch.device("cpu") if offload else device
+    model._apply(
+        lambda tensor: torch.empty_like(tensor, device=parameter_device) if tensor.is_meta else tensor.to(device)
+    )
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's slice, sharing its memory."""
+def local_slice(tensor: Tensor) -> Tensor:
+    """This rank's slice of a tensor, in the same memory; the tensor itself if it is not split."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_ranges(tensor: Tensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this rank's slice is."""
+def local_ranges(tensor: Tensor) -> tuple[slice, ...]:
+    """The position of this rank's slice in the full tensor, one range for each dimension."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -99,8 +120,8 @@ def own_ranges(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank; a quantised one dequantised. All ranks have to ask for the same ones in the same
-    order."""
+    """The full tensor, on every rank; a quantised one is dequantised. All ranks must ask for the same tensors in the
+    same order."""
     if hasattr(tensor, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit  # an extra
 

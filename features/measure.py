@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import models
-from autoencoders.formats import sections
+from autoencoders.formats import sae_sections
 from data.batch import batches_by_length
 from dataloader import DataLoader
 from distributed import parallel
@@ -35,7 +35,7 @@ from features import neuronpedia
 from launch import assembly, settings
 from launch.policies import Policy, find_policy, read_config, require_language_model
 from launch.settings import Config, RunClasses, RunPaths
-from modeling.weights import PolicyFile, Weights, fill, open_weights, weights_digest
+from modeling.weights import PolicyFile, Weights, load_weights, open_weights, weights_digest
 from sae import ENCODE_ELEMENTS, SAE, active, drift_by_feature, pooled_features
 from sampling import samples
 from sampling.backends import TransformersBackend
@@ -178,7 +178,7 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
 def put(policy: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
     """Replace the weights of a model, and put it into eval mode."""
     reshard(policy)
-    fill(policy, weights, new_tokens)
+    load_weights(policy, weights, new_tokens)
     policy.eval()
 
 
@@ -246,7 +246,7 @@ class Reader:
         for kind, number, _, lengths, residual in self.read(what, kinds):
             weight = residual.new_tensor(lengths, dtype=torch.float64).unsqueeze(1)  # [S, 1]
             means = pooled_features(self.sae, residual, lengths)  # [S, F]
-            rates = pooled_features(self.sae, residual, lengths, of=active)
+            rates = pooled_features(self.sae, residual, lengths, transform=active)
             sums[kind][0] += (means * weight).sum(0)
             sums[kind][1] += (rates * weight).sum(0)
             if reference is None:
@@ -267,7 +267,7 @@ class Reader:
         return profile, pooled
 
     def activations(self, what: str, shown: dict[str, list[int]]) -> dict[int, Tensor]:
-        """The activations [M, K] of the features that are shown for its kind, of each of this rank's texts."""
+        """For each of this rank's texts, the activations [M, K] of the features that the page shows for its kind."""
         found: dict[int, Tensor] = {}
         for kind, _, own, lengths, residual in self.read(what, list(shown)):
             latents = torch.tensor(shown[kind], dtype=torch.long, device=residual.device)
@@ -279,7 +279,7 @@ class Reader:
     def contexts(
         self, shown: dict[str, list[int]], reference: dict[int, Tensor], policy: dict[int, Tensor]
     ) -> dict[str, dict[int, list[Context]]]:
-        """The strongest contexts of the features shown, of all ranks, each in another text."""
+        """The strongest contexts of the features shown, over all ranks, at most one from each text."""
         own: dict[str, dict[int, list[Context]]] = {}
         for kind, latents in shown.items():
             texts = [i for batch in self.batches[kind] for i in batch if len(policy[i])]
@@ -344,7 +344,7 @@ def measure(config: Config, classes: RunClasses, path: Path, overrides: list[str
     if policy.run is None or config.backend != "transformers":
         raise UserError("mode=features compares the policy of a run with its start, and has backend=transformers")
     require_language_model(config, policy)
-    if not sections(config.sae):
+    if not sae_sections(config.sae):
         raise UserError(
             f"mode=features reads features through an SAE, and {config.model.name} has none in this configuration: "
             "++sae.path=..., and ++sae.layer=... where its files do not say the layer"
@@ -384,7 +384,9 @@ def measure(config: Config, classes: RunClasses, path: Path, overrides: list[str
 
 def drift_settings(classes: RunClasses) -> dict[str, Any]:
     """The divergence and k that drift is measured with: the loss's own, or those of loss=fpo."""
-    compared: Any = classes.binding.options.get("feature_drift") or OmegaConf.load(REPO / "config/loss/fpo.yaml")
+    compared: Any = classes.binding.options.get("feature_drift") or yaml.safe_load(
+        (REPO / "config/loss/fpo.yaml").read_text()
+    )
     return {name: compared[name] for name in ("divergence", "k")}
 
 
@@ -421,7 +423,9 @@ def described_parts(config: Config, paths: RunPaths, sae: SAE) -> list[Part]:
             d_sae=member.d_sae,
             address=neuronpedia.neuronpedia_url(str(section.path)),
         )
-        for (where, section), source, member in zip(sections(config.sae).items(), paths.saes, sae.members, strict=True)
+        for (where, section), source, member in zip(
+            sae_sections(config.sae).items(), paths.saes, sae.members, strict=True
+        )
     ]
 
 
@@ -457,7 +461,7 @@ def look(
 
 
 def sampled_by_other(profile: Profile) -> Profile:
-    """The kinds of text that the other run is measured on, its own samples in place of the run's."""
+    """The profile of the other run: its own samples take the place of the run's samples."""
     kept = {kind: figures for kind, figures in profile.items() if kind not in ("sampled", SAMPLED_BY_OTHER)}
     return {**kept, "sampled": profile[SAMPLED_BY_OTHER]}
 

@@ -32,7 +32,7 @@ from utils import UserError, atomic_write, console, progress_bar, write_json
 
 LINES_SHOWN = 20  # lines of the table on the terminal
 RANKED_AT_ONCE = 4096  # features ranked at once, each of which takes some numbers for each text
-Records = list[dict[str, Any]]
+TextRecords = list[dict[str, Any]]
 
 
 def write_probe(config: Config, path: Path, overrides: list[str]) -> None:
@@ -84,7 +84,7 @@ def pooled(
     return found
 
 
-def texts_of(config: Config) -> tuple[str, dict[str, Records]]:
+def texts_of(config: Config) -> tuple[str, dict[str, TextRecords]]:
     """The probe's name, and its two kinds of text, by name, as records of one completion: at most `probe_texts` of
     each, drawn at random, the same each time.
 

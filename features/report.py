@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from features.measure import Context, Measured, Report
 from utils import atomic_write, html_page
 
-POINTS = 2000  # features of the scatter plot: those that moved most
+SCATTER_POINTS = 2000  # features of the scatter plot: those that moved most
 DIFFERING = 12  # features of the table beside it
 KIND_NAMES = {  # of a kind of text, in a sentence
     "chosen": "chosen completions",
@@ -25,8 +25,8 @@ KIND_NAMES = {  # of a kind of text, in a sentence
 }
 
 
-def write_report(report: Report, folder: Path) -> None:
-    """`drift.parquet` and `report.html`, in place of what another report left there."""
+def write_feature_report(report: Report, folder: Path) -> None:
+    """Write `drift.parquet` and `report.html`; they replace those of an earlier report."""
     with atomic_write(folder) as part:
         part.mkdir()
         pq.write_table(table(report), part / "drift.parquet")
@@ -96,7 +96,7 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def finding(report: Report) -> str:
-    """What the figures come to, in a sentence or two."""
+    """The result, in a sentence or two."""
     own, *others = report.runs
     drift, change = own.policy["sampled"].drift, own.change("sampled")
     half, kind = holding(drift, 0.5), next(iter(own.policy))
@@ -166,14 +166,18 @@ def kind_data(report: Report, kind: str) -> dict[str, Any]:
         "shown": [feature_data(report, kind, index) for index in report.contexts[kind]],
     }
     if len(changes) == 2:
-        moved = np.abs(changes).sum(0).argsort()[::-1][:POINTS]
+        moved = np.abs(changes).sum(0).argsort()[::-1][:SCATTER_POINTS]
         apart = np.abs(changes[1] - changes[0]).argsort()[::-1][:DIFFERING]
         found |= {
             "correlation": correlation(*changes),
             "moved": int((np.abs(changes).sum(0) > 0).sum()),
-            "points": [[*named(report, i), *(short(change[i]) for change in changes)] for i in moved.tolist()],
+            "points": [[*named(report, i), *(digits(change[i]) for change in changes)] for i in moved.tolist()],
             "apart": [
-                [*named(report, i), short(own.reference[kind].mean[i]), *(short(change[i]) for change in changes)]
+                [
+                    *named(report, i),
+                    digits(own.reference[kind].mean[i]),
+                    *(digits(change[i]) for change in changes),
+                ]
                 for i in apart.tolist()
             ],
         }
@@ -199,7 +203,7 @@ def run_data(measured: Measured, kind: str) -> dict[str, Any]:
         "most": holding(after.drift, 0.9),
         "l0": [before.rate.sum(), after.rate.sum()],
         "seen": [int((before.rate > 0).sum()), int((after.rate > 0).sum())],
-        "curve": [[place, short(shares[place - 1])] for place in places.tolist()],
+        "curve": [[place, digits(shares[place - 1])] for place in places.tolist()],
     }
 
 
@@ -211,19 +215,22 @@ def feature_data(report: Report, kind: str, index: int) -> dict[str, Any]:
     return {
         "name": name,
         "address": address,
-        "mean": [short(before.mean[index]), short(after.mean[index])],
-        "rate": [short(before.rate[index]), short(after.rate[index])],
-        "share": short(after.drift[index] / (after.drift.sum() or 1.0)),
-        "training": [0.0, *(short(p[kind].mean[index] - before.mean[index]) for p in report.checkpoints.values())],
+        "mean": [digits(before.mean[index]), digits(after.mean[index])],
+        "rate": [digits(before.rate[index]), digits(after.rate[index])],
+        "share": digits(after.drift[index] / (after.drift.sum() or 1.0)),
+        "training": [
+            0.0,
+            *(digits(p[kind].mean[index] - before.mean[index]) for p in report.checkpoints.values()),
+        ],
         "contexts": [context_data(context) for context in report.contexts[kind][index]],
     }
 
 
 def context_data(context: Context) -> dict[str, Any]:
     values = dataclasses.asdict(context)
-    return values | {side: [short(value) for value in values[side]] for side in ("reference", "policy")}
+    return values | {side: [digits(value) for value in values[side]] for side in ("reference", "policy")}
 
 
-def short(value: float) -> float:
+def digits(value: float) -> float:
     """Four significant digits: all that the page shows, and a quarter of the bytes."""
     return float(f"{value:.4g}")

@@ -1,4 +1,4 @@
-"""AlpacaEval's own prompt and length-controlled win rate, from the package `alpaca-eval` (the extra of that name).
+"""AlpacaEval's own prompt and length-controlled win rate, from the package `alpaca-eval` (an extra of this repo).
 
 Its regression needs the difficulty of each instruction, which the package downloads from the Hub.
 """
@@ -7,37 +7,38 @@ import re
 from typing import Any
 
 from judging.answers import Comparison
-from judging.protocols import AlpacaEval, Shown
+from judging.protocols import AlpacaEval, JudgeInput
 from utils import Message, UserError, fingerprint
 
-INSTRUCTIONS_DIGEST = "3e053e0aef9e138b"  # fingerprint of the 805 instructions in the board's order
-JUDGE = "weighted_alpaca_eval_gpt4_turbo"  # the board's
+INSTRUCTIONS_DIGEST = "3e053e0aef9e138b"  # fingerprint of the 805 instructions in AlpacaEval's order
+LEADERBOARD_JUDGE = "weighted_alpaca_eval_gpt4_turbo"
 
 
-def package() -> Any:
-    """The package `alpaca_eval`. Raises UserError where it cannot be imported."""
+def import_package() -> Any:
+    """The package `alpaca_eval`. Raises UserError if it cannot be imported."""
     try:
         import alpaca_eval.metrics.glm_winrate
     except ImportError as error:
-        raise UserError(f"this needs the package alpaca-eval ({error}): pip install -e '.[alpaca-eval]'") from None
+        raise UserError(f"the package alpaca-eval is missing ({error}): pip install -e '.[alpaca-eval]'") from None
     return alpaca_eval
 
 
 def require_official_set(comparison: Comparison) -> None:
-    """Raises UserError where the figure cannot be computed: the package finds an instruction by its row's number."""
-    package()
+    """Raises UserError unless the items are AlpacaEval's instructions in order: the package looks them up by row."""
+    import_package()
     instructions = [item.messages[-1]["content"] for item in comparison.items]
     if fingerprint(instructions) != INSTRUCTIONS_DIGEST:
         raise UserError(
-            f"--official_lc needs answers to AlpacaEval's 805 instructions in their own order; {comparison.candidate} "
-            f"against {comparison.baseline} has {len(instructions)} that are others, or in another order"
+            "--official_lc needs answers to AlpacaEval's 805 instructions in their own order; the "
+            f"{len(instructions)} of {comparison.candidate} against {comparison.baseline} differ from these"
         )
 
 
 def official_length_controlled(comparison: Comparison, preferences: dict[int, float]) -> dict[str, float]:
-    """`length_controlled_winrate` and `lc_standard_error`, in per cent, from a preference (0 to 1) for each item.
+    """`length_controlled_winrate` and `lc_standard_error`, in per cent.
 
-    Raises UserError where items lack one, or where the package cannot get its data.
+    `preferences`: item index to the preference for the candidate, 0 to 1. Raises UserError if an item has none, or if
+    the package cannot get its data.
     """
     require_official_set(comparison)
     if len(preferences) < len(comparison.items):
@@ -50,12 +51,12 @@ def official_length_controlled(comparison: Comparison, preferences: dict[int, fl
             "output_2": item.candidate,
             "generator_1": comparison.baseline,
             "generator_2": comparison.candidate,
-            "annotator": JUDGE,
+            "annotator": LEADERBOARD_JUDGE,
             "preference": 1 + preferences[number],
         }
         for number, item in enumerate(comparison.items)
     ]
-    glm = package().metrics.glm_winrate
+    glm = import_package().metrics.glm_winrate
     try:
         figures = glm.get_length_controlled_winrate(annotations, save_weights_dir=None)
     except OSError as error:
@@ -66,16 +67,17 @@ def official_length_controlled(comparison: Comparison, preferences: dict[int, fl
 
 
 class OfficialPrompt(AlpacaEval):
-    """AlpacaEval 2's protocol in the package's own words: `-p judging/alpaca_eval_official.py:OfficialPrompt`."""
+    """AlpacaEval 2's protocol with the package's own prompt: `-p judging/alpaca_eval_official.py:OfficialPrompt`."""
 
-    def messages(self, shown: Shown) -> list[Message]:
-        package()
+    def messages(self, judge_input: JudgeInput) -> list[Message]:
+        import_package()
         from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
         from alpaca_eval.utils import prompt_to_chatml
 
         prompt = (EVALUATORS_CONFIG_DIR / "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt").read_text()
-        values = dict(zip(("instruction", "output_1", "output_2"), (shown.messages[-1]["content"], *shown.responses)))
+        texts = (judge_input.messages[-1]["content"], *judge_input.responses)
+        values = dict(zip(("instruction", "output_1", "output_2"), texts))
         return [
-            {**message, "content": re.sub(r"\{(\w+)\}", lambda place: values[place[1]], message["content"])}
+            {**message, "content": re.sub(r"\{(\w+)\}", lambda match: values[match[1]], message["content"])}
             for message in prompt_to_chatml(prompt)
         ]

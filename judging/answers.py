@@ -1,5 +1,8 @@
-"""Reading answers to judge: eval.py's samples, AlpacaEval's outputs, Arena-Hard's and MT-Bench's model answers, rows of
-prompts with answers, and verdicts that others recorded."""
+"""Read files of answers, pair the answers of two models, and read verdicts that another judge recorded.
+
+Known files: eval.py's samples, AlpacaEval's outputs, Arena-Hard's and MT-Bench's model answers, and rows with a prompt
+and answers.
+"""
 
 import gzip
 import json
@@ -9,15 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from judging.judge import Item, Verdict
-from judging.protocols import arena_score
+from judging.protocols import JudgeInput, parse_arena_verdict
 from utils import Message, UserError, console, fingerprint, suggest
 
-ONLY = ""  # the key of an answer in a file that has one answer a row
+SINGLE_KEY = ""  # the key of the answers in a file with one answer per row
 
 
 class Row(NamedTuple):
-    """A conversation and the answers to its last message, by key. `question`: equal for the turns and draws that belong
-    together. `reference`: a right answer, or ""."""
+    """A conversation and the answers to its last message, by key.
+
+    `question`: an id that all turns and samples of one question share. `reference`: a correct answer, or "".
+    """
 
     messages: list[Message]
     answers: dict[str, str]
@@ -28,7 +33,7 @@ class Row(NamedTuple):
 
 
 class AnswerFile(NamedTuple):
-    """A file of answers. `config`: of the run that sampled them, as far as known."""
+    """A file of answers. `name`: of the run or model. `config`: of the run that sampled them, or {}."""
 
     path: Path
     name: str
@@ -37,8 +42,11 @@ class AnswerFile(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two models' answers to the same prompts. `questions`: which prompt each item belongs to. `skipped`: rows without
-    both answers. `verdicts`: those that a file recorded, else None."""
+    """Two models' answers to the same prompts.
+
+    `candidate`, `baseline`: names of the models. `questions`: each item's question id. `skipped`: number of rows
+    without both answers. `verdicts`: those that a file recorded, else None.
+    """
 
     exp_name: str
     config: dict[str, Any]
@@ -54,7 +62,7 @@ class Comparison(NamedTuple):
 
 
 def read_json(path: Path) -> Any:
-    """The value of a .json, .jsonl (a list of its lines), or one of these with .gz. Raises UserError."""
+    """The content of a .json or .jsonl file (a list of its lines), also with .gz. Raises UserError."""
     try:
         text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
         if ".jsonl" in path.suffixes:
@@ -68,7 +76,10 @@ def read_json(path: Path) -> Any:
 def read_answers(
     path: Path, *, history_key: str = "prompt", questions: Path | None = None, references: Path | None = None
 ) -> AnswerFile:
-    """A file of answers in any of the layouts. Raises UserError where it is none of them."""
+    """Read a file of answers in any known layout. `questions` and `references` are files of MT-Bench or Arena-Hard.
+
+    Raises UserError if the file has no known layout.
+    """
     content = read_json(path)
     match content:
         case {"config": {"exp_name": str(name)} as config, "samples": [_, *_] as samples} if all_objects(samples):
@@ -79,26 +90,30 @@ def read_answers(
             )
         case [{"instruction": str(), "output": str()}, *_] if all_objects(content):
             rows = [
-                Row(user(text(row, "instruction", path, i)), {ONLY: text(row, "output", path, i)}, row["instruction"])
+                Row(
+                    user_message(text_field(row, "instruction", path, i)),
+                    {SINGLE_KEY: text_field(row, "output", path, i)},
+                    row["instruction"],
+                )
                 for i, row in enumerate(content)
             ]
-            return AnswerFile(path, str(content[0].get("generator", stem(path))), {}, rows)
+            return AnswerFile(path, str(content[0].get("generator", name_from(path))), {}, rows)
         case [{"model": str(name), "messages": [*_]}, *_] if all_objects(content):
-            return AnswerFile(path, name, {}, [answered_row(path, line) for line in content])
+            return AnswerFile(path, name, {}, [conversation_row(path, line) for line in content])
         case [{"choices": _}, *_] if all_objects(content):
-            name = str(content[0].get("model_id", stem(path)))
-            return AnswerFile(path, name, {}, turn_rows(path, content, questions, references))
+            name = str(content[0].get("model_id", name_from(path)))
+            return AnswerFile(path, name, {}, multi_turn_rows(path, content, questions, references))
         case [_, *_] if all_objects(content) and ("messages" in content[0] or history_key in content[0]):
-            return AnswerFile(path, stem(path), {}, sample_rows(path, content, {}, history_key))
+            return AnswerFile(path, name_from(path), {}, sample_rows(path, content, {}, history_key))
     raise UserError(
-        f"{path}: not a file of answers. Known are eval.py's samples ({{config, samples}}), AlpacaEval's outputs "
-        "([{instruction, output, generator}]), Arena-Hard's and MT-Bench's model answers (JSONL with uid, model, "
-        "messages or question_id, model_id, choices), and rows with `prompt` or `messages` and answers"
+        f"{path}: not a file of answers. Known layouts are eval.py's samples ({{config, samples}}), AlpacaEval's "
+        "outputs ([{instruction, output, generator}]), Arena-Hard's and MT-Bench's model answers (JSONL with uid, "
+        "model, messages or question_id, model_id, choices), and rows with `prompt` or `messages` and answers"
     )
 
 
 def sample_rows(path: Path, samples: list[dict[str, Any]], config: dict[str, Any], history_key: str) -> list[Row]:
-    """Rows of eval.py, and of anything with a conversation or a prompt and answers beside it."""
+    """Rows of eval.py's samples, or of any objects with a conversation or a prompt, and answers."""
     rows = []
     for number, sample in enumerate(samples):
         messages = sample_conversation(sample, config, history_key, f"{path}, sample {number}")
@@ -106,25 +121,25 @@ def sample_rows(path: Path, samples: list[dict[str, Any]], config: dict[str, Any
         question = fingerprint(messages) if question is None else str(question)
         answers = {key: value for key, value in sample.items() if isinstance(value, str) and key != history_key}
         rows.append(Row(messages, answers, question))
-        match sample:  # several turns: `policy` is the first one
+        match sample:  # with several turns, `policy` answers the first
             case {"followups": [_, *_] as prompts, "turns": [first, *later]}:
                 for turn, (prompt, answer) in enumerate(zip(prompts, later), 2):
-                    messages = [*messages, {"role": "assistant", "content": first}, *user(prompt)]
+                    messages = [*messages, {"role": "assistant", "content": first}, *user_message(prompt)]
                     rows.append(Row(messages, {"policy": answer}, question, turn=turn))
                     first = answer
     return rows
 
 
-def answered_row(path: Path, line: dict[str, Any]) -> Row:
-    """A conversation whose last message is the answer, as Arena-Hard keeps it since its version 2."""
+def conversation_row(path: Path, line: dict[str, Any]) -> Row:
+    """A row from a conversation that ends with the answer, the layout of Arena-Hard since version 2."""
     match line.get("messages"):
         case [*messages, {"role": "assistant", "content": {"answer": str(answer)} | str(answer)}] if messages:
-            return Row(messages, {ONLY: answer}, question_id(line, path), str(line.get("category", "")))
+            return Row(messages, {SINGLE_KEY: answer}, question_id(line, path), str(line.get("category", "")))
     raise UserError(f"{path}, question {question_id(line, path)}: `messages` does not end with the assistant's answer")
 
 
 def sample_conversation(sample: dict[str, Any], config: dict[str, Any], history_key: str, where: str) -> list[Message]:
-    """The sample's `messages`; in the older line's files, the prompt up to its last assistant prefix as one message."""
+    """The sample's `messages`. Older files have none: the prompt up to its last assistant prefix is one message."""
     match sample:
         case {"messages": [_, *_] as messages} if all(
             isinstance(message, dict) and message.keys() >= {"role", "content"} for message in messages
@@ -132,20 +147,24 @@ def sample_conversation(sample: dict[str, Any], config: dict[str, Any], history_
             return messages
         case _ if "messages" not in sample and isinstance(sample.get(history_key), str):
             history, prefix, rest = sample[history_key].rpartition(config.get("assistant_prefix", "\n<|assistant|>\n"))
-            return user((history if prefix else rest).removeprefix(config.get("human_prefix", "\n<|user|>\n")).strip())
+            return user_message(
+                (history if prefix else rest).removeprefix(config.get("human_prefix", "\n<|user|>\n")).strip()
+            )
     raise UserError(
         f"{where}: needs `messages`, a list of objects with `role` and `content`, or `{history_key}`, a text"
     )
 
 
-def turn_rows(path: Path, lines: list[Any], questions: Path | None, references: Path | None) -> list[Row]:
-    """A row for each turn of each answer; a turn's conversation holds the model's own earlier answers."""
+def multi_turn_rows(path: Path, lines: list[Any], questions: Path | None, references: Path | None) -> list[Row]:
+    """One row per turn of each answer. The conversation of a later turn holds the model's own earlier answers."""
     if questions is None:
-        raise UserError(f"{path} holds answers without their questions: name these with --questions question.jsonl")
+        raise UserError(
+            f"{path} holds answers without their questions: name the file of questions with --questions question.jsonl"
+        )
     asked = {question_id(line, questions): line for line in read_json(questions)}
     known = {}
     if references:
-        known = {question_id(line, references): choices_of(line, references)[0] for line in read_json(references)}
+        known = {question_id(line, references): sampled_turns(line, references)[0] for line in read_json(references)}
     rows = []
     for line in lines:
         number = question_id(line, path)
@@ -154,18 +173,18 @@ def turn_rows(path: Path, lines: list[Any], questions: Path | None, references: 
         prompts = [asked[number]["prompt"]] if "prompt" in asked[number] else asked[number].get("turns", [])
         prompts = [turn["content"] if isinstance(turn, dict) else turn for turn in prompts]
         category = str(asked[number].get("category", ""))
-        for answers in choices_of(line, path):
+        for answers in sampled_turns(line, path):
             messages: list[Message] = []
             for turn, (prompt, answer) in enumerate(zip(prompts, answers), 1):
-                messages = [*messages, *user(prompt)]
+                messages = [*messages, *user_message(prompt)]
                 reference = known.get(number, [])[turn - 1 : turn]
-                rows.append(Row(messages, {ONLY: answer}, number, category, turn, *reference))
+                rows.append(Row(messages, {SINGLE_KEY: answer}, number, category, turn, *reference))
                 messages = [*messages, {"role": "assistant", "content": answer}]
     return rows
 
 
-def choices_of(line: dict[str, Any], path: Path) -> list[list[str]]:
-    """The texts of all turns, for each draw of a model answer."""
+def sampled_turns(line: dict[str, Any], path: Path) -> list[list[str]]:
+    """[sample][turn] The texts of a model's answers to one question."""
     choices = line.get("choices")
     texts: list[list[Any]] = [
         [turn.get("content") if isinstance(turn, dict) else turn for turn in choice["turns"]]
@@ -188,44 +207,45 @@ def all_objects(rows: list[Any]) -> bool:
     return all(isinstance(row, dict) for row in rows)
 
 
-def text(row: dict[str, Any], key: str, path: Path, number: int) -> str:
+def text_field(row: dict[str, Any], key: str, path: Path, number: int) -> str:
     if not isinstance(row.get(key), str):
         raise UserError(f"{path}, row {number}: `{key}` is not a text")
     return row[key]
 
 
-def user(content: str) -> list[Message]:
+def user_message(content: str) -> list[Message]:
     return [{"role": "user", "content": content}]
 
 
-def stem(path: Path) -> str:
+def name_from(path: Path) -> str:
     return path.name.split(".json")[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- pairing
 
 
-def answer(row: Row, key: str) -> str | None:
-    return row.answers.get(key, row.answers.get(ONLY))
+def answer_in(row: Row, key: str) -> str | None:
+    """The row's answer under the key, or its single answer."""
+    return row.answers.get(key, row.answers.get(SINGLE_KEY))
 
 
 def check_key(file: AnswerFile, key: str) -> None:
-    """Raises UserError where no row has an answer under the key."""
+    """Raises UserError if no row has an answer under the key."""
     known = sorted({name for row in file.rows for name in row.answers})
-    if key not in known and ONLY not in known:
+    if key not in known and SINGLE_KEY not in known:
         raise UserError(f"no sample of {file.path} has the key {key!r}{suggest(key, known)}; their keys are {known}")
 
 
-def named_apart(files: Sequence[AnswerFile]) -> list[AnswerFile]:
-    """The same files; those that share a name have their path for one."""
+def with_unique_names(files: Sequence[AnswerFile]) -> list[AnswerFile]:
+    """The same files. Files that share a name are named by their paths instead."""
     names = Counter(file.name for file in files)
     return [file if names[file.name] == 1 else file._replace(name=str(file.path)) for file in files]
 
 
-def within(file: AnswerFile, candidate: str, baseline: str) -> Comparison:
-    """Two keys of one file against each other."""
-    if file.rows[0].answers.keys() == {ONLY}:
-        raise UserError(f"{file.path} has one answer a row; name the file of the other side with --against")
+def pair_keys(file: AnswerFile, candidate: str, baseline: str) -> Comparison:
+    """Compare the answers under two keys of one file. Raises UserError if no row has both."""
+    if file.rows[0].answers.keys() == {SINGLE_KEY}:
+        raise UserError(f"{file.path} has one answer per row; name the file of the baseline's answers with --against")
     for key in (candidate, baseline):
         check_key(file, key)
     both = [row for row in file.rows if candidate in row.answers and baseline in row.answers]
@@ -234,11 +254,14 @@ def within(file: AnswerFile, candidate: str, baseline: str) -> Comparison:
     items = [Item(row.messages, row.answers[candidate], row.answers[baseline]) for row in both]
     questions = [row.question for row in both]
     skipped = len(file.rows) - len(both)
-    return Comparison(exp_name(file), file.config, candidate, baseline, items, questions, skipped)
+    return Comparison(experiment_name(file), file.config, candidate, baseline, items, questions, skipped)
 
 
-def against(file: AnswerFile, other: AnswerFile, candidate: str, baseline: str) -> Comparison:
-    """Two files against each other, on the prompts that both have. Several answers to a prompt are paired in order."""
+def pair_files(file: AnswerFile, other: AnswerFile, candidate: str, baseline: str) -> Comparison:
+    """Compare one key of each file on the prompts that both files have. Several answers to a prompt pair up in order.
+
+    Raises UserError if there is no such prompt.
+    """
     check_key(file, candidate)
     check_key(other, baseline)
 
@@ -254,51 +277,90 @@ def against(file: AnswerFile, other: AnswerFile, candidate: str, baseline: str) 
     others = by_prompt(other.rows)
     items, questions = [], []
     for prompt, row in by_prompt(file.rows).items():
-        one = answer(row, candidate)
-        two = answer(others[prompt], baseline) if prompt in others else None
-        if one is not None and two is not None:
-            items.append(Item(row.messages, one, two))
+        first = answer_in(row, candidate)
+        second = answer_in(others[prompt], baseline) if prompt in others else None
+        if first is not None and second is not None:
+            items.append(Item(row.messages, first, second))
             questions.append(row.question)
     if not items:
-        raise UserError(f"{file.path} and {other.path} have answers to no prompt in common")
+        raise UserError(f"{file.path} and {other.path} share no prompt that both answer")
     skipped = len(file.rows) - len(items)
-    return Comparison(exp_name(file), file.config, file.name, other.name, items, questions, skipped)
+    return Comparison(experiment_name(file), file.config, file.name, other.name, items, questions, skipped)
 
 
-def exp_name(file: AnswerFile) -> str:
+def experiment_name(file: AnswerFile) -> str:
     return str(file.config.get("exp_name", file.name))
 
 
-# ---------------------------------------------------------------------------------------------- verdicts that are there
+def first_items(comparison: Comparison, count: int | None) -> Comparison:
+    """The comparison's first `count` items, with their recorded verdicts; all of them for None."""
+    verdicts = comparison.verdicts
+    if verdicts is not None and count is not None:
+        verdicts = [verdict for verdict in verdicts if verdict.item < count]
+    return comparison._replace(
+        items=comparison.items[:count], questions=comparison.questions[:count], verdicts=verdicts
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- single answers
+
+
+class AnswerSet(NamedTuple):
+    """One model's answers to grade: the rows of a file that have one under `key`."""
+
+    name: str
+    file: AnswerFile
+    key: str
+    rows: list[Row]
+
+    def judge_inputs(self) -> list[JudgeInput]:
+        """What the judge reads of each row."""
+        return [JudgeInput(row.messages, (str(answer_in(row, self.key)),), row.reference) for row in self.rows]
+
+
+def answer_sets(files: Sequence[AnswerFile], keys: Sequence[str], count: int | None) -> list[AnswerSet]:
+    """Each key's answers in each file, at most `count` of each. Raises UserError if a file has none under a key."""
+    sets = []
+    for key in keys:
+        for file in files:
+            check_key(file, key)
+            rows = [row for row in file.rows if answer_in(row, key) is not None][:count]
+            named_by_file = len(files) > 1 or rows[0].answers.keys() == {SINGLE_KEY}
+            sets.append(AnswerSet(file.name if named_by_file else key, file, key, rows))
+    return sets
+
+
+# ---------------------------------------------------------------------------------------------------- recorded verdicts
 
 
 def read_recorded(path: Path) -> Comparison:
-    """Verdicts that someone else's judge gave: AlpacaEval's annotations or Arena-Hard's judgments.
+    """Read the verdicts of another judge: AlpacaEval's annotations or Arena-Hard's judgments.
 
-    AlpacaEval's `preference` is 1 to 2, 2 for `output_2`, the candidate; 0 is a tie. Anything else (none, or the -1
-    that it writes for none) is a malformed verdict, which its board leaves out of `n_total` as well.
-    Arena-Hard shows the candidate as B in the first game and as A in the second. Raises UserError on other files.
+    AlpacaEval's `preference` goes from 1 to 2: 2 prefers `output_2`, the candidate; 0 is a tie. Any other value (null,
+    or -1 for a missing one) is a malformed verdict, and AlpacaEval's leaderboard does not count it in `n_total` either.
+    Arena-Hard's judge sees the candidate as B in the first game and as A in the second. Raises UserError for other
+    files.
     """
     content = read_json(path)
     match content:
         case [{"preference": _, "output_1": str(), "output_2": str(), "instruction": str()}, *_] if all_objects(
             content
         ):
-            return recorded_annotations(path, content)
+            return alpaca_eval_verdicts(path, content)
         case [{"games": _}, *_] if all_objects(content):
-            return recorded_games(path, content)
+            return arena_hard_verdicts(path, content)
     raise UserError(
-        f"{path}: holds no recorded verdicts. Known are AlpacaEval's annotations ([{{instruction, output_1, output_2, "
-        "preference}]) and Arena-Hard's judgments (JSONL with question_id, model, games)"
+        f"{path}: holds no recorded verdicts. Known layouts are AlpacaEval's annotations ([{{instruction, output_1, "
+        "output_2, preference}]) and Arena-Hard's judgments (JSONL with question_id, model, games)"
     )
 
 
-def recorded_annotations(path: Path, rows: list[dict[str, Any]]) -> Comparison:
+def alpaca_eval_verdicts(path: Path, rows: list[dict[str, Any]]) -> Comparison:
     items, verdicts = [], []
     for number, row in enumerate(rows):
-        first, second = text(row, "output_1", path, number), text(row, "output_2", path, number)
-        items.append(Item(user(text(row, "instruction", path, number)), second, first))
-        said = words_of(row.get("raw_completion"))
+        first, second = text_field(row, "output_1", path, number), text_field(row, "output_2", path, number)
+        items.append(Item(user_message(text_field(row, "instruction", path, number)), second, first))
+        text = judge_text(row.get("raw_completion"))
         try:
             value = float("nan") if row.get("preference") is None else float(row["preference"])
         except (TypeError, ValueError):
@@ -306,23 +368,23 @@ def recorded_annotations(path: Path, rows: list[dict[str, Any]]) -> Comparison:
         value = 1.5 if value == 0 else value
         known = 1 <= value <= 2
         verdicts.append(
-            Verdict(number, "judged" if known else "malformed", value - 1 if known else None, 1, None, said)
+            Verdict(number, "judged" if known else "malformed", value - 1 if known else None, 1, None, text)
         )
-    candidate, baseline = (one_name(rows, n, path) for n in (2, 1))
+    candidate, baseline = (model_name(rows, n, path) for n in (2, 1))
     questions = [fingerprint(item.messages) for item in items]
     return Comparison(candidate, {}, candidate, baseline, items, questions, 0, verdicts)
 
 
-def words_of(completion: Any) -> str:
-    """The judge's reply in any of the forms that the two have kept it in; "" where they have not."""
+def judge_text(completion: Any) -> str:
+    """The judge's reply in any form in which AlpacaEval or Arena-Hard saves it; "" if it is not there."""
     match completion:
-        case str(words) | {"text": str(words)} | {"message": {"content": str(words)}} | {"answer": str(words)}:
-            return words
+        case str(text) | {"text": str(text)} | {"message": {"content": str(text)}} | {"answer": str(text)}:
+            return text
     return ""
 
 
-def one_name(rows: list[dict[str, Any]], side: int, path: Path) -> str:
-    """Whose answers `output_<side>` are; where the rows differ in that, the most frequent name, and a line says so."""
+def model_name(rows: list[dict[str, Any]], side: int, path: Path) -> str:
+    """The model behind `output_<side>`. If the rows name several, it is the most frequent one, with a warning."""
     names = Counter(str(row.get(f"generator_{side}", f"output_{side}")) for row in rows)
     name = max(names, key=lambda name: names[name])
     if len(names) > 1:
@@ -334,21 +396,21 @@ def one_name(rows: list[dict[str, Any]], side: int, path: Path) -> str:
     return name
 
 
-def recorded_games(path: Path, rows: list[dict[str, Any]]) -> Comparison:
+def arena_hard_verdicts(path: Path, rows: list[dict[str, Any]]) -> Comparison:
     items, verdicts = [], []
     for number, row in enumerate(rows):
         question = question_id(row, path)
         games = row["games"] if isinstance(row.get("games"), list) else []
         if not games:
             raise UserError(f"{path}, question {question}: no games")
-        items.append(Item(user(str((games[0] or {}).get("user_prompt") or f"question {question}")), "", ""))
+        items.append(Item(user_message(str((games[0] or {}).get("user_prompt") or f"question {question}")), "", ""))
         for game, candidate_first in zip(games, (False, True)):
-            value, weight = arena_score(str((game or {}).get("score")))
-            said = words_of((game or {}).get("judgment"))
+            value, weight = parse_arena_verdict(str((game or {}).get("score")))
+            text = judge_text((game or {}).get("judgment"))
             if value is None:
-                verdicts.append(Verdict(number, "malformed", None, 1, candidate_first, said))
+                verdicts.append(Verdict(number, "malformed", None, 1, candidate_first, text))
             else:
                 preference = value if candidate_first else 1 - value
-                verdicts.append(Verdict(number, "judged", preference, weight, candidate_first, said))
-    name, baseline = str(rows[0].get("model", stem(path))), str(rows[0].get("baseline", "baseline"))
+                verdicts.append(Verdict(number, "judged", preference, weight, candidate_first, text))
+    name, baseline = str(rows[0].get("model", name_from(path))), str(rows[0].get("baseline", "baseline"))
     return Comparison(name, {}, name, baseline, items, [question_id(row, path) for row in rows], 0, verdicts)

@@ -1,4 +1,4 @@
-"""Asking a judge: which response is shown first, many requests at a time, and what was paid for is kept."""
+"""Judge pairs of answers: draw which one the judge sees first, send requests in parallel, and save every reply."""
 
 import json
 import os
@@ -12,18 +12,19 @@ from typing import Any, Literal, NamedTuple
 import openai
 
 from data import toy
-from judging.protocols import Answer, PromptTemplate, Reply, Shown, Status
+from judging.cost import Budget, TokenUsage, estimate_usage
+from judging.protocols import JudgeInput, JudgeOutput, PromptTemplate, Reply, Status
 from sampling import openai_server
 from sampling.openai_server import GIVE_UP_AFTER, Server
 from utils import Message, UserError, console, fingerprint, progress_bar
 
-GARBAGE_TRIES = 3  # requests for one reply where the server answers with something that is none
+INVALID_REPLY_TRIES = 3  # requests for one reply while the server sends something that is not a chat completion
 
-Judge = Callable[[Shown], Answer]  # may raise JudgeError
+Judge = Callable[[JudgeInput], JudgeOutput]  # may raise JudgeError
 
 
 class JudgeError(Exception):
-    """The judge gave no answer at all."""
+    """The judge sent no reply."""
 
 
 class Item(NamedTuple):
@@ -35,171 +36,106 @@ class Item(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """An answer with the order undone. `item`: the number of the item. `preference`: for the candidate, from 0 to 1."""
+    """A judge's decision on one item, whichever answer the judge saw first.
+
+    `item`: the item's index. `preference`: for the candidate, from 0 to 1. `candidate_first`: None if unknown.
+    """
 
     item: int
     status: Status
     preference: float | None
     weight: int
-    candidate_first: bool | None  # None: not known
+    candidate_first: bool | None
     text: str
 
     @property
     def outcome(self) -> Literal["win", "loss", "tie", "malformed", "refused", "failed"]:
-        """The candidate's."""
+        """The outcome for the candidate."""
         if self.status != "judged" or self.preference is None:
             return self.status if self.status != "judged" else "malformed"
         return "win" if self.preference > 0.5 else "loss" if self.preference < 0.5 else "tie"
 
 
-def verdict_of(answer: Answer, item: int, candidate_first: bool) -> Verdict:
-    """Undo the order."""
-    value = answer.value
-    preference = value if value is None or candidate_first else 1 - value
-    return Verdict(item, answer.status, preference, answer.weight, candidate_first, answer.text)
+def draw_orders(items: Sequence[Item], seed: int, both_orders: bool) -> list[tuple[int, bool]]:
+    """A list of (item index, whether the judge sees the candidate first).
 
-
-def ask_all(shown: Sequence[Shown], judge: Judge, concurrency: int = 1) -> list[Answer]:
-    """The judge's answers, in order. What is equal is asked once.
-
-    Raises UserError when `GIVE_UP_AFTER` requests in a row (or all, if they are fewer) fail.
+    The seed and the item decide which answer is first. With `both_orders`, the opposite order follows each.
     """
-    keys = [fingerprint(one) for one in shown]
-
-    def ask(one: Shown) -> Answer:
-        try:
-            return judge(one)
-        except JudgeError as error:
-            return Answer(None, str(error), "failed")
-
-    answers: dict[str, Answer] = {}
-    failed_in_a_row = 0
-    pool = ThreadPoolExecutor(concurrency)
-    try:
-        futures = {pool.submit(ask, one): key for key, one in dict(zip(keys, shown)).items()}
-        with progress_bar("judging", len(futures), 0) as advance:
-            for future in as_completed(futures):
-                answer = answers[futures[future]] = future.result()
-                advance(len(answers), None)
-                failed_in_a_row = failed_in_a_row + 1 if answer.status == "failed" else 0
-                if failed_in_a_row == min(GIVE_UP_AFTER, len(futures)):
-                    raise UserError(
-                        f"{failed_in_a_row} requests to the judge failed in a row, the last: {answer.text}\n"
-                        "Check the server, the model's name and OPENAI_API_KEY; a rerun asks only what is missing."
-                    )
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return [answers[key] for key in keys]
+    drawn = [(index, int(fingerprint(seed, item), 16) % 2 == 0) for index, item in enumerate(items)]
+    return [(index, first) for index, one in drawn for first in ([one, not one] if both_orders else [one])]
 
 
-def orders(items: Sequence[Item], seed: int, both: bool) -> list[tuple[int, bool]]:
-    """What to show: (number of the item, is the candidate first?). Which is first is drawn from the seed and the item;
-    with `both`, the other order follows."""
-    drawn = [(number, int(fingerprint(seed, item), 16) % 2 == 0) for number, item in enumerate(items)]
-    return [(number, first) for number, one in drawn for first in ([one, not one] if both else [one])]
-
-
-def shown_as(item: Item, candidate_first: bool) -> Shown:
+def to_judge_input(item: Item, candidate_first: bool) -> JudgeInput:
+    """The item with its two answers in the given order."""
     pair = (item.candidate, item.baseline)
-    return Shown(item.messages, pair if candidate_first else pair[::-1])
+    return JudgeInput(item.messages, pair if candidate_first else pair[::-1])
+
+
+def to_verdict(output: JudgeOutput, item: int, candidate_first: bool) -> Verdict:
+    """Turn a preference for the first response into one for the candidate."""
+    value = output.value
+    preference = value if value is None or candidate_first else 1 - value
+    return Verdict(item, output.status, preference, output.weight, candidate_first, output.text)
 
 
 def judge_pairs(
     items: Sequence[Item], judge: Judge, seed: int = 0, concurrency: int = 1, both_orders: bool = False
 ) -> list[Verdict]:
-    """One verdict per item, in the items' order, or, with `both_orders`, two, one after the other.
+    """One verdict per item, in the items' order. With `both_orders`, two per item, one after the other.
 
-    Raises UserError when request after request fails.
+    Raises UserError if `GIVE_UP_AFTER` requests in a row fail.
     """
-    games = orders(items, seed, both_orders)
-    answers = ask_all([shown_as(items[number], first) for number, first in games], judge, concurrency)
-    return [verdict_of(answer, number, first) for answer, (number, first) in zip(answers, games)]
+    orders = draw_orders(items, seed, both_orders)
+    outputs = run_judge([to_judge_input(items[index], first) for index, first in orders], judge, concurrency)
+    return [to_verdict(output, index, first) for output, (index, first) in zip(outputs, orders)]
 
 
-def toy_judge(shown: Shown) -> Answer:
-    """The toy language's rules, applied to the last message."""
-    verdict = toy.judge(shown.messages[-1]["content"], *shown.responses)
-    return Answer({"a": 1.0, "b": 0.0}.get(verdict, 0.5), verdict)
+def run_judge(judge_inputs: Sequence[JudgeInput], judge: Judge, concurrency: int = 1) -> list[JudgeOutput]:
+    """The judge's outputs, in the order of the inputs. Equal inputs are judged once.
 
-
-# ------------------------------------------------------------------------------------------------------- what is paid
-
-PRICES = {  # US dollars per million tokens, (input, output): third parties' lists of 2026, not read from OpenAI
-    "gpt-4.1": (2.0, 8.0),
-    "gpt-4.1-mini": (0.4, 1.6),
-    "gpt-4.1-nano": (0.1, 0.4),
-    "gpt-4o": (2.5, 10.0),
-    "gpt-4o-mini": (0.15, 0.6),
-    "gpt-4-turbo": (10.0, 30.0),
-    "gpt-4-1106-preview": (10.0, 30.0),
-    "gpt-4": (30.0, 60.0),
-    "gpt-4-0613": (30.0, 60.0),
-    "gpt-5": (1.25, 10.0),
-    "gpt-5-mini": (0.25, 2.0),
-    "gpt-5-nano": (0.05, 0.4),
-}
-
-
-class Tokens(NamedTuple):
-    """Counts of a request's tokens."""
-
-    input: int
-    output: int
-
-    def cost(self, prices: tuple[float, float]) -> float:
-        """US dollars; prices are per million."""
-        return (self.input * prices[0] + self.output * prices[1]) / 1e6
-
-
-def expected_tokens(messages: list[Message], max_tokens: int) -> Tokens:
-    """A guess at a request's tokens before it is sent: 4 bytes of UTF-8 each, and a reply of full length."""
-    return Tokens(sum(len(message["content"].encode()) // 4 + 8 for message in messages), max_tokens)
-
-
-class Budget:
-    """What the requests of this run cost, and a limit that they do not pass.
-
-    A request is let through only while what was spent and what is set aside for all on their way stay within the
-    limit. Without prices tokens are counted, and nothing else.
+    Raises UserError if `GIVE_UP_AFTER` requests in a row fail, or all requests if there are fewer.
     """
+    keys = [fingerprint(judge_input) for judge_input in judge_inputs]
 
-    def __init__(self, prices: tuple[float, float] | None, limit: float | None = None) -> None:
-        self.prices, self.limit = prices, limit
-        self.requests, self.spent = 0, Tokens(0, 0)
-        self._reserved = 0.0
-        self._lock = Lock()
+    def ask(judge_input: JudgeInput) -> JudgeOutput:
+        try:
+            return judge(judge_input)
+        except JudgeError as error:
+            return JudgeOutput(None, str(error), "failed")
 
-    @property
-    def cost(self) -> float | None:
-        """US dollars spent; None where no prices are known."""
-        return self.spent.cost(self.prices) if self.prices else None
+    outputs: dict[str, JudgeOutput] = {}
+    failed_in_a_row = 0
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        futures = {pool.submit(ask, one): key for key, one in dict(zip(keys, judge_inputs)).items()}
+        with progress_bar("judging", len(futures), 0) as advance:
+            for future in as_completed(futures):
+                output = outputs[futures[future]] = future.result()
+                advance(len(outputs), None)
+                failed_in_a_row = failed_in_a_row + 1 if output.status == "failed" else 0
+                if failed_in_a_row == min(GIVE_UP_AFTER, len(futures)):
+                    raise UserError(
+                        f"{failed_in_a_row} requests to the judge failed in a row; the last error: {output.text}\n"
+                        "Check the server, the model's name and OPENAI_API_KEY. A rerun sends only what is missing."
+                    )
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [outputs[key] for key in keys]
 
-    def reserve(self, expected: Tokens) -> float:
-        """The dollars set aside for a request: twice its expected input, since the guess may fall short, and its
-        longest reply. Raises UserError where they are not there any more."""
-        amount = Tokens(2 * expected.input, expected.output).cost(self.prices) if self.prices else 0.0
-        with self._lock:
-            if self.limit is not None and (self.cost or 0.0) + self._reserved + amount > self.limit:
-                raise UserError(
-                    f"--max_cost {self.limit:g}: stopped after {self.requests:,} requests and ${self.cost or 0:.4f}; "
-                    "the next one could pass the limit. All verdicts are kept: a rerun with a higher limit goes on."
-                )
-            self._reserved += amount
-        return amount
 
-    def settle(self, reserved: float, used: Tokens | None) -> None:
-        """A request is done and cost this (None: it failed, and nothing says that it cost anything)."""
-        with self._lock:
-            self._reserved -= reserved
-            if used is not None:
-                self.requests += 1
-                self.spent = Tokens(self.spent.input + used.input, self.spent.output + used.output)
+def toy_judge(judge_input: JudgeInput) -> JudgeOutput:
+    """Apply the toy language's rules to the last message and the two responses."""
+    verdict = toy.judge(judge_input.messages[-1]["content"], *judge_input.responses)
+    return JudgeOutput({"a": 1.0, "b": 0.0}.get(verdict, 0.5), verdict)
+
+
+# ------------------------------------------------------------------------------------------------------ saved replies
 
 
 class VerdictLog:
-    """The replies paid for so far, one JSON line each: key, model, messages, reply, refused, alternatives, cut, tokens.
+    """The file of replies so far, one JSON line each: key, model, messages, reply, refused, alternatives, cut, tokens.
 
-    A line that is not whole (its run was killed) is reported and asked again.
+    An incomplete line, left by a killed run, is reported and its request is sent again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -216,20 +152,20 @@ class VerdictLog:
                 except (ValueError, KeyError, TypeError):
                     damaged += 1
         if damaged:
-            console.print(f"{path}: ignored {damaged} unfinished line(s); asking again", markup=False)
+            console.print(f"{path}: ignored {damaged} incomplete line(s); sending those requests again", markup=False)
 
-    def add(self, key: str, model: str, messages: list[Message], reply: Reply, tokens: Tokens) -> None:
-        """Keep a reply, on disk first."""
+    def add(self, key: str, model: str, messages: list[Message], reply: Reply, used: TokenUsage) -> None:
+        """Save a reply to disk, then keep it in memory."""
         record: dict[str, Any] = {"key": key, "model": model, "messages": messages, "reply": reply.text}
         record |= {"refused": reply.refused, "alternatives": reply.alternatives, "cut": reply.cut}
-        record["tokens"] = list(tokens)
+        record["tokens"] = list(used)
         with self._lock:
-            append_line(self.path, record)
+            append_json_line(self.path, record)
             self.replies[key] = reply
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line and flush it, on a line of its own even where a killed run left half a line."""
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line and flush it to disk. If a killed run left half a line, start a new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         if file.tell():
@@ -241,114 +177,131 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-# --------------------------------------------------------------------------------------------------------- the client
+# ---------------------------------------------------------------------------------------------------------- model judge
 
 
-def judge_key(model: str, base_url: str | None) -> str:
-    """The key; "" for a server of one's own that asks for none. Raises UserError where it cannot do."""
+def judge_api_key(model: str, base_url: str | None) -> str:
+    """The API key, or "" for a server that needs none. Raises UserError if it is missing or not valid."""
     key = openai_server.key_from_environment()
     if not key and not base_url:
         raise UserError(
-            f"judge {model!r} needs an API key: set OPENAI_API_KEY, or name a server that asks for none with "
+            f"judge {model!r} needs an API key: set OPENAI_API_KEY, or name a server that needs no key with "
             "--base_url http://HOST:PORT/v1, or judge the toy language offline with -j toy"
         )
     return key
 
 
-OPTIONAL = {  # parameters that reasoning models do not take
-    "max_tokens": "max_completion_tokens is sent in its place, and bounds its reasoning too (--max_tokens)",
-    "temperature": "it judges at its own temperature, so that its verdicts may differ from run to run",
+OPTIONAL_PARAMETERS = {  # reasoning models do not accept these; what happens without them
+    "max_tokens": "max_completion_tokens is sent instead, and limits its reasoning too (--max_tokens)",
+    "temperature": "it judges at its own temperature, so its verdicts may differ from run to run",
 }
 
 
 class OpenAIJudge:
-    """A chat model behind OpenAI's API or a server that speaks it; raises JudgeError when a request fails for good.
+    """A chat model behind OpenAI's API or a compatible server. Calling it raises JudgeError if a request fails.
 
-    A reply that is no chat completion is asked for again twice. Two equal answers are a tie that nobody is asked about,
+    An invalid reply is requested up to `INVALID_REPLY_TRIES` times. Two equal responses are a tie without a request,
     as in AlpacaEval.
     """
 
     def __init__(self, model: str, template: PromptTemplate, log: VerdictLog, budget: Budget, server: Server) -> None:
         self.model, self.template, self.log, self.budget, self.server = model, template, log, budget, server
-        self._said_that_replies_are_cut = False
+        self._warned_of_cut_replies = False
 
-    def request(self, shown: Shown) -> dict[str, Any]:
-        """What is asked, in the API's words."""
+    def request(self, judge_input: JudgeInput) -> dict[str, Any]:
+        """The parameters of /chat/completions."""
         template = self.template
         logprobs = {"logprobs": True, "top_logprobs": template.logprobs} if template.logprobs else {}
         return {
             "model": self.model,
-            "messages": template.messages(shown),
+            "messages": template.messages(judge_input),
             "temperature": template.temperature,
             "max_tokens": template.max_tokens,
             **logprobs,
         }
 
-    def key(self, shown: Shown) -> str:
-        """The reply's name in the log."""
-        return fingerprint(str(self.server.client.base_url), self.request(shown))
+    def log_key(self, judge_input: JudgeInput) -> str:
+        """The reply's key in the log: it depends on the server's address and the whole request."""
+        return fingerprint(str(self.server.client.base_url), self.request(judge_input))
 
-    def missing(self, shown: Sequence[Shown]) -> list[Shown]:
-        """Those that have to be asked, each once: they differ, and the log has no reply to them."""
-        asked = [one for one in shown if not even(one)]
-        return list({key: one for one in asked if (key := self.key(one)) not in self.log.replies}.values())
+    def inputs_to_send(self, judge_inputs: Sequence[JudgeInput]) -> list[JudgeInput]:
+        """The different inputs that need a request: no equal responses, and no reply in the log."""
+        inputs = {self.log_key(one): one for one in judge_inputs if not responses_are_equal(one)}
+        return [one for key, one in inputs.items() if key not in self.log.replies]
 
-    def expected(self, shown: Shown) -> Tokens:
-        return expected_tokens(self.template.messages(shown), self.template.max_tokens)
+    def estimate(self, judge_input: JudgeInput) -> TokenUsage:
+        """The usage of one request, estimated before it is sent."""
+        return estimate_usage(self.template.messages(judge_input), self.template.max_tokens)
 
-    def __call__(self, shown: Shown) -> Answer:
-        if even(shown):
-            return Answer(0.5, "")
-        key = self.key(shown)
+    def usage_fields(self) -> dict[str, Any]:
+        """The fields of a results line on this run's requests, over all comparisons. `cost` is in US dollars."""
+        return {
+            "requests": self.budget.requests,
+            "tokens_in": self.budget.used.input,
+            "tokens_out": self.budget.used.output,
+            "cost": self.budget.cost,
+            "refused_parameters": self.server.refused_parameters,
+        }
+
+    def __call__(self, judge_input: JudgeInput) -> JudgeOutput:
+        if responses_are_equal(judge_input):
+            return JudgeOutput(0.5, "")
+        reply = self._saved_or_new_reply(judge_input)
+        output = self.template.read(reply)
+        if reply.cut and output.status == "malformed" and not self.template.logprobs:
+            self._warn_of_cut_reply()
+        return output
+
+    def _saved_or_new_reply(self, judge_input: JudgeInput) -> Reply:
+        key = self.log_key(judge_input)
         if key not in self.log.replies:
-            request = self.request(shown)
-            reserved = self.budget.reserve(self.expected(shown))
-            tokens = None
+            request = self.request(judge_input)
+            reserved = self.budget.reserve(self.estimate(judge_input))
+            used = None
             try:
-                reply, tokens = self._ask(request)
-                self.log.add(key, self.model, request["messages"], reply, tokens)
+                reply, used = self._send(request)
+                self.log.add(key, self.model, request["messages"], reply, used)
             finally:
-                self.budget.settle(reserved, tokens)
-        reply = self.log.replies[key]
-        answer = self.template.read(reply)
-        too_short = reply.cut and answer.status == "malformed" and not self.template.logprobs
-        if too_short and not self._said_that_replies_are_cut:
-            self._said_that_replies_are_cut = True
+                self.budget.settle(reserved, used)
+        return self.log.replies[key]
+
+    def _warn_of_cut_reply(self) -> None:
+        if not self._warned_of_cut_replies:
+            self._warned_of_cut_replies = True
             console.print(
-                f"{self.model}: a reply without a verdict was cut at --max_tokens {self.template.max_tokens}; "
-                "a judge that reasons at length needs more",
+                f"{self.model}: a reply was cut at --max_tokens {self.template.max_tokens} before its verdict; "
+                "a judge that reasons at length needs more tokens",
                 style="yellow",
                 markup=False,
             )
-        return answer
 
-    def _ask(self, request: dict[str, Any]) -> tuple[Reply, Tokens]:
-        for attempt in range(GARBAGE_TRIES):
+    def _send(self, request: dict[str, Any]) -> tuple[Reply, TokenUsage]:
+        """Raises JudgeError if there is no valid reply, UserError if the server gives no log-probabilities."""
+        for attempt in range(INVALID_REPLY_TRIES):
             try:
-                return self._reply(self._create(request), request)
+                return self._read_completion(self._complete(request), request)
             except openai.APIResponseValidationError:
                 pass
             except openai.OpenAIError as error:
                 raise JudgeError(self.server.reason(error)) from None
-            except (AttributeError, IndexError, TypeError, ValueError):  # the client does not check what it is sent
+            except (AttributeError, IndexError, TypeError, ValueError):  # the client does not check what it receives
                 pass
             time.sleep(0.2 * 2**attempt)
-        raise JudgeError("what the server sent is not a chat completion")
+        raise JudgeError("the server's response is not a chat completion")
 
-    def _create(self, request: dict[str, Any]) -> Any:
-        """Send it. Raises UserError where the server has no log-probabilities to give."""
+    def _complete(self, request: dict[str, Any]) -> Any:
         try:
-            return self.server.chat(request, OPTIONAL)
+            return self.server.chat(request, OPTIONAL_PARAMETERS)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             message = self.server.redact(str(error))
             if self.template.logprobs and "logprobs" in message:
                 raise UserError(
-                    f"judge {self.model!r} gives no log-probabilities, which this protocol reads: {message}\n"
+                    f"judge {self.model!r} gives no log-probabilities, but this protocol needs them: {message}\n"
                     "Name another model or server, or judge with -p pairwise."
                 ) from None
             raise
 
-    def _reply(self, completion: Any, request: dict[str, Any]) -> tuple[Reply, Tokens]:
+    def _read_completion(self, completion: Any, request: dict[str, Any]) -> tuple[Reply, TokenUsage]:
         choice = completion.choices[0]
         refused = bool(getattr(choice.message, "refusal", None)) or choice.finish_reason == "content_filter"
         text = choice.message.content or getattr(choice.message, "refusal", None) or ""
@@ -358,18 +311,18 @@ class OpenAIJudge:
         if self.template.logprobs and not refused:
             if not (choice.logprobs and choice.logprobs.content and choice.logprobs.content[0].top_logprobs):
                 raise UserError(
-                    f"judge {self.model!r} answered without log-probabilities, which this protocol reads; name another "
-                    "model or server, or judge with -p pairwise"
+                    f"judge {self.model!r} answered without log-probabilities, but this protocol needs them; name "
+                    "another model or server, or judge with -p pairwise"
                 )
             candidates = choice.logprobs.content[0].top_logprobs
             alternatives = {candidate.token: float(candidate.logprob) for candidate in candidates}
         usage = completion.usage  # not every server reports it
         known = usage is not None and isinstance(usage.prompt_tokens, int) and isinstance(usage.completion_tokens, int)
-        expected = expected_tokens(request["messages"], request["max_tokens"])
-        tokens = Tokens(usage.prompt_tokens, usage.completion_tokens) if known else expected
-        return Reply(self.server.redact(text), refused, alternatives, choice.finish_reason == "length"), tokens
+        estimate = estimate_usage(request["messages"], request["max_tokens"])
+        used = TokenUsage(usage.prompt_tokens, usage.completion_tokens) if known else estimate
+        return Reply(self.server.redact(text), refused, alternatives, choice.finish_reason == "length"), used
 
 
-def even(shown: Shown) -> bool:
-    """Whether there is nothing to choose between."""
-    return len(shown.responses) == 2 and shown.responses[0] == shown.responses[1]
+def responses_are_equal(judge_input: JudgeInput) -> bool:
+    """Whether two responses are the same text, so that there is nothing to judge."""
+    return len(judge_input.responses) == 2 and judge_input.responses[0] == judge_input.responses[1]

@@ -1,4 +1,4 @@
-"""A page of figures and verdicts to read in a browser. One file; nothing is fetched from anywhere."""
+"""An HTML page of results and verdicts: one file that loads nothing from anywhere."""
 
 from datetime import datetime
 from html import escape
@@ -6,8 +6,8 @@ from typing import Any
 
 from judging.answers import Comparison
 from judging.judge import Verdict
-from judging.protocols import Answer, Shown
-from judging.tables import grade_rows
+from judging.protocols import JudgeInput, JudgeOutput
+from judging.tables import NOT_COUNTED, grade_table_rows
 from utils import html_page
 
 
@@ -15,48 +15,47 @@ def verdict_page(
     results: list[dict[str, Any]],
     comparisons: list[Comparison],
     verdicts: list[list[Verdict]],
-    board: list[dict[str, Any]],
+    leaderboard: list[dict[str, Any]],
 ) -> str:
-    """The page's HTML: `results` are the lines of the results file, `board` the leaderboard, [] without one."""
-    data = [listed(result, one, those) for result, one, those in zip(results, comparisons, verdicts)]
-    return framed(results, "comparisons", f"{figures_table(results)}{bars(results)}{board_table(board)}", data)
+    """The HTML page of comparisons. `results`: lines of the results file. `leaderboard`: its rows, [] without one."""
+    data = [comparison_data(result, one, group) for result, one, group in zip(results, comparisons, verdicts)]
+    summary = f"{results_table(results)}{win_rate_chart(results)}{leaderboard_table(leaderboard)}"
+    return render_page(results, "comparisons", summary, data)
 
 
-def grades_page(results: list[dict[str, Any]], shown: list[list[Shown]], grades: list[list[Answer]]) -> str:
-    """The page of single answers' grades: of each line of `results`, what was shown and what the judge said to it."""
+def grades_page(
+    results: list[dict[str, Any]], judge_inputs: list[list[JudgeInput]], grades: list[list[JudgeOutput]]
+) -> str:
+    """The HTML page of single answers' grades. For each line of `results`: the judge's inputs and its outputs."""
     data = [
         {
             "name": result["candidate"]["name"],
             "candidate": result["candidate"]["name"],
-            "items": [graded(one, grade) for one, grade in zip(these, those)],
+            "items": [graded_answer_data(judge_input, grade) for judge_input, grade in zip(inputs, outputs)],
         }
-        for result, these, those in zip(results, shown, grades)
+        for result, inputs, outputs in zip(results, judge_inputs, grades)
     ]
     heads = "".join(f"<th>{escape(result['candidate']['name'])}</th>" for result in results)
     rows = "".join(
-        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
-        for name, values in grade_rows(results)
+        f"<tr><td>{escape(label)}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
+        for label, values in grade_table_rows(results)
     )
-    figures = f'<div class="scroll"><table class="narrow"><tr><th></th>{heads}</tr>{rows}</table></div>'
-    return framed(results, "sets of answers", figures, data)
+    summary = f'<div class="scroll"><table class="narrow"><tr><th></th>{heads}</tr>{rows}</table></div>'
+    return render_page(results, "sets of answers", summary, data)
 
 
-def framed(results: list[dict[str, Any]], several: str, figures: str, data: list[dict[str, Any]]) -> str:
-    """The whole page: HTML of figures, and what the reader lists."""
-    title = data[0]["name"] if len(data) == 1 else f"{len(data)} {several}"
+def render_page(results: list[dict[str, Any]], plural: str, summary: str, data: list[dict[str, Any]]) -> str:
+    """The whole page. `plural`: a word for several entries of `data`. `summary`: HTML. `data`: the page's list."""
+    title = data[0]["name"] if len(data) == 1 else f"{len(data)} {plural}"
     judge, protocol, date = (results[0][key] for key in ("judge", "protocol", "date"))
     by = "verdicts as the files record them" if judge == "recorded" else f"judged by {judge}, protocol {protocol}"
     subtitle = f"{by}, {datetime.fromisoformat(date):%Y-%m-%d %H:%M}"
-    places = {
-        "title": escape(title),
-        "subtitle": escape(subtitle),
-        "figures": figures,
-    }
+    places = {"title": escape(title), "subtitle": escape(subtitle), "figures": summary}
     return html_page("judging/page.html", places, data)
 
 
-def listed(result: dict[str, Any], comparison: Comparison, verdicts: list[Verdict]) -> dict[str, Any]:
-    """What the reader shows of a comparison: its items, each with its verdicts."""
+def comparison_data(result: dict[str, Any], comparison: Comparison, verdicts: list[Verdict]) -> dict[str, Any]:
+    """The page's data on a comparison: its items, each with its verdicts."""
     items: list[dict[str, Any]] = [
         {"messages": item.messages, "candidate": item.candidate, "baseline": item.baseline, "verdicts": []}
         for item in comparison.items
@@ -75,24 +74,29 @@ def listed(result: dict[str, Any], comparison: Comparison, verdicts: list[Verdic
     return {"name": f"{one} against {two}", "candidate": one, "baseline": two, "items": items}
 
 
-def graded(shown: Shown, grade: Answer) -> dict[str, Any]:
-    """A single answer, whose grade stands where a pair's outcome does."""
+def graded_answer_data(judge_input: JudgeInput, grade: JudgeOutput) -> dict[str, Any]:
+    """The page's data on a single answer. Its grade takes the place of a pair's outcome."""
     outcome = grade.status if grade.value is None else f"grade {grade.value:g}"
     verdict = {"outcome": outcome, "preference": None, "weight": 1, "first": None, "text": grade.text}
-    (response,) = shown.responses
-    return {"messages": shown.messages, "reference": shown.reference, "candidate": response, "verdicts": [verdict]}
+    (response,) = judge_input.responses
+    return {
+        "messages": judge_input.messages,
+        "reference": judge_input.reference,
+        "candidate": response,
+        "verdicts": [verdict],
+    }
 
 
-def rate(result: dict[str, Any], name: str) -> str:
+def rate_cell(result: dict[str, Any], name: str) -> str:
     value, low, high = (result[f"{name}{end}"] for end in ("", "_low", "_high"))
     return "–" if value is None else f"{value:.1%} <span class=dim>{low:.1%} to {high:.1%}</span>"
 
 
-def share(value: float | None) -> str:
+def percent_cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def figures_table(results: list[dict[str, Any]]) -> str:
+def results_table(results: list[dict[str, Any]]) -> str:
     head = (
         "candidate", "baseline", "win rate, 95 % interval", "at equal lengths", "wins / ties / losses", "sign test p",
         "mean words", "first shown preferred", "orders agree", "not counted",
@@ -101,27 +105,27 @@ def figures_table(results: list[dict[str, Any]]) -> str:
     for result in results:
         one, two = result["candidate"], result["baseline"]
         words = " / ".join(f"{sum(side['lengths']) / len(side['lengths']):.0f}" for side in (one, two))
-        left = ", ".join(f"{result[key]} {key}" for key in ("malformed", "refused", "failed", "skipped") if result[key])
+        not_counted = ", ".join(f"{result[key]} {key}" for key in (*NOT_COUNTED, "skipped") if result[key])
         cells = (
             f"<b>{escape(one['name'])}</b>",
             escape(two["name"]),
-            rate(result, "win_rate"),
-            rate(result, "length_controlled_win_rate"),
+            rate_cell(result, "win_rate"),
+            rate_cell(result, "length_controlled_win_rate"),
             f"{one['wins']} / {result['ties']} / {two['wins']} <span class=dim>{result['total']} verdicts</span>"
             f"<span class=dim>{result['prompts']} prompts</span>",
             f"{result['sign_test_p']:.2g}",
             words,
-            share(result["first_shown"]),
-            share(result["orders_agree"]),
-            left or "none",
+            percent_cell(result["first_shown"]),
+            percent_cell(result["orders_agree"]),
+            not_counted or "none",
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     heads = "".join(f"<th>{name}</th>" for name in head)
     return f'<div class="scroll"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
 
 
-def bars(results: list[dict[str, Any]]) -> str:
-    """Win rates with their intervals, drawn on a line from 0 to 1."""
+def win_rate_chart(results: list[dict[str, Any]]) -> str:
+    """An SVG of the win rates and their intervals."""
     rows, one_baseline = [], len({result["baseline"]["name"] for result in results}) == 1
     for number, result in enumerate(results):
         y = 26 * number + 18
@@ -151,16 +155,15 @@ def bars(results: list[dict[str, Any]]) -> str:
     )
 
 
-def board_table(board: list[dict[str, Any]]) -> str:
-    if not board:
+def leaderboard_table(leaderboard: list[dict[str, Any]]) -> str:
+    if not leaderboard:
         return ""
     rows = "".join(
         f"<tr><td>{place}</td><td><b>{escape(one['name'])}</b></td><td>{one['rating']:+.0f} "
         f"<span class=dim>{one['rating_low']:+.0f} to {one['rating_high']:+.0f}</span></td>"
         f"<td>{one['win_rate']:.1%}</td></tr>"
-        for place, one in enumerate(board, 1)
+        for place, one in enumerate(leaderboard, 1)
     )
-    head = (
-        f"<th></th><th>model</th><th>rating, 95 % interval</th><th>win rate against {escape(board[0]['anchor'])}</th>"
-    )
+    anchor = escape(leaderboard[0]["anchor"])
+    head = f"<th></th><th>model</th><th>rating, 95 % interval</th><th>win rate against {anchor}</th>"
     return f'<h2>Leaderboard</h2><div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'

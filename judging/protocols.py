@@ -1,7 +1,7 @@
-"""What a judge is asked, and how its reply is read: pairwise, AlpacaEval 2, Arena-Hard, MT-Bench, and yours.
+"""The judge's prompts and how its replies are read: pairwise, AlpacaEval 2, Arena-Hard, MT-Bench, and your own.
 
-The wording of every prompt is this repo's own; what is asked, the form of the verdict and its arithmetic are the
-benchmarks'. docs/judging.md says what that means for comparing with their boards.
+This repo words every prompt itself. The question, the form of the verdict and its arithmetic follow the benchmarks.
+docs/judging.md explains how far the results can be compared with the published leaderboards.
 """
 
 import math
@@ -13,8 +13,8 @@ from utils import Message
 Status = Literal["judged", "malformed", "refused", "failed"]
 
 
-class Shown(NamedTuple):
-    """What a judge is shown: a conversation, one or two responses to its last message, a reference answer or ""."""
+class JudgeInput(NamedTuple):
+    """A conversation, one or two responses to its last message, and a reference answer or ""."""
 
     messages: list[Message]
     responses: tuple[str, ...]
@@ -22,8 +22,11 @@ class Shown(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What a model sent back. `alternatives`: log-probabilities of the likeliest candidates for its first token.
-    `refused`: the service itself says that there is no answer. `cut`: it reached its bound of tokens."""
+    """The text that a judge model sent back.
+
+    `refused`: the server reported a refusal. `alternatives`: log-probabilities of the likeliest first tokens.
+    `cut`: the reply reached the limit of tokens.
+    """
 
     text: str
     refused: bool = False
@@ -31,9 +34,12 @@ class Reply(NamedTuple):
     cut: bool = False
 
 
-class Answer(NamedTuple):
-    """What a judge says. `value`: how far it prefers the first response, from 0 to 1 (0.5: a tie), or the score of the
-    only one; None unless `status` is "judged". `weight`: how many verdicts it counts as. `text`: its own words."""
+class JudgeOutput(NamedTuple):
+    """A judge's decision on one input.
+
+    `value`: with two responses, the preference for the first one, from 0 to 1 (0.5 is a tie); with one, its score.
+    None unless `status` is "judged". `text`: the judge's own words. `weight`: how many verdicts this one counts as.
+    """
 
     value: float | None
     text: str
@@ -41,7 +47,7 @@ class Answer(NamedTuple):
     weight: int = 1
 
 
-REFUSAL = re.compile(
+REFUSAL_OPENING = re.compile(
     r"\W*(?:i['’]?m (?:very |so )?sorry|sorry|i (?:apologi[sz]e|can ?not|can['’]t|won['’]t|am (?:unable|not able))"
     r"|i['’]m (?:unable|not able)|as an ai\b)",
     re.IGNORECASE,
@@ -51,7 +57,7 @@ REFUSAL = re.compile(
 class PromptTemplate:
     """A plain choice between two responses. A subclass may change any attribute or method.
 
-    `max_tokens` bounds the reply; `logprobs`, when above 0, asks for that many candidates of its first token.
+    `max_tokens` limits the reply. `logprobs`: how many of the likeliest first tokens to ask for, 0 for none.
     """
 
     system = ""
@@ -60,38 +66,39 @@ class PromptTemplate:
     max_tokens = 256
     temperature = 0
     logprobs = 0
-    responses = 2  # shown at a time
-    both_orders = False  # unless the command line says otherwise
+    responses = 2  # in each input: 2 are compared, 1 is graded
+    both_orders = False  # the default of --both_orders
 
-    def request(self, shown: Shown) -> str:
+    def request(self, judge_input: JudgeInput) -> str:
         """The user's message to the judge."""
         one, two = tuple(self.labels)
-        first, second = shown.responses
+        first, second = judge_input.responses
         return (
-            f"Here is a conversation with an assistant.\n\n{transcript(shown.messages)}\n\n"
+            f"Here is a conversation with an assistant.\n\n{transcript(judge_input.messages)}\n\n"
             "The assistant could go on in two ways.\n\n"
             f"[Response {one}]\n{first}\n[End of Response {one}]\n\n"
             f"[Response {two}]\n{second}\n[End of Response {two}]\n\n"
             f'Reply with "Response {one}" or "Response {two}" and nothing else. {self.question}'
         )
 
-    def messages(self, shown: Shown) -> list[Message]:
+    def messages(self, judge_input: JudgeInput) -> list[Message]:
         """All messages to the judge."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": self.request(shown)}]
+        return [*system, {"role": "user", "content": self.request(judge_input)}]
 
-    def read(self, reply: Reply) -> Answer:
-        """The verdict in a reply. Nothing is guessed: without a verdict it is refused or malformed."""
+    def read(self, reply: Reply) -> JudgeOutput:
+        """The decision in a reply. A reply without a verdict is refused or malformed; nothing is guessed."""
         value, weight = (None, 1) if reply.refused else self.verdict(reply)
         if value is not None:
-            return Answer(value, reply.text, weight=weight)
-        return Answer(None, reply.text, "refused" if reply.refused or REFUSAL.match(reply.text) else "malformed")
+            return JudgeOutput(value, reply.text, weight=weight)
+        refused = reply.refused or REFUSAL_OPENING.match(reply.text)
+        return JudgeOutput(None, reply.text, "refused" if refused else "malformed")
 
     def verdict(self, reply: Reply) -> tuple[float | None, int]:
-        """(preference for the first response, weight); the preference is None where the reply does not say.
+        """(preference for the first response, weight). The preference is None if the reply states none.
 
-        A reply that names one response chooses it. In a reply that names both, the last sentence or line that names
-        one and ends there counts ("I pick Response 2.").
+        A reply that names one response chooses it. If a reply names both, the last sentence or line that names only
+        one and ends with its name decides ("I pick Response 2.").
         """
         name = rf"(?i:\bresponse)\W{{0,3}}([{re.escape(self.labels)}])"
 
@@ -109,8 +116,8 @@ class PromptTemplate:
 class AlpacaEval(PromptTemplate):
     """AlpacaEval 2's weighted verdict: one token, `m` or `M`, and the judge's probability of each.
 
-    The preference for the first response is P(m) / (P(m) + P(M)), a token that is not among the candidates counting as
-    0 (alpaca_eval 0.6.6, `logprob_parser`). Without either the reply is malformed.
+    The preference for the first response is P(m) / (P(m) + P(M)). A token that is not among the candidates has
+    probability 0; if both are missing, the reply is malformed (alpaca_eval 0.6.6, `logprob_parser`).
     """
 
     question = "Which model gave the better response, as a careful human reader would see it?"
@@ -119,10 +126,10 @@ class AlpacaEval(PromptTemplate):
     logprobs = 5
     both_orders = True
 
-    def request(self, shown: Shown) -> str:
-        first, second = shown.responses
+    def request(self, judge_input: JudgeInput) -> str:
+        first, second = judge_input.responses
         return (
-            f"Two models were given the same instruction.\n\n# Instruction\n\n{transcript(shown.messages)}\n\n"
+            f"Two models were given the same instruction.\n\n# Instruction\n\n{transcript(judge_input.messages)}\n\n"
             f"# Response of model m\n\n{first}\n\n# Response of model M\n\n{second}\n\n# Task\n\n{self.question} "
             "Answer with the name of that model, m or M: exactly this one letter and nothing else."
         )
@@ -133,9 +140,9 @@ class AlpacaEval(PromptTemplate):
 
 
 class ArenaHard(PromptTemplate):
-    """Arena-Hard's verdict of five: [[A>>B]], [[A>B]], [[A=B]], [[B>A]], [[B>>A]]; a strong one counts as three.
+    """Arena-Hard's five verdicts: [[A>>B]], [[A>B]], [[A=B]], [[B>A]], [[B>>A]]. A strong one (>>) counts three times.
 
-    The last one of the reply counts; single brackets where there are no double ones.
+    The last verdict in the reply counts. Single brackets count if there are no double ones.
     """
 
     system = (
@@ -150,21 +157,21 @@ class ArenaHard(PromptTemplate):
     max_tokens = 4096
     both_orders = True
 
-    def request(self, shown: Shown) -> str:
-        first, second = shown.responses
+    def request(self, judge_input: JudgeInput) -> str:
+        first, second = judge_input.responses
         return (
-            f"# Prompt\n\n{transcript(shown.messages)}\n\n# Answer of assistant A\n\n{first}\n\n"
+            f"# Prompt\n\n{transcript(judge_input.messages)}\n\n# Answer of assistant A\n\n{first}\n\n"
             f"# Answer of assistant B\n\n{second}"
         )
 
     def verdict(self, reply: Reply) -> tuple[float | None, int]:
         text = reply.text.upper()
         found = re.findall(r"\[\[([AB<>=]+)\]\]", text) or re.findall(r"\[([AB<>=]+)\]", text)
-        return arena_score(found[-1]) if found else (None, 1)
+        return parse_arena_verdict(found[-1]) if found else (None, 1)
 
 
-def arena_score(label: str) -> tuple[float | None, int]:
-    """(preference for A, weight) of a five-way label such as `A>>B`; the preference is None for any other text."""
+def parse_arena_verdict(label: str) -> tuple[float | None, int]:
+    """(preference for A, weight) of a verdict such as `A>>B`. The preference is None for any other text."""
     if label in ("A=B", "B=A"):
         return 0.5, 1
     match = re.fullmatch(r"([AB])(>{1,2}|<{1,2})([AB])", label)
@@ -174,20 +181,23 @@ def arena_score(label: str) -> tuple[float | None, int]:
 
 
 class MTBench(PromptTemplate):
-    """MT-Bench's single-answer grading, 1 to 10: the first [[n]], else the first [n]. A reference answer is shown where
-    the question has one (mathematics, reasoning, coding)."""
+    """MT-Bench's grade of a single answer, from 1 to 10: the first [[n]], else the first [n].
+
+    The judge also sees the reference answer if the question has one (mathematics, reasoning, coding).
+    """
 
     system = "You grade answers of an assistant, impartially."
     max_tokens = 2048
     responses = 1
 
-    def request(self, shown: Shown) -> str:
-        (response,) = shown.responses
-        reference = f"# Reference answer\n\n{shown.reference}\n\n" if shown.reference else ""
-        compare = " Compare it with the reference answer and name its mistakes." if shown.reference else ""
+    def request(self, judge_input: JudgeInput) -> str:
+        (response,) = judge_input.responses
+        reference = f"# Reference answer\n\n{judge_input.reference}\n\n" if judge_input.reference else ""
+        compare = " Compare it with the reference answer and name its mistakes." if judge_input.reference else ""
         return (
-            f"# Conversation\n\n{transcript(shown.messages)}\n\n{reference}# The assistant's answer to the last message"
-            f"\n\n{response}\n\n# Task\n\nHow helpful, relevant, accurate, deep, creative and detailed is this answer?"
+            f"# Conversation\n\n{transcript(judge_input.messages)}\n\n{reference}"
+            f"# The assistant's answer to the last message\n\n{response}\n\n"
+            "# Task\n\nHow helpful, relevant, accurate, deep, creative and detailed is this answer?"
             f"{compare} Explain briefly, then grade it from 1 to 10 in exactly this form: [[grade]], say [[5]]."
         )
 
@@ -201,7 +211,7 @@ PROTOCOLS = {"pairwise": PromptTemplate, "alpacaeval": AlpacaEval, "arenahard": 
 
 
 def transcript(messages: list[Message]) -> str:
-    """A conversation as text; a single message as it is."""
+    """A conversation as text, with the role before each message. A single message has no role before it."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)

@@ -90,7 +90,7 @@ def load_subject(
     implementation, layout = models.choose_attention(model, architecture, pairs=pairs)
     if parallel.device().type == "cpu" and layout != "padded":  # padded rows need tensors too large to use again
         parallel.keep_freed_memory()
-    data = {split: load_tokens(config, classes, tokenizer, split) for split in splits}
+    data = {split: tokenise_split(config, classes, tokenizer, split) for split in splits}
     loaders = {split: make_loader(config, classes, tokenizer, layout, split, tokens) for split, tokens in data.items()}
 
     load = functools.partial(build_model, model, implementation)
@@ -103,7 +103,7 @@ def load_subject(
     return subject, data
 
 
-def load_tokens(config: Config, classes: RunClasses, tokenizer: Tokenizer, split: str) -> TokenisedData:
+def tokenise_split(config: Config, classes: RunClasses, tokenizer: Tokenizer, split: str) -> TokenisedData:
     """The tokenised rows of "train" or "eval"; rank 0 tokenises them, the others find them."""
     return parallel.rank_zero_first(
         lambda: dataloader.load_tokens(
@@ -153,8 +153,8 @@ def make_references(
     reading: Reading | None,
     cached: Sequence[str],
 ) -> dict[str, Reference]:
-    """What the reference says of each split's records, as far as the loss asks for it: a cache, or a live model. The
-    policy itself computes the cache, unless the configuration names another reference."""
+    """The reference of each split, if the loss asks for one: a cache of its scores, or a live model. The policy itself
+    computes the cache, unless the configuration names another reference."""
     needs, model = binding.needs, config.model
     if not needs & {"reference", "live_reference"}:
         return {}
@@ -211,7 +211,7 @@ def build_model(
                 adapters.add(model, settings, trained)
             models.recompute_activations(model, settings.activation_checkpointing)
         if settings.compile:
-            head.compile_passes()
+            head.compile_passes(model)
             for layer in layers:
                 layer.forward = torch.compile(layer.forward, dynamic=True)  # not the layer: its hooks stay outside
         shard(model, layers, compute, hybrid=settings.hybrid_sharding, offload=settings.cpu_offload)

@@ -149,7 +149,7 @@ def activations(model: PreTrainedModel, own: ModelSettings, batch: Batch) -> flo
 
 
 class Products(TorchDispatchMode):
-    """Counts the bytes of what selective checkpointing keeps, which goes by no hook."""
+    """Counts the bytes that selective checkpointing keeps; no hook sees them."""
 
     size = 0
 

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """What is sampled from: a directory in the Hub's format, with other weights in place of its own, if any."""
+    """The model to sample from: a directory in the Hub's format. `load_from` may replace its weights."""
 
     folder: Path
     tokenizer: Path

@@ -21,16 +21,17 @@ from pydantic import Field
 
 import dataloader
 import trainers
-from autoencoders.formats import SAESource, find_sae, sections
+from autoencoders.formats import SAESource, find_sae, sae_sections
 from autoencoders.settings import SAESection
 from data.settings import DataSettings
 from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config
 from sampling.settings import SamplingSettings
 from training import loop
+from training.metrics import check_trackers
 from training.quantities import Binding, bind
 from training.settings import LossSettings, TrainingSettings
-from utils import REPO, Count, NonNegative, Settings, UserError, checked, console, known_keys, named_class, suggest
+from utils import REPO, Count, NonNegative, Settings, UserError, checked, console, known_keys, load_class, suggest
 
 S = TypeVar("S", bound=Settings)
 GROUPS = ("loss", "model", "sae", "experiment")  # each a directory of config/
@@ -96,6 +97,7 @@ class RunPaths:
 ELSEWHERE = {
     "bf16": "model.policy_dtype=bfloat16",
     "dataset_name": "datasets",
+    "enabled": "log_to=[wandb]",
     "eval_steps": "eval_every",
     "gradient_checkpointing": "model.activation_checkpointing",
     "learning_rate": "lr",
@@ -114,6 +116,7 @@ ELSEWHERE = {
     "save_steps": "save_every",
     "save_total_limit": "keep_checkpoints",
     "torch_dtype": "model.policy_dtype",
+    "report_to": "log_to",
     "warmup_ratio": "warmup_steps",
     "weight_decay": "optimizer_options.weight_decay",
 }
@@ -140,11 +143,28 @@ def checked_arguments(arguments: Sequence[str]) -> list[str]:
     """The arguments of train.py in Hydra's words. Ends the process with a line for each choice or key that is wrong."""
     translated = translate_arguments(arguments)
     try:
-        check_overrides([argument for argument in translated if not argument.startswith("-")])
+        overrides = [argument for argument in translated if not argument.startswith("-")]
+        check_overrides(overrides)
+        if len(overrides) == len(translated):  # else the command only prints something
+            require_choices(overrides)
     except UserError as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(2)
     return translated
+
+
+def require_choices(overrides: Sequence[str]) -> None:
+    """Raises UserError where neither an experiment nor a loss and a model are chosen."""
+    given = {override.partition("=")[0] for override in overrides}
+    missing = [group for group in ("loss", "model") if group not in given and "experiment" not in given]
+    if missing:
+        lines = [f"{group}= has to be one of {', '.join(choices_of(group))}" for group in missing]
+        raise UserError("\n".join(lines))
+
+
+def choices_of(group: str) -> list[str]:
+    """The names of the YAML files of a group."""
+    return sorted(path.stem for path in (REPO / "config" / group).glob("*.yaml"))
 
 
 def ranks_of(raw: DictConfig) -> int | None:
@@ -165,7 +185,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for override in parsed:
         group, value = override.key_or_group.partition("@")[0], override.value()
         if group in GROUPS:
-            there = sorted(path.stem for path in (REPO / "config" / group).glob("*.yaml"))
+            there = choices_of(group)
             named = isinstance(value, str) and not override.is_delete()
             if named and value not in there:
                 hint = suggest(str(value), there)
@@ -206,7 +226,8 @@ def plain(raw: DictConfig) -> dict[str, Any]:
     try:
         values: dict[str, Any] = without_missing(OmegaConf.to_container(raw, resolve=True))
     except OmegaConfBaseException as error:
-        raise UserError(f"the configuration is not complete: {str(error).splitlines()[0]}") from None
+        left_open = re.search(r"Missing mandatory value: (\S+)", str(error))
+        raise UserError(f"++{left_open[1]}= has to be given" if left_open else str(error).splitlines()[0]) from None
     return values
 
 
@@ -230,6 +251,9 @@ def completed(saved: DictConfig) -> DictConfig:
         del defaults[section]
     merged = OmegaConf.merge(defaults, {"model": model}, saved)
     assert isinstance(merged, DictConfig)
+    OmegaConf.set_struct(merged, False)
+    if merged.wandb.pop("enabled", False):
+        merged.log_to = ["wandb"]
     trainer = OmegaConf.select(merged, "loss.trainer")
     if trainer in MOVED:
         OmegaConf.update(merged, "loss.trainer", MOVED[trainer])
@@ -271,6 +295,8 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
         config.model.use_peft or not config.model.load_in_4bit, "model.load_in_4bit needs model.use_peft=true as well"
     )
     with problems.collected():
+        check_trackers(config.log_to)
+    with problems.collected():
         classes.trainer.check(config, classes.binding)
     with problems.collected():
         if "sae" in classes.binding.needs:
@@ -283,8 +309,8 @@ def run_classes(loss: LossSettings) -> RunClasses:
     """The classes that the loss names, matched with its hyper-parameters. Raises UserError where they do not fit."""
     if loss.trainer is None:
         raise UserError(f"loss={loss.name} needs a trainer of yours: ++loss.trainer=path/to/file.py:Class")
-    trainer = named_class(loss.trainer, trainers, "loss.trainer")
-    loader = named_class(loss.dataloader, dataloader, "loss.dataloader")
+    trainer = load_class(loss.trainer, trainers, "loss.trainer")
+    loader = load_class(loss.dataloader, dataloader, "loss.dataloader")
     return RunClasses(trainer, loader, bind(trainer, loader.records, loss))
 
 
@@ -293,10 +319,10 @@ def run_classes(loss: LossSettings) -> RunClasses:
 
 def require_sae(config: Config, who: str) -> None:
     """Raises UserError where the configuration has no SAE."""
-    if not sections(config.sae):
-        known = sorted(path.stem for path in (REPO / "config/sae").glob("*.yaml"))
+    if not sae_sections(config.sae):
         raise UserError(
-            f"{who} needs an SAE: sae={'|'.join(known)}, fitting the model, or ++sae.path=... ++sae.layer=..."
+            f"{who} needs an SAE that fits the model: sae={'|'.join(choices_of('sae'))}, "
+            "or ++sae.path=... ++sae.layer=..."
         )
 
 
@@ -327,7 +353,7 @@ def find_paths(config: Config, needs: frozenset[str]) -> RunPaths:
             else:
                 found[name] = found["model"]
     if "sae" in needs:
-        for where, section in sections(config.sae).items():
+        for where, section in sae_sections(config.sae).items():
             with problems.collected():
                 saes.append(find_sae(section, where))
     if model.load_from is not None:

@@ -1,12 +1,11 @@
 """What train.py and eval.py do before their slow imports: answer --help, and keep the start from wasting time."""
 
-import gc
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
 
-from utils import REPO
+from utils import REPO, collect_garbage_rarely
 
 WIDTH = 100
 
@@ -14,9 +13,7 @@ WIDTH = 100
 def begin(usage: str, sections: Sequence[str], *, groups: Sequence[str] = ()) -> None:
     """Print the help and end, where the command line asks for it: the usage, what the groups offer, and the keys in
     some sections of config.yaml and, as `model`, of model/base.yaml."""
-    # Importing and tokenising make many objects and no garbage; looking for it at every 700th, as Python does, would
-    # take a fifth of the time.
-    gc.set_threshold(100_000)
+    collect_garbage_rarely()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage.strip(), *map(choices, groups), *map(keys, sections), sep="\n\n")
         sys.exit(0)

@@ -13,30 +13,19 @@ from data import toy
 from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
+from launch.completions import draw, prompts_of, write_completions
 from launch.settings import Config
 from sampling.diversity import log_likelihoods
-from sampling.generate import Decoding, Request, Sample, sample
+from sampling.generate import Decoding, Request, Sample
 from training.loop import BasicTrainer
+from training.report import FIGURE_NAMES, write_run_page
 from utils import console, write_json
-
-FIGURE_NAMES = {  # the figures in the order of the table; a run has those that apply to it
-    "loss_before": "held-out loss before",
-    "loss_after": "held-out loss after",
-    "accuracy_before": "preference accuracy before",
-    "accuracy_after": "preference accuracy after",
-    "toy_score_before": "toy score before",
-    "toy_score_after": "toy score after",
-    "win_rate": "win rate against the start",
-    "feature_drift": "feature drift",
-    "kl": "KL to the reference, nats a completion",
-    "seconds": "seconds",
-    "peak_rss_mb": "peak memory, MB",
-}
 
 
 def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, started: float) -> None:
-    """Write summary.json and print it, with the names of the files that the run wrote."""
+    """Write summary.json and print it, with the names of the files that the run wrote; complete the run page."""
     run = trainer.run
+    write_completions(trainer, config, "after")
     figures = from_metrics(run.folder / "metrics.jsonl")
     if config.toy_comparison:
         figures |= against_start(trainer, config, start_weights)
@@ -45,6 +34,7 @@ def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, starte
     if parallel.rank() != 0:
         return
     write_json(run.folder / "summary.json", figures)
+    page = write_run_page(run.folder)
 
     table = Table("figure", "value", title=str(config.exp_name))
     for key, name in FIGURE_NAMES.items():
@@ -54,7 +44,10 @@ def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, starte
                 value += f" (95 % interval {figures['win_rate_low']:.4g} to {figures['win_rate_high']:.4g})"
             table.add_row(name, value)
     console.print(table)
-    console.print(f"{run.folder}/: LATEST/ (policy.pt and Hub format), summary.json, metrics.jsonl, config.yaml")
+    latest = run.folder / "LATEST"
+    holds = "policy.pt and Hub format" if (latest / "policy.pt").is_file() else "the SAEs"
+    console.print(f"{run.folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
+    console.print(f"curves, completions and settings, to look at in a browser: {page}")
 
 
 def from_metrics(path: Path) -> dict[str, float]:
@@ -88,19 +81,11 @@ def against_start(trainer: BasicTrainer, config: Config, start_weights: Path) ->
     rows = {row["prompt"]: row for row in trainer.loaders["eval"].rows}
     prompts = list(rows.values())[: config.toy_comparison]
 
-    control = [trainer.tokenizer.encode(token, add_special_tokens=False)[0] for token in trainer.control_tokens]
-    plain = [row["prompt_ids"] for row in prompts]
-    controlled = [[*ids, *control[:1]] for ids in plain]
+    plain, controlled = (prompts_of(trainer, prompts, trained=trained) for trained in (False, True))
 
     def completions(policy: Any, prompt_ids: list[list[int]], seed: int) -> list[Sample]:
-        return sample(
-            policy,
-            trainer.tokenizer,
-            [Request(ids, temperature=1.0) for ids in prompt_ids],
-            Decoding(config.max_new_tokens, seed),
-            batch_size=model.eval_batch_size,
-            never=control if policy is trainer.policy else (),
-        )
+        requests = [Request(ids, temperature=1.0) for ids in prompt_ids]
+        return draw(trainer, policy, requests, Decoding(config.max_new_tokens, seed))
 
     def log_likelihood(policy: Any, prompt_ids: list[list[int]], samples: list[Sample]) -> float:
         ids, tokenizer = [drawn.ids for drawn in samples], trainer.tokenizer

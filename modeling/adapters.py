@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, 2106.09685) through peft: added, turned off, merged, written.
+"""Low-rank adapters (LoRA, Hu et al. 2021, 2106.09685) with peft: add them, turn them off, merge them, write them.
 
-They sit inside the model's own modules, so all else that handles a model handles one with adapters. The model with its
-adapters turned off is the model before training, and so the reference.
+They are inside the model's own modules, so all code that handles a model also handles one with adapters. With its
+adapters turned off, the model is what it was before training, and so it is the reference.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from distributed import parallel
 from distributed.sharding import full_tensor, reshard
 from modeling.settings import ModelSettings
 
-NAME = "default"  # of the adapter within the model
+NAME = "default"  # the adapter's name within the model
 
 
 def add(model: PreTrainedModel, settings: ModelSettings, dtype: torch.dtype) -> None:
-    """Freeze the model and add adapters, kept in `dtype`, as `settings`, config.model, says (`peft`)."""
+    """Freeze the model and add adapters, kept in `dtype`. `settings` is config.model; its `peft` describes them."""
     from peft import LoraConfig  # an extra, and slow to import
 
-    own = settings.peft
+    options = settings.peft
     model.add_adapter(
         LoraConfig(
-            r=own.lora_r,
-            lora_alpha=own.lora_alpha,
-            lora_dropout=own.lora_dropout,
-            target_modules=own.target_modules,
+            r=options.lora_r,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            target_modules=options.target_modules,
             base_model_name_or_path=settings.name_or_path,
             task_type="CAUSAL_LM",
         ),
@@ -46,24 +46,24 @@ def add(model: PreTrainedModel, settings: ModelSettings, dtype: torch.dtype) -> 
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of that name belongs to an adapter."""
+    """Whether a parameter with this name belongs to an adapter."""
     return ".lora_" in name
 
 
 def name_in_base(name: str) -> str:
-    """What a parameter is called in the model without adapters."""
+    """The name of a parameter in the model without adapters."""
     return name.replace(".base_layer.", ".")
 
 
 def init_adapter(name: str, shape: torch.Size) -> Tensor:
-    """An adapter's start: A as a linear layer's, B zero, so that the model is first what it was."""
+    """An adapter's initial values: A as in a linear layer, B zero, so that the adapter first changes nothing."""
     if ".lora_B." in name:
         return torch.zeros(shape)
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
 
 
 def merged(model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
-    """A whole weight [out, in] with what its adapter, if it has one, adds: scaling * B @ A. For all ranks to call."""
+    """A full weight [out, in] plus scaling * B @ A, if it has an adapter. Every rank must call it."""
     if not name.endswith(".base_layer.weight"):
         return weight
     layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
@@ -73,7 +73,7 @@ def merged(model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def off(model: PreTrainedModel) -> Iterator[None]:
-    """The model without its adapters, in eval mode; afterwards as it was."""
+    """Turn the adapters off and use eval mode inside the `with` block; restore both afterwards."""
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
     training = model.training
     model.eval()
@@ -88,7 +88,7 @@ def off(model: PreTrainedModel) -> Iterator[None]:
 
 
 def write_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """The adapter alone, as peft's `PeftModel.from_pretrained` reads it. For all ranks to call; rank 0 writes."""
+    """Write the adapter alone, for peft's `PeftModel.from_pretrained`. Every rank must call it; rank 0 writes."""
     reshard(model)
     state = {
         f"base_model.model.{name.replace(f'.{NAME}.', '.')}": full_tensor(parameter).cpu().contiguous()

@@ -1,17 +1,19 @@
-"""Which tokens see each other, in the form that each implementation of attention takes.
+"""Attention: which tokens see each other, given to each implementation in its own form.
 
-The rule is `Batch`'s: token i sees token j iff they share a document, j <= i, and j's branch is 0 (the prompt) or i's
-own. A layer's sliding window counts positions of the document, not places in the row. Padded rows leave all that to
-transformers. The one row of a packed batch is computed by one of
+The rule is that of `Batch`: token i sees token j if and only if both have the same document, j <= i, and j's branch is
+0 (the prompt) or i's branch. A layer's sliding window counts positions in the document, not places in the row. For
+padded rows, transformers makes the masks. The one row of a packed batch is computed by one of these:
 
-- `flash_attention_2`, told where each document ends; it cannot share prompts;
-- `flex`: torch's flex attention, with a block mask made of the rule;
-- `segments`: segment by segment (`Batch.segments`), those of like lengths together, so that hardly a pair of tokens is
-  computed of which neither sees the other. On any device, with soft-capping or without.
+- `flash_attention_2` gets the ends of the documents. It cannot share prompts.
+- `flex` is torch's flex attention, with a block mask made from the rule.
+- `segments` computes each segment (`Batch.segments`) with the keys that it can see; segments of similar length go
+  together. It computes few scores that the mask hides, and runs on any device, with or without soft-capping.
 
-The last two are functions of ours that transformers calls in each layer, by its registry of attention functions.
+The last two are functions in this module. transformers calls them in each layer, through its registry of attention
+functions.
 
-Shape letters: T positions of the row, H heads, G key-value heads, S segments, Q queries, K keys, E width of a head.
+Shape letters: R rows, T positions of a row, H heads, G key-value heads, E width of a head, S segments of one block, Q
+and K queries and keys of a segment.
 """
 
 import importlib.util
@@ -31,14 +33,14 @@ from transformers.masking_utils import eager_mask
 from data.batch import PAD, Batch
 from utils import UserError, console
 
-# Architectures that tests/test_layouts.py compares, in every layout, with one forward pass for each sequence.
+# For these architectures tests/test_layouts.py compares every layout with one forward pass for each sequence.
 TESTED = ("gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
-WHY = {
+REASONS = {
     "flash_attention_2": "flash-attn is installed",
     "flex": "a block mask on this GPU",
-    "segments": "computes what is seen, and no more",
+    "segments": "computes only what tokens see",
     "sdpa": "torch's own, for padded rows",
-    "eager": "the model soft-caps its attention scores, which SDPA cannot",
+    "eager": "the model soft-caps its attention scores, which SDPA cannot do",
     "shared_prefix": "each prompt once",
     "packed": "no padding",
     "padded": "one sequence a row",
@@ -48,48 +50,56 @@ WHY = {
 def choose(
     attention: str, layout: str, config: PretrainedConfig, device: torch.device, dtype: str, *, pairs: bool
 ) -> tuple[str, str]:
-    """The implementation of attention and the layout to train with: the fastest that is right for the model and this
-    machine, of those that `attention` and `layout` leave open (`auto`: any); says which and why.
+    """Choose (attention implementation, layout) for training, and print the choice and why.
 
-    `pairs`: records hold several completions of one prompt. Raises UserError where nothing fits.
+    It is the fastest combination that works for the model on this machine and that `attention` and `layout` allow;
+    `auto` allows any. `pairs` says that records hold several completions of one prompt. Raises UserError if no
+    combination is possible.
     """
     kind = config.get_text_config().model_type
-    on_gpu = device.type == "cuda" and dtype == "bfloat16"
-    flash = on_gpu and importlib.util.find_spec("flash_attn") is not None
-    found: list[tuple[str, str]] = []
-    if kind in TESTED:
-        for packed in ("shared_prefix", "packed") if pairs else ("packed", "shared_prefix"):
-            if flash and packed == "packed":
-                found.append(("flash_attention_2", packed))
-            if on_gpu:
-                found.append(("flex", packed))
-            found.append(("segments", packed))
-    if flash:
-        found.append(("flash_attention_2", "padded"))
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is None:
-        found.append(("sdpa", "padded"))
-    found.append(("eager", "padded"))
-    for chosen in found:
+    possible = possible_combinations(config, device, dtype, pairs=pairs)
+    for chosen in possible:
         if attention in ("auto", chosen[0]) and layout in ("auto", chosen[1]):
-            reasons = "; ".join(f"{name}: {WHY[name]}" for name in reversed(chosen))
-            console.print(
-                f"layout and attention: {reasons}" + ("" if kind in TESTED else f" ({kind} is untested in others)")
-            )
+            reasons = "; ".join(f"{name}: {REASONS[name]}" for name in reversed(chosen))
+            untested = "" if kind in TESTED else f" ({kind} is not tested in other layouts)"
+            console.print(f"layout and attention: {reasons}{untested}")
             return chosen
     raise UserError(
         f"model.layout={layout}, model.attn_implementation={attention}: not for {kind} in {dtype} on {device.type}, "
-        f"where these go together: {', '.join(f'{layout} with {name}' for name, layout in found)}"
+        f"where these go together: {', '.join(f'{layout} with {name}' for name, layout in possible)}"
     )
 
 
+def possible_combinations(
+    config: PretrainedConfig, device: torch.device, dtype: str, *, pairs: bool
+) -> list[tuple[str, str]]:
+    """All (attention implementation, layout) that work for a model on this machine, the fastest first."""
+    on_gpu = device.type == "cuda" and dtype == "bfloat16"
+    flash = on_gpu and importlib.util.find_spec("flash_attn") is not None
+    possible: list[tuple[str, str]] = []
+    if config.get_text_config().model_type in TESTED:
+        for layout in ("shared_prefix", "packed") if pairs else ("packed", "shared_prefix"):
+            if flash and layout == "packed":
+                possible.append(("flash_attention_2", layout))
+            if on_gpu:
+                possible.append(("flex", layout))
+            possible.append(("segments", layout))
+    if flash:
+        possible.append(("flash_attention_2", "padded"))
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is None:
+        possible.append(("sdpa", "padded"))
+    possible.append(("eager", "padded"))
+    return possible
+
+
 def for_sampling(attention: str, config: PretrainedConfig, device: torch.device, dtype: str) -> str:
-    """The implementation to sample with: `attention`, if it is one for padded rows, else the fastest of those."""
-    padded = ("flash_attention_2", "sdpa", "eager")
-    return choose(attention if attention in padded else "auto", "padded", config, device, dtype, pairs=False)[0]
+    """The attention implementation to sample with: `attention` if it reads padded rows, else the fastest that does."""
+    for_padded = ("flash_attention_2", "sdpa", "eager")
+    return choose(attention if attention in for_padded else "auto", "padded", config, device, dtype, pairs=False)[0]
 
 
 def mask_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """What a model's forward pass takes, beside the tokens and their positions, to follow the rule."""
+    """The arguments of a model's forward pass that make it follow the rule, beside the tokens and their positions."""
     if batch.segments is None:
         return {"attention_mask": (batch.document != PAD).long()}
     implementation = model.config._attn_implementation
@@ -98,44 +108,50 @@ def mask_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         ends, longest = ends.to(batch.input_ids.device, non_blocking=True), max(lengths)
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    no_mask = {"attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1)}  # of four dimensions: transformers makes none
+    no_mask = {"attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1)}  # transformers leaves a 4-d mask as it is
     if implementation == "flex":
         windows = {None, getattr(model.config.get_text_config(), "sliding_window", None)}
         return {**no_mask, "block_masks": {window: block_mask(batch, window) for window in windows}}
     assert implementation == "segments", f"{implementation} attention cannot read packed rows"
-    return {**no_mask, "blocks": blocks(batch)}
+    return {**no_mask, "blocks": segment_blocks(batch)}
 
 
 # ---------------------------------------------------------------------------------------------------- flex attention
 
 
-def rule(batch: Batch, window: int | None) -> Callable[..., Tensor]:
-    """The rule, in the form of a `mask_mod`: whether query i of row r sees key j, for indices or tensors of them."""
+def mask_rule(batch: Batch, window: int | None) -> Callable[..., Tensor]:
+    """The rule as a `mask_mod` of flex attention: whether query i of row r sees key j.
+
+    The function takes indices or tensors of indices. `window` is the layer's sliding window.
+    """
     document, branch, position = batch.document, batch.branch, batch.position_ids
 
-    def sees(r: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        own_branch = (branch[r, j] == 0) | (branch[r, j] == branch[r, i])
-        seen = (document[r, i] == document[r, j]) & (j <= i) & own_branch
-        return seen if window is None else seen & (position[r, i] - position[r, j] < window)
+    def can_see(r: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        in_branch = (branch[r, j] == 0) | (branch[r, j] == branch[r, i])
+        visible = (document[r, i] == document[r, j]) & (j <= i) & in_branch
+        return visible if window is None else visible & (position[r, i] - position[r, j] < window)
 
-    return sees
+    return can_see
 
 
 def block_mask(batch: Batch, window: int | None) -> BlockMask:
-    """The rule as flex attention takes it, for layers with this sliding window."""
+    """The rule as a block mask of flex attention, for layers with this sliding window."""
     rows, width = batch.input_ids.shape
     device = batch.input_ids.device
-    compiled = device.type == "cuda"  # without, the mask would first exist whole
-    return create_block_mask(rule(batch, window), rows, None, width, width, device=device, _compile=compiled)
+    compiled = device.type == "cuda"  # otherwise the full mask [T, T] is made first
+    return create_block_mask(mask_rule(batch, window), rows, None, width, width, device=device, _compile=compiled)
 
 
-def flex(
+def flex_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: output [R, T, H, E] from queries, keys, values [R, H or G, T, E]."""
+    """`flex` in the registry of transformers: output [R, T, H, E] from queries, keys and values [R, H or G, T, E].
+
+    Without block masks (padded rows, sampling) it computes what `segment_attention` does.
+    """
     masks = options.pop("block_masks", None)
     if masks is None:
-        return segments(module, query, key, value, attention_mask, **options)
+        return segment_attention(module, query, key, value, attention_mask, **options)
     mask = masks[options.get("sliding_window")]
     return flex_attention_forward(module, query, key, value, mask, **options)[0], None
 
@@ -143,61 +159,67 @@ def flex(
 # ---------------------------------------------------------------------------------------------------- by segments
 
 
-PAIRS_AT_ONCE = 1 << 20  # query-key pairs of a block of several segments, at most: its scores exist whole
-PAIRS_A_CALL = 512  # query-key pairs that a CPU computes in about the time that a block more takes
+MAX_PAIRS = 1 << 20  # query-key pairs of a block of several segments, whose scores are all in memory at once
+PAIRS_PER_CALL = 512  # a CPU computes this many query-key pairs in about the time that one more block costs
 
 
 @dataclass
 class SegmentBlock:
-    """Segments of like lengths, each as wide as the longest; what is beyond its end is not read."""
+    """Segments of similar length that are computed together, padded to the longest. Outputs at padding are not used."""
 
-    queries: Tensor  # [S * Q] their places in the row
-    keys: Tensor  # [S * K] the places of what comes before each segment in its document, and of itself
-    before: Tensor  # [S] how many come before
+    queries: Tensor  # [S * Q] places in the row of each segment's tokens
+    keys: Tensor  # [S * K] places in the row of the prompt's tokens, if the segment continues one, and of its own
+    before: Tensor  # [S] how many of the keys belong to the prompt
 
 
-def blocks(batch: Batch) -> tuple[list[SegmentBlock], Tensor]:
-    """The segments of a packed batch, and where in the blocks' queries, one after the other, each place [T] is."""
+def segment_blocks(batch: Batch) -> tuple[list[SegmentBlock], Tensor]:
+    """The segments of a packed batch, in blocks.
+
+    Also an index [T]: where in the queries of all blocks, one after the other, each place of the row is.
+    """
     assert batch.segments is not None
     lengths, prompts = [length for length, _ in batch.segments], [prompt for _, prompt in batch.segments]
     places = torch.arange(sum(lengths)).split(lengths)
     seen = [own if prompt is None else torch.cat([places[prompt], own]) for own, prompt in zip(places, prompts)]
-    found, order, start = [], torch.empty(sum(lengths), dtype=torch.long), 0
+    blocks, order, start = [], torch.empty(sum(lengths), dtype=torch.long), 0
 
-    def there(index: Tensor) -> Tensor:
+    def on_device(index: Tensor) -> Tensor:
         return index.to(batch.input_ids.device, non_blocking=True)
 
-    for members in alike([(len(own), len(keys)) for own, keys in zip(places, seen)]):
-        queries = pad_sequence([places[n] for n in members], batch_first=True)
-        keys = pad_sequence([seen[n] for n in members], batch_first=True)
-        before = torch.tensor([len(seen[n]) - lengths[n] for n in members])
-        found.append(SegmentBlock(there(queries.flatten()), there(keys.flatten()), there(before)))
-        for n, first in zip(members, range(start, start + queries.numel(), queries.shape[1])):
+    for group in group_by_length([(len(own), len(keys)) for own, keys in zip(places, seen)]):
+        queries = pad_sequence([places[n] for n in group], batch_first=True)
+        keys = pad_sequence([seen[n] for n in group], batch_first=True)
+        before = torch.tensor([len(seen[n]) - lengths[n] for n in group])
+        blocks.append(SegmentBlock(on_device(queries.flatten()), on_device(keys.flatten()), on_device(before)))
+        for n, first in zip(group, range(start, start + queries.numel(), queries.shape[1])):
             order[places[n]] = torch.arange(first, first + lengths[n])
         start += queries.numel()
-    return found, there(order)
+    return blocks, on_device(order)
 
 
-def alike(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Segments, given their queries and keys, put together where the padding costs less than the calls saved."""
+def group_by_length(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Group segments: their indices into `sizes`, which holds (queries, keys) of each segment.
+
+    Segments share a group if their padding costs less than the calls that the group saves.
+    """
     groups: list[list[int]] = []
-    real = widest = 0
+    pairs = most_queries = 0  # of the last group: query-key pairs without padding, and queries of its longest segment
     for n in sorted(range(len(sizes)), key=lambda n: sizes[n][::-1]):
-        queries, keys = sizes[n]  # the keys are no fewer than those of any before
-        wide, together = max(widest, queries), real + queries * keys
-        saved = len(groups[-1]) if groups else 0
-        padded = (saved + 1) * wide * keys
-        if saved and padded <= min(PAIRS_AT_ONCE, together + saved * PAIRS_A_CALL):
+        queries, keys = sizes[n]  # in ascending order of the keys, so this is the largest number yet
+        new_most, new_pairs = max(most_queries, queries), pairs + queries * keys
+        calls_saved = len(groups[-1]) if groups else 0
+        padded_pairs = (calls_saved + 1) * new_most * keys
+        if calls_saved and padded_pairs <= min(MAX_PAIRS, new_pairs + calls_saved * PAIRS_PER_CALL):
             groups[-1].append(n)
-            real, widest = together, wide
+            pairs, most_queries = new_pairs, new_most
         else:
             groups.append([n])
-            real, widest = queries * keys, queries
+            pairs, most_queries = queries * keys, queries
     return groups
 
 
-@torch.compiler.disable  # a compiled layer would be compiled anew for each batch's lengths
-def segments(
+@torch.compiler.disable  # otherwise torch.compile compiles a layer again for the lengths of each batch
+def segment_attention(
     module: nn.Module,  # noqa: ARG001
     query: Tensor,
     key: Tensor,
@@ -211,32 +233,34 @@ def segments(
     blocks: tuple[list[SegmentBlock], Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: output [R, T, H, E] from queries, keys, values [R, H or G, T, E].
+    """`segments` in the registry of transformers: output [R, T, H, E] from queries, keys and values [R, H or G, T, E].
 
-    Without blocks (padded rows, sampling) it takes the additive mask that transformers made.
+    Without blocks (padded rows, sampling) it uses `attention_mask`, the additive mask that transformers has made.
     """
-    how: tuple[Any, ...] = (scaling, softcap, dropout)
+    options: tuple[Any, ...] = (scaling, softcap, dropout)
     if blocks is None:
-        return attend(query, key, value, attention_mask, *how).transpose(1, 2).contiguous(), None
+        return attend(query, key, value, attention_mask, *options).transpose(1, 2).contiguous(), None
 
     rows = [tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)]
     width = query.shape[3]
     outputs = []
     for block in blocks[0]:
         count, places = len(block.before), (block.queries, block.keys, block.keys)
-        # of rows: several times as fast, backward too, as indexing
+        # index_select of rows is several times as fast as indexing, also in the backward pass.
         taken = [r.index_select(0, p).view(count, -1, r.shape[1] // width, width) for r, p in zip(rows, places)]
-        own, keys, values = (tensor.transpose(1, 2) for tensor in taken)
-        bias = causal_bias(block.before, own.shape[2], keys.shape[2], sliding_window, query.dtype)
-        outputs.append(attend(own, keys, values, bias, *how).transpose(1, 2).flatten(2).flatten(0, 1))
+        queries, keys, values = (tensor.transpose(1, 2) for tensor in taken)
+        bias = causal_bias(block.before, queries.shape[2], keys.shape[2], sliding_window, query.dtype)
+        outputs.append(attend(queries, keys, values, bias, *options).transpose(1, 2).flatten(2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, blocks[1]).view(1, -1, query.shape[1], width), None
 
 
 def causal_bias(before: Tensor, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[S, 1, Q, K]: 0 where a query sees a key, elsewhere the lowest number. Before the first query of a segment come
-    `before` [S] of its keys."""
+    """An additive mask [S, 1, Q, K]: 0 if the query sees the key, else the lowest number of the dtype.
+
+    `before` [S] of each segment's keys come before its first query.
+    """
     place = torch.arange(max(queries, keys), device=before.device)
-    distance = (before.unsqueeze(1) + place[:queries]).unsqueeze(2) - place[:keys]  # below 0 for what is beyond the end
+    distance = (before.unsqueeze(1) + place[:queries]).unsqueeze(2) - place[:keys]  # below 0 for later keys and padding
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     bias = torch.zeros(hidden.shape, dtype=dtype, device=before.device)
     return bias.masked_fill_(hidden, torch.finfo(dtype).min).unsqueeze(1)
@@ -245,20 +269,22 @@ def causal_bias(before: Tensor, queries: int, keys: int, window: int | None, dty
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, softcap: float | None, dropout: float
 ) -> Tensor:
-    """Attention [S, H, Q, E] of queries [S, H, Q, E] to keys and values [S, G, K, E], with a bias [..., Q, K]."""
+    """Attention output [S, H, Q, E] of queries [S, H, Q, E], keys and values [S, G, K, E], and a bias [..., Q, K]."""
     if softcap is None:
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling, enable_gqa=grouped)
     rows, heads, queries, width = query.shape
-    # The heads that share keys come under one another. As few passes over the scores as there can be: softcap is added
-    # to each, which the softmax does not see, so that a sigmoid does what a tanh takes a CPU six times as long for.
-    together = (query * (2 * scaling / softcap)).reshape(rows, key.shape[1], -1, width)
-    scores = (together @ key.transpose(2, 3)).float().sigmoid_().view(rows, heads, queries, -1)
+    # softcap * tanh(x / softcap) = 2 * softcap * sigmoid(2 * x / softcap) - softcap, and a sigmoid takes a CPU a sixth
+    # of the time of a tanh. Its inner factor goes into the queries, its outer one into adding the bias, and the last
+    # term is left out, since the softmax does not depend on it. So soft-capping costs one pass over the scores, fewer
+    # than head.soft_cap, which returns the capped values. Heads that share keys are rows of one product.
+    grouped_query = (query * (2 * scaling / softcap)).reshape(rows, key.shape[1], -1, width)
+    scores = (grouped_query @ key.transpose(2, 3)).float().sigmoid_().view(rows, heads, queries, -1)
     scores = torch.add(bias, scores, alpha=2 * softcap)
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
-    return (weights.view(*together.shape[:3], -1) @ value).view(query.shape)
+    return (weights.view(*grouped_query.shape[:3], -1) @ value).view(query.shape)
 
 
-for name, function in (("flex", flex), ("segments", segments)):
+for name, function in (("flex", flex_attention), ("segments", segment_attention)):
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, eager_mask)  # for what is not a packed batch
+    AttentionMaskInterface.register(name, eager_mask)  # used for padded rows and sampling

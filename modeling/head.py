@@ -1,17 +1,21 @@
-"""From final hidden states to log-probabilities over the vocabulary, without the logits ever existing whole.
+"""From final hidden states to log-probabilities over the vocabulary. The logits of all tokens never exist at once.
 
 Shape letters: N completion tokens, n those of one chunk, D hidden width, V vocabulary.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
-CHUNK_ELEMENTS = 1 << 26  # logits held at once: 256 MiB in fp32
-CACHE_ELEMENTS = 1 << 21  # of them passed over at once on a CPU: what a pass makes on its way then stays in the cache
+CHUNK_ELEMENTS = 1 << 26  # logits in memory at once: 256 MiB in fp32
+CACHE_ELEMENTS = 1 << 21  # logits that a CPU passes over at once, so that intermediate results stay in its cache
 
 
 def token_statistics(
@@ -21,23 +25,27 @@ def token_statistics(
     softcap: float | None,
     other: tuple[Tensor, nn.Module] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log p(target) [N] in fp32 from the final hidden states [N, D] and, given the final hidden states [N, D] and the
-    head of another model, KL(other || own) [N] over the whole vocabulary, which has no gradient into the other."""
-    weight, bias = parameters(head)
-    others = None if other is None else (other[0].detach(), *parameters(other[1]))
-    logps, kl = _TokenStatistics.apply(hidden, weight, bias, target, softcap, others)
+    """log p(target) [N] in fp32 and, if `other` is given, KL(other || this model) [N] over the whole vocabulary.
+
+    `hidden` [N, D] are the final hidden states, `head` is the vocabulary projection; `other` holds those of another
+    model. The KL has no gradient into the other model. Soft-capping is softcap * tanh(logits / softcap), for both.
+    """
+    weight, bias = head_parameters(head)
+    other_inputs = None if other is None else (other[0].detach(), *head_parameters(other[1]))
+    logps, kl = _TokenStatistics.apply(hidden, weight, bias, target, softcap, other_inputs, passes_of(head))
     return logps, kl if other else None
 
 
-def parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight [V, D] and the bias [V] of a vocabulary projection."""
     return cast(Tensor, head.weight), cast(Tensor | None, getattr(head, "bias", None))
 
 
 class _TokenStatistics(torch.autograd.Function):
-    """Chunk by chunk; the backward pass computes each chunk's logits again, but for the last, which it starts with.
+    """`token_statistics`, chunk by chunk. The backward pass starts with the last chunk, whose logits are kept. It
+    computes the logits of the other chunks again.
 
-    Written out, since autograd keeps or makes a tensor [n, V] for nearly each operation that here works in place.
+    The gradient is written by hand because autograd would keep or create a tensor [n, V] for nearly every operation.
     """
 
     @staticmethod
@@ -49,22 +57,23 @@ class _TokenStatistics(torch.autograd.Function):
         target: Tensor,
         softcap: float | None,
         other: tuple[Tensor, Tensor, Tensor | None] | None,
+        passes: "Passes",
     ) -> tuple[Tensor, Tensor]:
-        own = _Projection(hidden, weight, bias, softcap)
-        others = None if other is None else _Projection(*other, softcap)
+        own = _Projection(hidden, weight, bias, softcap, passes)
+        others = None if other is None else _Projection(*other, softcap, passes)
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         kl = torch.zeros_like(logps)
-        ctx.lse, ctx.others_lse, ctx.last = torch.empty_like(logps), torch.empty_like(logps), None
-        for part in own.chunks():
-            ctx.last = None  # room for the next
-            logits = own.logits(part)
-            theirs = None if others is None else others.logits(part)
-            for rows, place in passes(logits, part.start):
-                logps[place], ctx.lse[place] = statistics(logits[rows], target[place])
-                if theirs is not None:
-                    kl[place], ctx.others_lse[place] = divergence(logits[rows], ctx.lse[place], theirs[rows])
-            ctx.last = logits
-        ctx.own, ctx.others, ctx.target = own, others, target
+        ctx.lse, ctx.other_lse, ctx.last_logits = torch.empty_like(logps), torch.empty_like(logps), None
+        for chunk in own.chunks():
+            ctx.last_logits = None  # frees memory for the next chunk
+            logits = own.logits(chunk)
+            other_logits = None if others is None else others.logits(chunk)
+            for rows, tokens in row_blocks(logits, chunk.start):
+                logps[tokens], ctx.lse[tokens] = passes.target_logps(logits[rows], target[tokens])
+                if other_logits is not None:
+                    kl[tokens], ctx.other_lse[tokens] = passes.kl(logits[rows], ctx.lse[tokens], other_logits[rows])
+            ctx.last_logits = logits
+        ctx.own, ctx.others, ctx.target, ctx.passes = own, others, target, passes
         return logps, kl
 
     @staticmethod
@@ -75,104 +84,149 @@ class _TokenStatistics(torch.autograd.Function):
         grad_hidden = torch.empty_like(own.hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
         grad_bias: Tensor | None = None
-        for part in reversed(own.chunks()):
-            logits, ctx.last = own.logits(part) if ctx.last is None else ctx.last, None
-            theirs = None if others is None else others.logits(part)
-            for rows, place in passes(logits, part.start):
-                of_others = None if theirs is None else (theirs[rows], ctx.others_lse[place])
-                grads = grad_logps[place], grad_kl[place]
-                to_gradient(logits[rows], ctx.lse[place], ctx.target[place], *grads, own.softcap, of_others)
+        for chunk in reversed(own.chunks()):
+            logits, ctx.last_logits = own.logits(chunk) if ctx.last_logits is None else ctx.last_logits, None
+            other_logits = None if others is None else others.logits(chunk)
+            for rows, tokens in row_blocks(logits, chunk.start):
+                other = None if other_logits is None else (other_logits[rows], ctx.other_lse[tokens])
+                grads = grad_logps[tokens], grad_kl[tokens]
+                ctx.passes.gradient(logits[rows], ctx.lse[tokens], ctx.target[tokens], *grads, own.softcap, other)
             grad = logits.to(own.weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ own.weight
+                grad_hidden[chunk] = grad @ own.weight
             if needs_weight:
-                grad_weight = added(grad_weight, grad.T @ own.hidden[part])
+                grad_weight = add_in_fp32(grad_weight, grad.T @ own.hidden[chunk])
             if needs_bias:
-                grad_bias = added(grad_bias, logits.sum(0))
-        return grad_hidden, grad_weight, grad_bias, None, None, None  # autograd casts them to their inputs' dtypes
+                grad_bias = add_in_fp32(grad_bias, logits.sum(0))
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None  # autograd casts them to the inputs' dtypes
 
 
-def added(total: Tensor | None, term: Tensor) -> Tensor:
-    """A sum in fp32, of one term so far where there is no total; in its place, so that there are never two."""
+def add_in_fp32(total: Tensor | None, term: Tensor) -> Tensor:
+    """total + term in fp32. The total is changed in place, so that a second tensor of its size never exists."""
     return term.float() if total is None else total.add_(term)
 
 
 class _Projection:
-    """Soft-capped logits of one model, by chunk."""
+    """The soft-capped logits of one model, a chunk at a time."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
-        self.hidden, self.weight, self.bias, self.softcap = hidden, weight, bias, softcap
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, passes: "Passes"
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.softcap, self.passes = hidden, weight, bias, softcap, passes
 
     def chunks(self) -> list[slice]:
-        """RunClasses of the N tokens, small enough for their logits to fit into CHUNK_ELEMENTS; of no tokens, one."""
+        """Ranges of the N tokens whose logits fit into CHUNK_ELEMENTS. Without tokens there is one empty chunk."""
         size = max(1, CHUNK_ELEMENTS // len(self.weight))
         return [slice(start, start + size) for start in range(0, max(1, len(self.hidden)), size)]
 
-    def logits(self, part: slice) -> Tensor:
+    def logits(self, chunk: slice) -> Tensor:
         """[n, V] in fp32."""
-        return capped(F.linear(self.hidden[part], self.weight, self.bias), self.softcap)
+        return self.passes.soft_cap(F.linear(self.hidden[chunk], self.weight, self.bias), self.softcap)
 
 
 # --------------------------------------------------------------------------------------------- passes over the logits
 
 
-PASSES = ("capped", "statistics", "divergence", "to_gradient")  # what `compile_passes` compiles
+def row_blocks(logits: Tensor, first: int) -> list[tuple[slice, slice]]:
+    """Split a chunk's logits [n, V] into blocks of rows: (rows of the chunk, the same rows among the N tokens).
 
-
-def passes(logits: Tensor, first: int) -> list[tuple[slice, slice]]:
-    """Rows of logits [n, V] to pass over together, and where they are among the N tokens, of which the chunk's first is
-    `first`."""
+    `first` is the place of the chunk's first row among the N tokens. A CPU gets blocks that fit into its cache.
+    """
     size = max(1, CACHE_ELEMENTS // logits.shape[1] if logits.device.type == "cpu" else len(logits))
-    parts = [(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
-    return [(slice(start, stop), slice(first + start, first + stop)) for start, stop in parts]
+    blocks = [(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
+    return [(slice(start, stop), slice(first + start, first + stop)) for start, stop in blocks]
 
 
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """In fp32, soft-capped; may overwrite them."""
+def soft_cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits in fp32, soft-capped if `softcap` is given. May overwrite its input."""
     logits = logits.float()
     if softcap is None:
         return logits
-    # softcap * tanh(x / softcap), by a sigmoid, which takes a CPU a sixth of the time of a tanh
+    # This is softcap * tanh(x / softcap), written with a sigmoid, which takes a CPU a sixth of the time of a tanh.
     return logits.mul_(2 / softcap).sigmoid_().sub_(0.5).mul_(2 * softcap)
 
 
-def statistics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target) [n], and the logarithm [n] of what probabilities are divided by."""
+def target_logps(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(target) [n] and the logsumexp [n] of the logits [n, V]."""
     lse = logits.logsumexp(1)
     return logits.gather(1, target.unsqueeze(1)).squeeze(1) - lse, lse
 
 
-def divergence(logits: Tensor, lse: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(theirs || own) [n], and their logarithm as `statistics` gives it. Overwrites theirs."""
-    others_lse = theirs.logsumexp(1)
-    share = (theirs - others_lse.unsqueeze(1)).exp_()
-    return share.mul_(theirs.sub_(logits)).sum(1) - others_lse + lse, others_lse
+def kl_divergence(logits: Tensor, lse: Tensor, other_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(other || this model) [n] and the other model's logsumexp [n]. Overwrites `other_logits` [n, V].
+
+    `lse` [n] is the logsumexp of this model's `logits` [n, V].
+    """
+    other_lse = other_logits.logsumexp(1)
+    other_probs = (other_logits - other_lse.unsqueeze(1)).exp_()
+    return other_probs.mul_(other_logits.sub_(logits)).sum(1) - other_lse + lse, other_lse
 
 
-def to_gradient(
+def logits_to_gradient(
     logits: Tensor,
     lse: Tensor,
     target: Tensor,
     grad_logps: Tensor,
     grad_kl: Tensor,
     softcap: float | None,
-    others: tuple[Tensor, Tensor] | None,
+    other: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Turns logits [n, V] into the gradient of the logits before soft-capping, from those of what `statistics` and
-    `divergence` give. `others`: their logits, which it overwrites, and logarithm."""
-    room = logits if softcap is None else torch.empty_like(logits)
-    grad = torch.sub(logits, lse.unsqueeze(1), out=room).exp_()  # the probabilities
+    """Overwrite soft-capped logits [n, V] with the gradient with respect to the logits before soft-capping.
+
+    `grad_logps` and `grad_kl` [n] are the gradients with respect to the results of `target_logps` and `kl_divergence`.
+    `other` holds the other model's logits [n, V], which are overwritten, and logsumexp [n].
+    """
+    out = logits if softcap is None else torch.empty_like(logits)
+    grad = torch.sub(logits, lse.unsqueeze(1), out=out).exp_()  # the probabilities
     grad.mul_((grad_kl - grad_logps).unsqueeze(1))
     grad.scatter_add_(1, target.unsqueeze(1), grad_logps.unsqueeze(1))
-    if others is not None:
-        theirs, others_lse = others
-        share = theirs.sub_(others_lse.unsqueeze(1)).exp_()
-        grad.sub_(share.mul_(grad_kl.unsqueeze(1)))
+    if other is not None:
+        other_logits, other_lse = other
+        other_probs = other_logits.sub_(other_lse.unsqueeze(1)).exp_()
+        grad.sub_(other_probs.mul_(grad_kl.unsqueeze(1)))
     if softcap is not None:  # the derivative of the soft-capping: 1 - (capped / softcap)^2
         torch.addcmul(grad, grad, logits.square_(), value=-1 / softcap**2, out=logits)
 
 
-def compile_passes() -> None:
-    """Have torch.compile fuse what each of these does, from now on in this process (`model.compile`)."""
-    for name in PASSES:
-        globals()[name] = torch.compile(globals()[name], dynamic=True)
+# ------------------------------------------------------------------------------------------------- eager or compiled
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The four functions that pass over a chunk's logits: as they are written above, or compiled."""
+
+    soft_cap: Callable[..., Tensor]
+    target_logps: Callable[..., tuple[Tensor, Tensor]]
+    kl: Callable[..., tuple[Tensor, Tensor]]
+    gradient: Callable[..., None]
+
+
+EAGER = Passes(soft_cap, target_logps, kl_divergence, logits_to_gradient)
+CHOSEN = "_passes"  # the attribute of a vocabulary projection that holds its passes
+
+
+@cache
+def compiled_passes() -> Passes:
+    """The four functions, each fused by torch.compile. They are compiled once in a process."""
+    return Passes(
+        soft_cap=torch.compile(soft_cap, dynamic=True),
+        target_logps=torch.compile(target_logps, dynamic=True),
+        kl=torch.compile(kl_divergence, dynamic=True),
+        gradient=torch.compile(logits_to_gradient, dynamic=True),
+    )
+
+
+def use_passes(head: nn.Module, passes: Passes) -> None:
+    """From now on `token_statistics` uses these passes for this vocabulary projection."""
+    setattr(head, CHOSEN, passes)
+
+
+def passes_of(head: nn.Module) -> Passes:
+    """The passes chosen by `use_passes`, or EAGER."""
+    return getattr(head, CHOSEN, EAGER)
+
+
+def compile_passes(model: PreTrainedModel) -> None:
+    """Use compiled passes for a model's vocabulary projection (`model.compile`); a reward model has none."""
+    if (head := model.get_output_embeddings()) is not None:
+        use_passes(head, compiled_passes())

@@ -1,11 +1,11 @@
-"""Weights on disk: where they are, reading into a model each rank's own slices, and writing a model whole.
+"""Weights on disk: find them, read each rank's slices into a model, and write a full model.
 
-Read: safetensors in Hub format, or a `policy.pt`. Nothing here loads a pickle that could run code.
+Two formats are read: safetensors in Hub format, and `policy.pt`. No pickle that could run code is loaded.
 """
 
 import copy
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,18 +16,21 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from distributed import parallel
-from distributed.sharding import full_tensor, local, own_ranges, reshard
+from distributed.sharding import full_tensor, local_ranges, local_slice, reshard
 from modeling import adapters
-from utils import UserError, file_digest, fingerprint, local_path
+from utils import UserError, file_digest, fingerprint, resolve_path
 
-WEIGHTS = "model*.safetensors"  # beside others: a PPO run's value head, the same weights under names of their authors'
+# A directory can hold other safetensors: the value head of a PPO run, or the same weights under their authors' names.
+WEIGHTS = "model*.safetensors"
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # buffers in older checkpoints
+REWARD_HEAD = "score."
+MEAN_ROWS = 4096  # rows read at once to compute a mean
 
 
 class Weights(Protocol):
-    """Named tensors of which any part can be read."""
+    """Named tensors, which can be read in parts."""
 
-    source: Path
+    source: Path  # for messages
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -52,14 +55,14 @@ class SafetensorsWeights:
                 raise UserError(f"{path}: not a safetensors file ({error})") from error
 
     def read(self, name: str, ranges: tuple[slice, ...]) -> Tensor:
-        # Opened anew for each tensor: what was read through one mapping of the file counts as this process's memory
-        # until that mapping goes.
+        # Open the file for each tensor: what is read through a mapping counts as memory of this process until the
+        # mapping is closed.
         with safe_open(self.files[name], "pt") as file:
             return file.get_slice(name)[ranges] if ranges else file.get_tensor(name)
 
 
 class PolicyFile:
-    """A `policy.pt` of this repo or of HALOs."""
+    """A `policy.pt` written by this repository or by HALOs."""
 
     def __init__(self, path: Path) -> None:
         self.source = path
@@ -67,7 +70,7 @@ class PolicyFile:
             self.state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         except (RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).partition(".")[0]  # torch adds advice on how to load it all the same
+            reason = str(error).partition(".")[0]  # without torch's advice to load it unsafely
             raise UserError(f"{path}: not a policy.pt of plain tensors ({reason})") from error
 
     def read(self, name: str, ranges: tuple[slice, ...]) -> Tensor:
@@ -75,7 +78,7 @@ class PolicyFile:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The model's own safetensors files in a Hub-format directory. Raises UserError where there are none."""
+    """The safetensors files of a model in a Hub-format directory. Raises UserError if there are none."""
     files = sorted(directory.glob(WEIGHTS))
     if not files:
         raise UserError(f"{directory}: no {WEIGHTS} (pickled weights are not loaded; convert them to safetensors)")
@@ -83,8 +86,11 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def find_weights(load_from: str) -> Path:
-    """What `model.load_from` names: a `policy.pt`, or a Hub-format directory (for a run directory, its LATEST)."""
-    path = local_path(load_from)
+    """The weights that `model.load_from` names: a `policy.pt` or a Hub-format directory; LATEST of a run directory.
+
+    Raises UserError if there are none.
+    """
+    path = resolve_path(load_from)
     if (path / "LATEST").is_dir():
         path = path / "LATEST"
     if path.is_file() or list(path.glob(WEIGHTS)):
@@ -95,13 +101,13 @@ def find_weights(load_from: str) -> Path:
 
 
 def open_weights(directory: Path, load_from: str | None) -> Weights:
-    """The weights in `directory`, or those that `load_from` replaces them with."""
+    """The weights in `directory` or, unless it is None, those that `load_from` names."""
     source = directory if load_from is None else find_weights(load_from)
     return PolicyFile(source) if source.is_file() else SafetensorsWeights(source)
 
 
 def weights_digest(directory: Path, load_from: str | None) -> str:
-    """Changes whenever the weights that `open_weights` would read do, on any number of ranks."""
+    """A digest of the files that `open_weights` would read. It does not depend on the number of ranks."""
     source = directory if load_from is None else find_weights(load_from)
     files = [source] if source.is_file() else [source / "config.json", *weight_files(source)]
     return parallel.from_rank_zero(lambda: fingerprint([file_digest(file) for file in files]))
@@ -110,112 +116,122 @@ def weights_digest(directory: Path, load_from: str | None) -> str:
 # ---------------------------------------------------------------------------------------------------- into a model
 
 
-def fill(model: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
-    """Read into each parameter this rank's own slice of it.
+def load_weights(model: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
+    """Read each parameter into the model; every rank reads only its own slice.
 
-    What no file has is made: adapters, a reward model's head and the embeddings of `new_tokens` that the vocabulary has
-    grown by. Raises UserError listing all that is missing, left over or of another shape, before anything is read.
+    Some parameters may be in no file and get initial values: adapters, a reward model's head, and the embeddings of
+    `new_tokens`, which are new in the vocabulary. Raises UserError, before anything is read, with a list of all weights
+    that are missing, left over or of another shape.
     """
-    names: dict[int, list[str]] = {}
     tensors = model.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():  # a tied parameter has several names, and files have one of them or all
+    names: dict[int, list[str]] = {}  # by parameter; a tied one has several names, and files have one of them or all
+    for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
+    sources = match_weights(tensors, list(names.values()), weights, new_tokens)
+    with torch.no_grad():
+        for name, *_ in names.values():
+            tensor = tensors[name]
+            if name not in sources:
+                initial = init_missing(name, tensor.shape, model.config.initializer_range)
+                local_slice(tensor).copy_(initial[local_ranges(tensor)])
+            elif local_slice(tensor).numel():
+                local_slice(tensor).copy_(read_rows(weights, sources[name], local_ranges(tensor)))
+
+
+def match_weights(
+    tensors: Mapping[str, Tensor], names: Sequence[list[str]], weights: Weights, new_tokens: int
+) -> dict[str, str]:
+    """For each parameter that is in the files, by its first name in the model: its name in the files.
+
+    `names` holds all names of each parameter. Raises UserError as `load_weights` says.
+    """
     problems: dict[str, list[str]] = {"missing": [], "left over": [], "of another shape": []}
-    sources: dict[str, str] = {}  # of a tensor of the model: its name in the file
+    sources: dict[str, str] = {}
     known = set()
-    for own in names.values():
-        candidates = [adapters.name_in_base(name) for name in own]
+    for own_names in names:
+        first = own_names[0]
+        candidates = [adapters.name_in_base(name) for name in own_names]
         known.update(candidates)
         source = next((name for name in candidates if name in weights.shapes), None)
-        shape = tuple(tensors[own[0]].shape)
+        shape = tuple(tensors[first].shape)
         if source is not None:
-            sources[own[0]] = source
-            there = weights.shapes[source]
-            if there not in (shape, (shape[0] - new_tokens, *shape[1:])):
-                problems["of another shape"].append(f"{source} ({list(there)}, the model's is {list(shape)})")
-        elif not is_new(own[0]):
+            sources[first] = source
+            found = weights.shapes[source]
+            if found not in (shape, (shape[0] - new_tokens, *shape[1:])):
+                problems["of another shape"].append(f"{source} ({list(found)}, the model's is {list(shape)})")
+        elif not may_be_missing(first):
             problems["missing"].append(candidates[0])
-    heads = {"lm_head.weight", "embed_out.weight"} if any(name.startswith(REWARD_HEAD) for name in tensors) else set()
-    left_over = sorted(weights.shapes.keys() - known - heads)
+    is_reward_model = any(name.startswith(REWARD_HEAD) for name in tensors)
+    unused_heads = {"lm_head.weight", "embed_out.weight"} if is_reward_model else set()
+    left_over = sorted(weights.shapes.keys() - known - unused_heads)
     problems["left over"] += [name for name in left_over if not name.endswith(NOT_WEIGHTS)]
     require_matching_weights(weights.source, problems)
-    with torch.no_grad():
-        for own in names.values():
-            tensor = tensors[own[0]]
-            if own[0] not in sources:
-                made = init_missing(own[0], tensor.shape, model.config.initializer_range)
-                local(tensor).copy_(made[own_ranges(tensor)])
-            elif local(tensor).numel():
-                local(tensor).copy_(read_rows(weights, sources[own[0]], own_ranges(tensor)))
+    return sources
 
 
 def require_matching_weights(source: Path, problems: Mapping[str, list[str]]) -> None:
-    """Raise UserError for weights that do not fit, if there are any, by what is wrong with them."""
+    """Raise UserError if there are problems: names of weights, by what is wrong with them."""
     if any(problems.values()):
-        lists = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(found)}" for kind, found in problems.items() if found)
+        lists = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{source}: the weights do not fit the model. {lists}")
 
 
-REWARD_HEAD = "score."
-
-
-def is_new(name: str) -> bool:
+def may_be_missing(name: str) -> bool:
+    """Whether a parameter gets initial values when no file has it."""
     return adapters.is_adapter(name) or name.startswith(REWARD_HEAD)
 
 
 def init_missing(name: str, shape: torch.Size, std: float) -> Tensor:
-    """The start of a parameter that no file has: the same on any number of ranks, as long as all ask in one order."""
+    """Initial values of a full parameter. They do not depend on the number of ranks if all ranks ask in one order."""
     if adapters.is_adapter(name):
         return adapters.init_adapter(name, shape)
     return nn.init.normal_(torch.empty(shape), std=std)
 
 
 def read_rows(weights: Weights, name: str, ranges: tuple[slice, ...]) -> Tensor:
-    """A part of a tensor; rows beyond the file's own are the mean of all, so that a new token first changes little."""
+    """A part of a tensor. Rows beyond the end of the file's are its mean row, so that a new token changes little."""
     rows = weights.shapes[name][0] if ranges else 0
     if not ranges or ranges[0].stop <= rows:
         return weights.read(name, ranges)
-    own = weights.read(name, (slice(min(ranges[0].start, rows), rows), *ranges[1:]))
+    existing = weights.read(name, (slice(min(ranges[0].start, rows), rows), *ranges[1:]))
     total = torch.zeros(weights.shapes[name][1:])
     for start in range(0, rows, MEAN_ROWS):
         total += weights.read(name, (slice(start, min(start + MEAN_ROWS, rows)), *ranges[1:])).float().sum(0)
-    more = ranges[0].stop - max(ranges[0].start, rows)
-    return torch.cat([own, (total / rows).to(own.dtype).expand(more, *total.shape)])
-
-
-MEAN_ROWS = 4096  # read at once
+    new_rows = ranges[0].stop - max(ranges[0].start, rows)
+    return torch.cat([existing, (total / rows).to(existing.dtype).expand(new_rows, *total.shape)])
 
 
 # ---------------------------------------------------------------------------------------------------- out of a model
 
 
-def gather(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All weights, whole, on the CPU of rank 0, adapters merged into what they adapt; nothing on the others.
+def gather_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All weights by name, full, on the CPU of rank 0, with adapters merged; an empty dictionary on other ranks.
 
-    Every rank has to call it. A tied parameter is there once, under each of its names.
+    Every rank must call it. The names of a tied parameter share one tensor.
     """
     reshard(model)
     state: dict[str, Tensor] = {}
-    seen: dict[int, Tensor] = {}
-    own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    gathered: dict[int, Tensor] = {}
+    known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if adapters.is_adapter(name) or name not in own:  # what quantisation keeps beside a weight
+        if adapters.is_adapter(name) or name not in known:  # quantisation keeps other tensors beside a weight
             continue
-        if id(tensor) not in seen:
+        if id(tensor) not in gathered:
             full = adapters.merged(model, name, full_tensor(tensor))
-            # A copy of its own: what was gathered on the CPU may be a view of more.
-            seen[id(tensor)] = torch.empty_like(full, device="cpu").copy_(full) if parallel.rank() == 0 else full[:0]
-        state[adapters.name_in_base(name)] = seen[id(tensor)]
+            # Copied, since a tensor gathered on the CPU may be a view of a larger one.
+            copied = torch.empty_like(full, device="cpu").copy_(full) if parallel.rank() == 0 else full[:0]
+            gathered[id(tensor)] = copied
+        state[adapters.name_in_base(name)] = gathered[id(tensor)]
     return state if parallel.rank() == 0 else {}
 
 
 def write_hub_format(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
-    """The directory that `from_pretrained` and vLLM read, from what `gather` gives on rank 0."""
-    once = {id(tensor): name for name, tensor in reversed(state.items())}
+    """Write the directory that `from_pretrained` and vLLM read, from the result of `gather_weights` on rank 0."""
+    first_names = {id(tensor): name for name, tensor in reversed(state.items())}  # one for each tied parameter
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights written are not quantised
     config.save_pretrained(folder)
     if isinstance(model.generation_config, GenerationConfig):
         model.generation_config.save_pretrained(folder)
-    save_torch_state_dict({name: state[name] for name in once.values()}, folder)
+    save_torch_state_dict({name: state[name] for name in first_names.values()}, folder)

@@ -253,6 +253,6 @@ def optional(body: dict[str, Any]) -> dict[str, str]:
     """Parameters that a reasoning model may refuse without anything else being drawn, and what that means."""
     neutral = [name for name in ("temperature", "top_p") if body[name] == 1]
     return {
-        "max_tokens": "max_completion_tokens is sent in its place, and bounds its reasoning too",
+        "max_tokens": "max_completion_tokens is sent instead, and bounds its reasoning too",
         **dict.fromkeys(neutral, "it is left out, being 1"),
     }

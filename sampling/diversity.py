@@ -34,7 +34,7 @@ def log_likelihoods(
     pad_id: int,
     eos_id: int,
 ) -> list[float]:
-    """log p(completion | prompt), in nats, of each."""
+    """log p(completion | prompt) of each completion, in nats."""
     records: list[dict[str, Any]] = [
         {"prompt_ids": list(prompt), "completion_ids": [list(completion)], "index": i}
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))

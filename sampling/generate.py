@@ -28,7 +28,7 @@ from utils import Message, UserError, fingerprint, progress_bar
 
 @dataclass(frozen=True)
 class Decoding:
-    """How completions are drawn, but for the temperature, which each request has of its own."""
+    """How completions are drawn. Each request has its own temperature."""
 
     max_new_tokens: int
     seed: int

@@ -10,24 +10,26 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-gc.set_threshold(100_000)  # as train.py does, and before the imports here too
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for each other
 
 import pytest
 import torch
 import torch.distributed as dist
+from forks import Fork
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from data import batch as batches
 from data.batch import Batch
 from distributed import parallel
-from forks import Fork
 from sae import SAE
 
 REPO = Path(__file__).resolve().parent.parent
-DATA = REPO.parent / "shared" / "data"
+# Whole files of real data, where someone has them; tests that need one are skipped without. And 100 rows for everyone.
+DATA = Path(os.environ["FPO_DATA"]).resolve() if os.environ.get("FPO_DATA") else Path("FPO_DATA (not set)")
+HH_100 = REPO / "tests" / "data" / "hh-100"
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+gc.set_threshold(100_000)  # as the commands do
 
 
 def tiny_gemma(seed: int = 0) -> Gemma2ForCausalLM:
@@ -87,7 +89,7 @@ def collate(records: list[dict], layout: str = "padded") -> Batch:
 @pytest.fixture(scope="session", autouse=True)
 def process_group():
     """One rank, as the commands have it."""
-    parallel.join(0, 1, dist.HashStore())
+    parallel.init_process_group(0, 1, dist.HashStore())
     yield
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol, judges by a rule, and misbehaves when told to."""
+"""A fake OpenAI-compatible server that judges by a rule and sends faults on request."""
 
 import contextlib
 import http.server
@@ -14,7 +14,7 @@ from judging.judge import Item
 KEY = "sk-test-0123456789abcdef"
 CONFIG = {"exp_name": "run", "human_prefix": "\n<|user|>\n", "assistant_prefix": "\n<|assistant|>\n"}
 
-Fault = Callable[["Handler"], None]  # answers instead of the rule
+Fault = Callable[["Handler"], None]  # writes a faulty response
 
 
 def items(count: int) -> list[Item]:
@@ -46,7 +46,7 @@ def prefers_good(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    server: "Server"
+    server: "FakeServer"
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
@@ -56,12 +56,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.starts.append(time.monotonic())
             fault = self.server.faults.pop(0) if self.server.faults else None
         time.sleep(self.server.delay)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client gave up
-            made = fault or self.server.rule(request)
-            if callable(made):
-                made(self)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has left
+            response = fault or self.server.rule(request)
+            if callable(response):
+                response(self)
             else:
-                self.answer(200, json.dumps(made).encode())
+                self.answer(200, json.dumps(response).encode())
                 with self.server.lock:
                     self.server.answered += 1
 
@@ -80,8 +80,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 Rule = Callable[[dict[str, Any]], dict[str, Any] | Fault]
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """`rule` makes a reply, or a fault, of a request; `faults` come first, in turn. `answered` counts the replies."""
+class FakeServer(http.server.ThreadingHTTPServer):
+    """Answers each request with the next of `faults`; when none is left, with what `rule` makes of the request.
+
+    `answered` counts the replies of the rule.
+    """
 
     daemon_threads = True
 
@@ -94,7 +97,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     @contextlib.contextmanager
-    def running(self) -> Iterator["Server"]:
+    def running(self) -> Iterator["FakeServer"]:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         with self:
             yield self
@@ -115,8 +118,8 @@ def reply(text: str, **choice: Any) -> Fault:
 
 
 def half_a_body(handler: Handler) -> None:
-    whole = json.dumps(completion("Response 1")).encode()
-    handler.answer(200, whole[: len(whole) // 2], length=len(whole))
+    body = json.dumps(completion("Response 1")).encode()
+    handler.answer(200, body[: len(body) // 2], length=len(body))
     handler.close_connection = True
     handler.wfile.flush()
     handler.connection.close()

@@ -29,7 +29,8 @@ from dataloader import DataLoader
 from launch import assembly, settings
 from models import Scores
 from training.checkpoint import Run
-from training.loop import BasicTrainer, MetricAccumulator
+from training.loop import BasicTrainer
+from training.metrics import MetricAccumulator
 
 TINY = REPO / "assets/tiny"
 BATCH = 8

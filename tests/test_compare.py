@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import DATA, look_at
-from judge_server import CONFIG, KEY, Server, body, completion, items, prefers_good, reply, status, write_samples
+from judge_server import CONFIG, KEY, FakeServer, body, completion, items, prefers_good, reply, status, write_samples
 
 import compare
 from judging import alpaca_eval_official, answers
@@ -30,21 +31,21 @@ with_the_extra = pytest.mark.skipif(EXTRA is None, reason="the extra `alpaca-eva
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with Server().running() as server:
+    with FakeServer().running() as server:
         yield server
 
 
-def run(samples: Path, server: Server, *options: str) -> dict[str, Any]:
-    """The line that the command appends to the results file beside the samples."""
+def run(samples: Path, server: FakeServer, *options: str) -> dict[str, Any]:
+    """Run the command, and return the line that it appends to the results file."""
     results = samples.parent / "results.jsonl"
     compare.main(["-f", str(samples), "-r", str(results), "-j", "m", "--base_url", server.url, *options])
     return json.loads(results.read_text().splitlines()[-1])
 
 
-def refusal(*arguments: str | Path) -> str:
-    """What the command says as it stops with status 2."""
+def error_of(*arguments: str | Path) -> str:
+    """The error message of a command that exits with status 2."""
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as error:
         compare.main([str(argument) for argument in arguments])
     assert stop.value.code == 2
@@ -52,15 +53,41 @@ def refusal(*arguments: str | Path) -> str:
 
 
 def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    """Equal but for when, and for what was paid."""
-    paid = dict.fromkeys(("date", "requests", "tokens_in", "tokens_out", "cost"))
-    return one | paid == two | paid
+    """Whether two lines are equal except for the date and the cost."""
+    ignored = dict.fromkeys(("date", "requests", "tokens_in", "tokens_out", "cost"))
+    return one | ignored == two | ignored
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def test_compare_does_not_import_torch() -> None:
+    heavy = {"torch", "transformers", "datasets"}
+    code = f"import sys, compare; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_help_groups_the_flags(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    titles = ["    python compare.py -f samples/my_experiment.json", "files and answers:", "the judge:"]
+    titles += ["the protocol:", "cost and speed:", "output:"]
+    places = [said.index(f"\n{title}") for title in titles]
+    assert places == sorted(places)
+    lines = said.split("files and answers:")[1].splitlines()
+    helps = [below for flag, below in pairwise(lines) if flag.startswith("  -")]
+    assert len(helps) == 26
+    assert all(re.fullmatch(r"      \S.*\((default: .+|required)\)", line) for line in helps)
 
 
 # ---------------------------------------------------------------------------------------------------- the results file
 
 
-def test_a_line_of_results(tmp_path: Path, server: Server) -> None:
+def test_a_line_of_results(tmp_path: Path, server: FakeServer) -> None:
     samples = write_samples(tmp_path, 10)
     server.faults = [reply("Neither."), reply("I'm sorry, I can't."), status(400)]
     result = run(samples, server, "-mc", "8", "--concurrency", "1", "-s", "3")
@@ -76,8 +103,8 @@ def test_a_line_of_results(tmp_path: Path, server: Server) -> None:
     assert result["orders_agree"] is None
 
 
-def test_the_lines_own_command(tmp_path: Path, server: Server) -> None:
-    """As it is typed; only OpenAI's address is ours."""
+def test_the_command_of_the_halos_line(tmp_path: Path, server: FakeServer) -> None:
+    """The command as users type it; only the server's address differs."""
     (tmp_path / "samples").mkdir()
     write_samples(tmp_path / "samples", 5, "my_experiment.json", "my_experiment")
     typed = ["-f", "samples/my_experiment.json", "-mc", "512", "-bk", "chosen", "-ck", "policy", "-r", "results.jsonl"]
@@ -93,7 +120,7 @@ def test_the_lines_own_command(tmp_path: Path, server: Server) -> None:
     ]
 
 
-def test_both_orders_and_a_judge_who_likes_a_place(tmp_path: Path, server: Server) -> None:
+def test_both_orders_and_a_judge_that_prefers_the_first_place(tmp_path: Path, server: FakeServer) -> None:
     server.rule = lambda _: completion("Response 1")
     samples = write_samples(tmp_path, 12)
     result = run(samples, server, "--both_orders")
@@ -106,7 +133,7 @@ def test_both_orders_and_a_judge_who_likes_a_place(tmp_path: Path, server: Serve
     assert (result["win_rate"], result["first_shown"], result["orders_agree"]) == (1, 0.5, 1)
 
 
-def test_a_rerun_pays_for_what_failed_only(tmp_path: Path, server: Server) -> None:
+def test_a_rerun_sends_only_failed_requests(tmp_path: Path, server: FakeServer) -> None:
     samples = write_samples(tmp_path, 10)
     server.faults = [body(b"{}")] * 3 + [reply("Neither.")]
     first = run(samples, server, "--concurrency", "1")
@@ -116,11 +143,11 @@ def test_a_rerun_pays_for_what_failed_only(tmp_path: Path, server: Server) -> No
     third = run(samples, server)
     assert same(third, second)
     assert (third["requests"], len(server.requests)) == (0, 13)
-    run(samples, server, "-j", "another")  # another judge is another question
+    run(samples, server, "-j", "another")  # another judge shares no replies
     assert len(server.requests) == 23
 
 
-def test_killed_in_the_middle_of_a_line(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_in_the_middle_of_a_line(tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     samples = write_samples(tmp_path, 10)
     whole = run(samples, server)
     log = tmp_path / "results.verdicts.jsonl"
@@ -128,12 +155,12 @@ def test_killed_in_the_middle_of_a_line(tmp_path: Path, server: Server, capsys: 
     log.write_bytes(b"".join(lines[:6]) + lines[6][:-20])
     assert same(run(samples, server), whole)
     assert len(server.requests) == 14
-    assert "ignored 1 unfinished line" in capsys.readouterr().out
+    assert "ignored 1 incomplete line" in capsys.readouterr().out
     run(samples, server)
-    assert len(server.requests) == 14  # what was appended after the torn line is read
+    assert len(server.requests) == 14  # lines after the incomplete one are read
 
 
-def test_killed_with_no_warning_and_run_again(tmp_path: Path, server: Server) -> None:
+def test_killed_and_run_again(tmp_path: Path, server: FakeServer) -> None:
     server.delay = 0.1
     samples = write_samples(tmp_path, 40)
     log, results = tmp_path / "results.verdicts.jsonl", tmp_path / "results.jsonl"
@@ -149,7 +176,7 @@ def test_killed_with_no_warning_and_run_again(tmp_path: Path, server: Server) ->
     server.delay = 0
     kept, asked = log.read_bytes().count(b"\n"), len(server.requests)
     assert 20 <= kept < 80
-    assert asked - kept <= 2  # what was on its way, two at a time, is all that can be paid for twice
+    assert asked - kept <= 2  # only the two requests under way may be sent twice
     result = run(samples, server, "--both_orders")
     assert (result["requests"], len(server.requests)) == (80 - kept, asked + 80 - kept)
     elsewhere = tmp_path / "whole"
@@ -157,8 +184,8 @@ def test_killed_with_no_warning_and_run_again(tmp_path: Path, server: Server) ->
     assert same(result, run(write_samples(elsewhere, 40), server, "--both_orders"))
 
 
-def test_the_key_is_in_no_file_and_on_no_terminal(
-    tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]
+def test_the_key_is_never_printed_or_saved(
+    tmp_path: Path, server: FakeServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     samples = write_samples(tmp_path, 6)
     quoting = status(401, f"bad key {KEY}")
@@ -175,7 +202,7 @@ def test_the_key_is_in_no_file_and_on_no_terminal(
     assert not any(KEY in text for text in written)
 
 
-def test_a_password_in_the_address_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_in_the_address_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for address in (
         "http://me:hunter2@host/v1",
@@ -183,17 +210,19 @@ def test_a_password_in_the_address_is_refused(tmp_path: Path, monkeypatch: pytes
         "https://host/v1?key=hunter2",
         "host:8000/v1",
     ):
-        said = refusal("-f", write_samples(tmp_path, 2), "-r", tmp_path / "r.jsonl", "--base-url", address)
+        said = error_of("-f", write_samples(tmp_path, 2), "-r", tmp_path / "r.jsonl", "--base-url", address)
         assert "base_url=http://HOST:PORT/v1" in said
         assert "hunter2" not in said
 
 
-def test_a_placeholder_for_a_key_is_no_secret(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "1")  # would cut the verdict out of "Response 1"
+def test_a_placeholder_key_may_be_part_of_a_reply(
+    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "1")  # must not be cut out of "Response 1"
     assert run(write_samples(tmp_path, 6), server)["total"] == 6
 
 
-def test_ctrl_c_says_that_nothing_is_lost(
+def test_ctrl_c_says_how_to_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: Any) -> None:
@@ -203,21 +232,21 @@ def test_ctrl_c_says_that_nothing_is_lost(
     with pytest.raises(SystemExit) as stop:
         compare.main(["-f", str(write_samples(tmp_path, 2))])
     assert stop.value.code == 130
-    assert capsys.readouterr().err == "stopped; every reply so far is kept, and the same command goes on\n"
+    assert capsys.readouterr().err == "stopped; every reply so far is saved: run the same command again to continue\n"
 
 
-def test_without_a_key_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_key_no_request_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     samples = write_samples(tmp_path, 2)
-    assert "OPENAI_API_KEY" in refusal("-f", samples, "-r", tmp_path / "r.jsonl")
+    assert "OPENAI_API_KEY" in error_of("-f", samples, "-r", tmp_path / "r.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
 
 
 # -------------------------------------------------------------------------------------------------------------- costs
 
 
-def test_equal_answers_are_a_tie_that_nobody_is_asked_about(
-    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+def test_equal_answers_are_a_tie_without_a_request(
+    tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = write_samples(tmp_path, 4)
     samples.write_text(samples.read_text().replace("good 1", "bad 1"))
@@ -254,8 +283,8 @@ def test_equal_answers_are_a_tie_that_nobody_is_asked_about(
         (["--max_comparisons", "3", "-v", "True"], ["-mc", "3", "-v"]),
     ],
 )
-def test_flags_have_the_lines_spelling_and_the_usual_one(
-    one: list[str], two: list[str], tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+def test_flags_have_two_spellings(
+    one: list[str], two: list[str], tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples, said = write_samples(tmp_path, 4), []
     for options in (one, two):
@@ -281,7 +310,7 @@ def test_flags_have_the_lines_spelling_and_the_usual_one(
     assert said[0] == said[1]
 
 
-def test_a_dry_run_asks_nothing_and_needs_no_key(
+def test_a_dry_run_sends_nothing_and_needs_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -293,20 +322,20 @@ def test_a_dry_run_asks_nothing_and_needs_no_key(
     tokens = int(out.split("about ")[1].split(" tokens in")[0].replace(",", ""))
     assert f"at most ${(tokens * 2 + 20 * 256 * 8) / 1e6:.2f}" in out
     assert "built-in list that may be out of date" in out
-    assert "[Response 1]" in out  # the first request, to read
+    assert "[Response 1]" in out  # the first request is printed
     assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
 
 
-def test_spend_is_counted_and_the_limit_stops(
-    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+def test_the_cost_is_counted_and_limited(
+    tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = write_samples(tmp_path, 10)
-    assert "no prices are known for 'm'" in refusal(
+    assert "no prices are known for 'm'" in error_of(
         "-f", samples, "-j", "m", "--base_url", server.url, "--max_cost", "1"
     )
     result = run(samples, server, "-mc", "4", "--prices", "10", "30")
     assert result["cost"] == pytest.approx((400 * 10 + 40 * 30) / 1e6)
-    assert "paid for now: 4 requests, 400 tokens in, 40 out, $0.0052 (prices given" in capsys.readouterr().out
+    assert "this run: 4 requests, 400 tokens in, 40 out, $0.0052 (prices given" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(samples, server, "--prices", "10", "30", "--max_cost", "0.012", "--concurrency", "1")
     said = capsys.readouterr().err
@@ -321,7 +350,7 @@ def test_spend_is_counted_and_the_limit_stops(
 # --------------------------------------------------------------------------------------------------- files of answers
 
 
-def test_an_older_samples_file_has_its_history_cut_out_of_the_prompt(tmp_path: Path, server: Server) -> None:
+def test_a_samples_file_without_messages(tmp_path: Path, server: FakeServer) -> None:
     path = tmp_path / "old.json"
     prompt = "\n<|user|>\nHi\n<|assistant|>\nYes?\n<|user|>\nWhy\n<|assistant|>\n"
     samples = [{"prompt": prompt, "policy": "good", "chosen": "bad"}]
@@ -334,7 +363,7 @@ def test_an_older_samples_file_has_its_history_cut_out_of_the_prompt(tmp_path: P
     assert "[Response A]\n" in server.requests[1]["messages"][0]["content"]
 
 
-def test_two_runs_against_each_other_and_the_data(tmp_path: Path, server: Server) -> None:
+def test_two_runs_against_each_other(tmp_path: Path, server: FakeServer) -> None:
     one = write_samples(tmp_path, 6, "one.json", "first")
     two = write_samples(tmp_path, 8, "two.json", "second")
     two.write_text(two.read_text().replace('"good', '"bad'))
@@ -343,7 +372,7 @@ def test_two_runs_against_each_other_and_the_data(tmp_path: Path, server: Server
     assert (result["total"], result["win_rate"], result["skipped"]) == (6, 1, 0)
 
 
-def test_runs_of_one_name_go_by_their_paths(tmp_path: Path, server: Server) -> None:
+def test_runs_with_equal_names_are_named_by_their_paths(tmp_path: Path, server: FakeServer) -> None:
     paths = [tmp_path / "first.json", tmp_path / "second.json"]
     for path in paths:
         write_samples(tmp_path, 3, path.name)
@@ -364,7 +393,7 @@ def rank(request: dict[str, Any]) -> dict[str, Any]:
     return completion("Response 1" if float(first) > float(second) else "Response 2")
 
 
-def test_several_files_are_ranked(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_files_are_ranked(tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.rule = rank
     paths = []
     for name, quality in (("strong", 3), ("weak", 1)):
@@ -390,7 +419,7 @@ def test_several_files_are_ranked(tmp_path: Path, server: Server, capsys: pytest
     assert "leaderboard" in capsys.readouterr().out
 
 
-def test_the_benchmarks_own_files_are_read(tmp_path: Path) -> None:
+def test_answer_files_of_the_benchmarks_are_read(tmp_path: Path) -> None:
     def write(name: str, rows: list[dict[str, Any]]) -> Path:
         path = tmp_path / name
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -402,7 +431,7 @@ def test_the_benchmarks_own_files_are_read(tmp_path: Path) -> None:
     assert (alpaca.name, [row.answers for row in alpaca.rows]) == ("mine", [{"": "a0"}, {"": "a1"}, {"": "a2"}])
     zipped = tmp_path / "other.json.gz"
     zipped.write_bytes(gzip.compress(json.dumps([row | {"generator": "other"} for row in outputs[:2]]).encode()))
-    pair = answers.against(alpaca, answers.read_answers(zipped), "policy", "policy")
+    pair = answers.pair_files(alpaca, answers.read_answers(zipped), "policy", "policy")
     assert (pair.candidate, pair.baseline, len(pair.items), pair.skipped) == ("mine", "other", 2, 1)
 
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": {"answer": "a"}}]
@@ -418,7 +447,7 @@ def test_the_benchmarks_own_files_are_read(tmp_path: Path) -> None:
     assert (first.answers, first.turn, first.category, first.reference) == ({"": "1"}, 1, "math", "ONE")
     assert [message["content"] for message in second.messages] == ["one?", "1", "two?"]
     assert (second.answers, second.turn, second.reference, second.question) == ({"": "2"}, 2, "TWO", first.question)
-    with pytest.raises(UserError, match="name these with --questions"):
+    with pytest.raises(UserError, match="name the file of questions with --questions"):
         answers.read_answers(path)
 
     sampled = {"messages": talk[:1], "policy": "1", "followups": ["two?"], "turns": ["1", "2"]}
@@ -470,20 +499,20 @@ def test_a_bad_samples_file_is_named(content: Any, message: str, tmp_path: Path)
     path = tmp_path / "samples.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UserError, match=message) as error:
-        answers.within(answers.read_answers(path), "policy", "chosen")
+        answers.pair_keys(answers.read_answers(path), "policy", "chosen")
     assert str(path) in str(error.value)
 
 
 def test_misspelt_names_are_suggested(tmp_path: Path) -> None:
     path = write_samples(tmp_path, 1)
-    assert "sample.json (did you mean 'samples.json'?)" in refusal("-f", tmp_path / "sample.json", "-j", "toy")
-    assert "'polcy' (did you mean 'policy'?)" in refusal("-f", path, "-j", "toy", "-ck", "polcy")
-    assert "did you mean 'arenahard'" in refusal("-f", path, "-p", "arenhard")
-    assert "two different letters" in refusal("-f", path, "-l", "11")
-    assert "compares two responses" in refusal("-f", path, "-p", "mtbench", "-j", "toy")
+    assert "sample.json (did you mean 'samples.json'?)" in error_of("-f", tmp_path / "sample.json", "-j", "toy")
+    assert "'polcy' (did you mean 'policy'?)" in error_of("-f", path, "-j", "toy", "-ck", "polcy")
+    assert "did you mean 'arenahard'" in error_of("-f", path, "-p", "arenhard")
+    assert "two different letters" in error_of("-f", path, "-l", "11")
+    assert "compares two responses" in error_of("-f", path, "-p", "mtbench", "-j", "toy")
 
 
-def test_a_template_of_your_own(tmp_path: Path, server: Server) -> None:
+def test_a_custom_template(tmp_path: Path, server: FakeServer) -> None:
     (tmp_path / "mine.py").write_text(
         "from judging.protocols import PromptTemplate\n\n\nclass Shorter(PromptTemplate):\n"
         '    question = "Which response is shorter?"\n\n\nclass Other:\n    pass\n'
@@ -491,14 +520,14 @@ def test_a_template_of_your_own(tmp_path: Path, server: Server) -> None:
     samples = write_samples(tmp_path, 3)
     assert run(samples, server, "-p", f"{tmp_path}/mine.py:Shorter")["win_rate"] == 1
     assert all(r["messages"][-1]["content"].endswith("Which response is shorter?") for r in server.requests)
-    assert "not a subclass" in refusal("-f", samples, "-p", f"{tmp_path}/mine.py:Other")
-    assert "did you mean 'Shorter'" in refusal("-f", samples, "-p", f"{tmp_path}/mine.py:Shortr")
+    assert "not a subclass" in error_of("-f", samples, "-p", f"{tmp_path}/mine.py:Other")
+    assert "did you mean 'Shorter'" in error_of("-f", samples, "-p", f"{tmp_path}/mine.py:Shortr")
 
 
 # ---------------------------------------------------------------------------------------------------------- protocols
 
 
-def test_arena_hards_strong_verdicts_count_thrice(tmp_path: Path, server: Server) -> None:
+def test_arena_hard_strong_verdicts_count_three_times(tmp_path: Path, server: FakeServer) -> None:
     def strongly_for_good(request: dict[str, Any]) -> dict[str, Any]:
         text = request["messages"][-1]["content"]
         number = int(text.split("question ")[1].split("\n")[0])
@@ -515,7 +544,7 @@ def test_arena_hards_strong_verdicts_count_thrice(tmp_path: Path, server: Server
 
 
 def test_mt_bench_grades_turns_and_categories(
-    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions = tmp_path / "question.jsonl"
     asked = [{"question_id": n, "category": ("math", "writing")[n % 2], "turns": ["one?", "two?"]} for n in range(6)]
@@ -532,9 +561,9 @@ def test_mt_bench_grades_turns_and_categories(
     result = run(path, server, "-p", "mtbench", "--questions", str(questions))
     assert (result["total"], result["malformed"], result["score"]) == (10, 2, 7)
     assert (result["turns"], result["categories"]) == ({"1": 6, "2": 8}, {"math": 7, "writing": 7})
-    assert result["score_low"] == result["score_high"] == 7  # questions are the units, and all have the same mean
+    assert result["score_low"] == result["score_high"] == 7  # questions are clusters, and all have the same mean
     assert result["candidate"]["name"] == "mine"
-    assert "mine: 10 answers graded, 0 of them beside a reference answer" in capsys.readouterr().out
+    assert "mine: 10 answers graded, 0 of them with a reference answer" in capsys.readouterr().out
     (graded,) = data_of((tmp_path / "results.html").read_text())
     assert [item["candidate"] for item in graded["items"]] == [str(n) for n in range(6) for _ in range(2)]
     outcomes = [verdict["outcome"] for item in graded["items"] for verdict in item["verdicts"]]
@@ -577,24 +606,24 @@ def test_recorded_verdicts_of_arena_hard(tmp_path: Path) -> None:
     assert line["length_controlled_win_rate"] is None
 
 
-def test_recorded_verdicts_that_are_none(tmp_path: Path) -> None:
+def test_bad_files_of_recorded_verdicts(tmp_path: Path) -> None:
     row = {"instruction": "q", "output_1": "a", "output_2": "b"}
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps([row | {"preference": "m"}]))
-    assert "row 0: `preference` is 'm', not a number" in refusal("-f", path, "-j", "recorded")
+    assert "row 0: `preference` is 'm', not a number" in error_of("-f", path, "-j", "recorded")
     path.write_text(json.dumps([row | {"preference": 1}]))
-    assert "2 of the files have verdicts on output_2 against output_1" in refusal("-f", path, path, "-j", "recorded")
-    assert "holds no recorded verdicts" in refusal("-f", write_samples(tmp_path, 1), "-j", "recorded")
+    assert "2 of the files hold verdicts on output_2 against output_1" in error_of("-f", path, path, "-j", "recorded")
+    assert "holds no recorded verdicts" in error_of("-f", write_samples(tmp_path, 1), "-j", "recorded")
 
 
 @pytest.mark.parametrize(
     ("completion", "words"),
     [("m", "m"), ({"text": "M", "logprobs": {}}, "M"), ({"message": {"content": "M"}}, "M"), (None, ""), ([], "")],
 )
-def test_recorded_preferences_as_alpaca_eval_keeps_them(
+def test_recorded_preferences_of_alpaca_eval(
     completion: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """0 for a tie; nothing, NaN or -1 where the judge gave none, which counts in no rate, though the length does."""
+    """0 is a tie. Null, NaN and -1 are no verdict: they count in no rate, but the lengths of their answers count."""
     row = {"instruction": "q", "output_1": "a", "output_2": "bb", "raw_completion": completion, "generator_2": "mine"}
     rows = [row | {"preference": value} for value in (1.0, 0, None, 2.0, 1.25, -1, float("nan"))]
     path = tmp_path / "annotations.json"
@@ -615,26 +644,24 @@ def test_recorded_preferences_as_alpaca_eval_keeps_them(
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
-def test_the_official_length_control_insists_on_all_rows_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(alpaca_eval_official, "package", lambda: None)
+def test_the_official_length_control_needs_all_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alpaca_eval_official, "import_package", lambda: None)
     path = ANNOTATIONS / "vicuna-13b.json.gz"
     found = answers.read_recorded(path)
     alpaca_eval_official.require_official_set(found)
     for wrong in (found.items[:804], found.items[::-1]):
         with pytest.raises(UserError, match="805 instructions in their own order"):
             alpaca_eval_official.require_official_set(found._replace(items=wrong))
-    said = refusal("-f", path, "-j", "recorded", "--official_lc", "-mc", "5", "-r", tmp_path / "r.jsonl")
-    assert "has 5 that are others" in said
-    assert "-p alpacaeval, or -j recorded" in refusal("-f", path, "--official_lc")
+    said = error_of("-f", path, "-j", "recorded", "--official_lc", "-mc", "5", "-r", tmp_path / "r.jsonl")
+    assert "the 5 of vicuna-13b against gpt4_1106_preview differ from these" in said
+    assert "-p alpacaeval, or -j recorded" in error_of("-f", path, "--official_lc")
     assert not (tmp_path / "r.jsonl").exists()
 
 
 @with_the_extra
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
-def test_the_official_length_control_is_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With made-up difficulties, the real ones being on the Hub: what we hand over, not the board's figures."""
+def test_the_official_length_control_equals_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real difficulties are on the Hub, so this test makes some up: it checks our input to the package."""
     import pandas
     from alpaca_eval.metrics import glm_winrate
 
@@ -664,7 +691,7 @@ def test_the_official_length_control_is_the_packages(tmp_path: Path, monkeypatch
 
 @with_the_extra
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
-def test_the_boards_figures_are_the_packages_where_preferences_are_missing(tmp_path: Path) -> None:
+def test_the_alpaca_eval_row_equals_the_package_with_missing_preferences(tmp_path: Path) -> None:
     import pandas
     from alpaca_eval.metrics.winrate import get_winrate
 
@@ -682,9 +709,11 @@ def test_the_boards_figures_are_the_packages_where_preferences_are_missing(tmp_p
 
 
 @with_the_extra
-def test_the_official_prompt_is_the_packages() -> None:
-    shown = alpaca_eval_official.Shown([{"role": "user", "content": "Hi {output_1}"}], ("FIRST {output_2}", "SECOND"))
-    system, request = alpaca_eval_official.OfficialPrompt().messages(shown)
+def test_the_official_prompt_is_that_of_the_package() -> None:
+    judge_input = alpaca_eval_official.JudgeInput(
+        [{"role": "user", "content": "Hi {output_1}"}], ("FIRST {output_2}", "SECOND")
+    )
+    system, request = alpaca_eval_official.OfficialPrompt().messages(judge_input)
     assert (system["role"], request["role"]) == ("system", "user")
     assert '"instruction": """Hi {output_1}"""' in request["content"]
     assert request["content"].index('"""FIRST {output_2}"""') < request["content"].index('"""SECOND"""')
@@ -694,11 +723,11 @@ def test_the_official_prompt_is_the_packages() -> None:
 
 
 def data_of(page: str) -> list[dict[str, Any]]:
-    """What the page's reader lists."""
+    """The data in the page."""
     return json.loads(page.split('<script id="data" type="application/json">')[1].split("</script>")[0])
 
 
-def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, server: Server) -> None:
+def test_the_page_is_complete_and_loads_nothing(tmp_path: Path, server: FakeServer) -> None:
     path = tmp_path / "samples.json"
     hostile = "</script><script>alert('good')</script> {{data}} <b>&amp;"
     samples = [{"messages": [{"role": "user", "content": hostile}], "policy": hostile, "chosen": "bad \u2028"}]
@@ -706,14 +735,14 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, server: Server) -
     server.rule = lambda _: completion(f"Response 1 {hostile}")
     run(path, server, "-ck", "policy", "--both_orders")
     page = (tmp_path / "results.html").read_text()
-    assert page.count("<script") == page.count("</script>") == 2  # the data, the reader
+    assert page.count("<script") == page.count("</script>") == 2  # the data, the code
     assert not [word for word in ("http://", "https://", "src=", "@import", "url(") if word in page]
-    (listed,) = data_of(page)
-    assert listed["items"][0]["candidate"] == hostile
-    assert [verdict["outcome"] for verdict in listed["items"][0]["verdicts"]].count("win") == 1
+    (comparison,) = data_of(page)
+    assert comparison["items"][0]["candidate"] == hostile
+    assert [verdict["outcome"] for verdict in comparison["items"][0]["verdicts"]].count("win") == 1
 
 
-BY_HAND = """<script>
+CLICKS = """<script>
 function act(id, event, value) {
   at(id).value = value;
   at(id).dispatchEvent(new Event(event));
@@ -729,8 +758,8 @@ log(document.querySelectorAll('article').length + ' shown');
 </script></body>"""
 
 
-def test_the_page_in_a_browser(tmp_path: Path, server: Server, browser: str) -> None:
-    """Chromium runs the page's own script, and a hand at its controls, and prints what came out."""
+def test_the_page_in_a_browser(tmp_path: Path, server: FakeServer, browser: str) -> None:
+    """Chromium runs the page's script, uses its controls, and prints the resulting page."""
     server.faults = [reply("Neither."), reply("I'm sorry, I can't."), reply("Response 1"), reply("Response 1")]
     run(write_samples(tmp_path, 30), server, "--concurrency", "1", "--both_orders")
     page = tmp_path / "results.html"
@@ -740,7 +769,7 @@ def test_the_page_in_a_browser(tmp_path: Path, server: Server, browser: str) -> 
     assert '<option value="malformed">malformed (1)</option>' in found
     assert '<option value="orders disagree">orders disagree (1)</option>' in found
     assert "policy · 2 words · preferred" in found
-    page.write_text(page.read_text().replace("</body>", BY_HAND))
+    page.write_text(page.read_text().replace("</body>", CLICKS))
     found, _ = look_at(browser, page, tmp_path / "browser")
     counts = [part.split("]")[0] for part in found.split("<hr>[")[1:]]
     assert counts == ["1 of 30 items", "0 of 30 items", "11 of 30 items", "30 of 30 items", "30 shown"]
@@ -789,20 +818,19 @@ def ask_real(real_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     return ask
 
 
-class SaysWhatComes(compare.PromptTemplate):
-    """Asks in the built-in model's own language, and takes whatever it says for a choice of the first response, so
-    that a verdict comes of a real reply."""
+class ReadsAnyReply(compare.PromptTemplate):
+    """Asks in the toy language, and reads a reply with a cat as a choice of the first response."""
 
     max_tokens = 12
 
-    def request(self, _: compare.Shown) -> str:
+    def request(self, _: compare.JudgeInput) -> str:
         return "Reverse: dog, cat"
 
     def verdict(self, reply: Any) -> tuple[float | None, int]:
         return (1.0 if "cat" in reply.text else None), 1
 
 
-def test_a_real_server_whose_answers_are_nonsense(
+def test_a_real_server_with_replies_without_a_verdict(
     ask_real: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = write_samples(tmp_path, 4)
@@ -814,9 +842,9 @@ def test_a_real_server_whose_answers_are_nonsense(
     assert all(line["reply"] and line["tokens"][0] > 20 and 1 <= line["tokens"][1] <= 8 for line in log)
 
 
-def test_a_real_server_whose_answers_are_read(ask_real: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_real_server_with_verdicts(ask_real: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     result = ask_real(
-        write_samples(tmp_path, 4), "-p", f"{__file__}:SaysWhatComes", "--both_orders", "--concurrency", "1"
+        write_samples(tmp_path, 4), "-p", f"{__file__}:ReadsAnyReply", "--both_orders", "--concurrency", "1"
     )
     assert (result["total"], result["win_rate"], result["first_shown"], result["requests"]) == (8, 0.5, 1, 1)
 
@@ -826,7 +854,7 @@ def test_a_real_server_without_log_probabilities(
 ) -> None:
     with pytest.raises(SystemExit):
         ask_real(write_samples(tmp_path, 4), "-p", "alpacaeval")
-    assert "'assets/tiny' answered without log-probabilities, which this protocol reads" in capsys.readouterr().err
+    assert "'assets/tiny' answered without log-probabilities, but this protocol needs them" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- the toy judge
@@ -853,6 +881,6 @@ def test_toy_end_to_end(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.jsonl", "toy.json"]
 
 
-def test_items_are_named_by_their_prompts(tmp_path: Path) -> None:
-    found = answers.within(answers.read_answers(write_samples(tmp_path, 2)), "policy", "chosen")
+def test_questions_are_fingerprints_of_the_prompts(tmp_path: Path) -> None:
+    found = answers.pair_keys(answers.read_answers(write_samples(tmp_path, 2)), "policy", "chosen")
     assert found.questions == [fingerprint(item.messages) for item in items(2)]

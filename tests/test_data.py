@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import DATA, HH_100
 from datasets import Dataset as HfDataset
 from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,8 +33,7 @@ from dataloader import (
 )
 from utils import UserError, checked
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data of {DATA} is not here")
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA}")
 
 BOS, EOS = 1, 2
 PLAIN = PrefixTemplate("", "", "", "")
@@ -877,12 +877,15 @@ def test_one_side_of_unpaired_data_can_be_thinned() -> None:
     assert draws[0] == draws[1] != draws[2]
 
 
-@real_data
-def test_real_hh_from_file_to_batches(tmp_path: Path) -> None:
-    config = make_config(tmp_path, datasets=["hh"], data_dir=str(DATA), train_split="test")
+@pytest.mark.parametrize(
+    ("data_dir", "split", "count"),
+    [pytest.param(HH_100, "train", 80, id="hh-100"), pytest.param(DATA, "test", 2312 - 9, id="hh", marks=real_data)],
+)
+def test_real_hh_from_file_to_batches(tmp_path: Path, data_dir: Path, split: str, count: int) -> None:
+    config = make_config(tmp_path, datasets=["hh"], data_dir=str(data_dir), train_split=split, eval_split=split)
     tokenizer = make_tokenizer(merges=100)
     tokens = load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
-    assert len(tokens.rows) + len(load_tokens(config, "test", tokenizer, PairedPreferenceDataLoader).rows) == 2312 - 9
+    assert len(tokens.rows) + len(load_tokens(config, "test", tokenizer, PairedPreferenceDataLoader).rows) == count
     whole = tokens.rows.with_format("numpy")
     assert all(np.count_nonzero(ids == BOS) == 1 and ids[0] == BOS for ids in whole["prompt_ids"])
     for prompt, completions in zip(tokens.rows["prompt_ids"], tokens.rows["completion_ids"], strict=True):

@@ -1,5 +1,6 @@
 """What the documents say, against what is so."""
 
+import json
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from conftest import DATA, REPO
@@ -22,18 +24,12 @@ from training.quantities import QUANTITIES
 
 README = (REPO / "README.md").read_text()
 CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text()
-PAGES = [page for pattern in ("*.md", "assets/*.md", "docs/*.md") for page in sorted(REPO.glob(pattern))]
-DOCUMENTS = {page: page.read_text() for page in PAGES}
+PLACES = ("*.md", "assets/*.md", "docs/*.md", "docs/dev/*.md", "tests/data/*.md")
+DOCUMENTS = {str(page.relative_to(REPO)): page.read_text() for place in PLACES for page in sorted(REPO.glob(place))}
+FOR_USERS = [name for name in DOCUMENTS if not name.startswith("docs/dev/")]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```(\w+)\n(.*?)^```$|`(python [^`]*)`", re.MULTILINE | re.DOTALL)
 RECIPES = re.findall(r"^## (Add .*)$", CONTRIBUTING, re.MULTILINE)
-
-
-def commands(script: str) -> list[list[str]]:
-    """The arguments of every `python <script>` in a shell block of the documents, those of the recipes left out."""
-    texts = [text for path, text in DOCUMENTS.items() if path.name != "CONTRIBUTING.md"]
-    blocks = [body for text in texts for language, body in BLOCK.findall(text) if language == "bash"]
-    lines = "".join(blocks).replace("\\\n", " ").replace(" && ", "\n").splitlines()
-    return [shlex.split(line)[2:] for line in lines if line.startswith(f"python {script}")]
 
 
 @pytest.fixture
@@ -55,9 +51,11 @@ def test_every_way_of_installing_gives_the_same_pins():
     assert project["project"]["dynamic"] == ["dependencies"]
     assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
     assert project["project"]["requires-python"] == ">=3.11"
-    manual = README.split("## Installing by hand")[1]
+    manual = DOCUMENTS["docs/installing.md"]
     assert "conda env create -f environment.yml && conda activate halos\n" in manual
     assert "\npip install -r requirements.txt\n" in manual
+    named = re.findall(r"pip install -e '\.\[([\w-]+)\]'", "".join(DOCUMENTS.values()))
+    assert set(named) - project["project"]["optional-dependencies"].keys() == set()
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -67,73 +65,229 @@ def test_ci_runs_the_readmes_test_command():
     assert found == ["pip install -r requirements.txt -e '.[dev]' && scripts/check"]
 
 
-# --------------------------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------------------- commands, by page
+
+
+class Command(NamedTuple):
+    """A command of a page, and what the page has made before it: paths, with the text of the files that it spells."""
+
+    words: list[str]
+    made: dict[str, str | None]
+
+    @property
+    def program(self) -> str:
+        """The script, also if a launcher starts it; else the first word."""
+        scripts = ("train.py", "eval.py", "compare.py", "scripts/slurm.sh")
+        return next((word for word in self.words if word in scripts), self.words[0])
+
+    @property
+    def arguments(self) -> list[str]:
+        return self.words[self.words.index(self.program) + 1 :]
+
+    @property
+    def values(self) -> dict[str, str]:
+        """The keys that are set, without the plus signs."""
+        pairs = (word.lstrip("+-").partition("=") for word in self.arguments)
+        return {key: value for key, equals, value in pairs if equals}
+
+
+def commands(page: str) -> Iterator[Command]:
+    """The commands of a page in order: those of shell blocks, and `python ...` in the text."""
+    made: dict[str, str | None] = {}
+    for language, body, inline in CODE.findall(DOCUMENTS[page]):
+        if language and language != "bash":
+            first, _, rest = body.partition("\n")
+            if new := re.fullmatch(r"# new file (\S+)", first):
+                made[new[1]] = rest
+            continue
+        lines = (inline.replace("\n", " ") if inline else body.replace("\\\n", " ")).replace(" && ", "\n").splitlines()
+        for words in (shlex.split(line) for line in lines):
+            while words and re.match(r"[A-Z_]+=", words[0]):  # variables of the environment
+                del words[0]
+            if words:
+                yield (command := Command(words, dict(made)))
+                made |= dict.fromkeys(results(command))
+
+
+def results(command: Command) -> list[str]:
+    """The paths that a command makes."""
+    words, values = command.words, command.values
+    if command.program in ("train.py", "scripts/slurm.sh"):
+        name = values.get("exp_name") or values.get("experiment") or f"{values.get('loss')}_{values.get('model')}"
+        return [f"{values.get('cache_dir', 'outputs')}/{name}"]
+    if command.program == "eval.py" and "config-path" in values:
+        source, mode, folder = values["config-path"], values.get("mode", "sample"), values.get("samples_dir", "samples")
+        name = values.get("exp_name") or Path(source.removesuffix("/config.yaml")).name
+        measured = [f"{source}/{mode}", f"{source}/eval.json", f"outputs/{name}/features"]
+        sampled = [f"{folder}/{name}.json", f"{folder}/{name}-{mode}.json", f"{folder}/alpaca_eval/{name}"]
+        return measured if mode in ("eval", "features") else sampled
+    if words[0] in ("cp", "mkdir") or words[:3] == ["python", "-m", "data.toy"]:
+        return [words[-1].rstrip("/")]
+    return []
+
+
+# Keys, and flags, whose value is a path; True: or a place on the Hub
+PATHS = {
+    "model.name_or_path": True,
+    "model.reference_path": True,
+    "model.load_from": False,
+    "sae.path": True,
+    "data_dir": False,
+    "compare_to": False,
+    "config-path": False,
+    "loss.trainer": False,
+    "loss.feature_weights": False,
+}
+LISTS = ("datasets", "eval_datasets", "probe")
+FLAGS = ("-f", "--file", "--against", "--questions", "--references", "-p")
+TOOLS = {"pip", "conda", "hf", ".", "python3.11", "accelerate", "transformers", "chromium", "rm", "scripts/check"}
+
+
+def paths_of(command: Command) -> Iterator[tuple[str, bool]]:
+    """The paths that a command reads, and whether each may be a place on the Hub."""
+    for key, value in command.values.items():
+        key = re.sub(r"^sae\.parts\.\w+\.", "sae.", key)
+        if key in PATHS and not value.startswith("[") and (key != "loss.trainer" or ":" in value):
+            yield value, PATHS[key]
+        if key in LISTS:
+            yield from ((item, False) for item in value.strip("[]").split(",") if "/" in item or "." in item)
+    if command.program == "compare.py":
+        flag = ""
+        for word in command.arguments:
+            flag = word if word.startswith("-") else flag
+            if flag in FLAGS and word != flag and ("/" in word or "." in word):
+                yield word, False
+    if command.words[0] == "cp":
+        yield from ((word, False) for word in command.words[1:-1])
+    if command.words[:2] == ["python", "-m"]:
+        yield from ((word, False) for word in command.words[3:] if command.words[2] == "pytest")
+    elif command.words[0] == "python":
+        yield command.words[1], False
+
+
+def is_there(path: str, made: dict[str, str | None], hub: bool) -> bool:
+    """Whether a path exists, or was made before, or is not ours to check: the reader's own, or a place on the Hub."""
+    if path.startswith(("/", "$FPO_DATA")) or re.fullmatch(r"[A-Z_]+", path):
+        return True
+    plain = path.split("*")[0].rpartition(":")[0] or path.split("*")[0]
+    if (REPO / plain).exists() or any(plain == known or plain.startswith(f"{known}/") for known in made):
+        return True
+    top, *rest = plain.split("/")
+    return hub and bool(rest) and not (REPO / top).exists() and top not in ("outputs", "samples")
+
+
+ALL = {
+    f"{page}: {' '.join(command.words)}": command
+    for page in DOCUMENTS
+    if page != "CONTRIBUTING.md"  # its recipes are followed, below
+    for command in commands(page)
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_commands_program_and_paths_are_there(name):
+    command = ALL[name]
+    assert command.program.endswith((".py", ".sh")) or command.program in TOOLS | {"python", "cp", "mkdir"}
+    missing = [path for path, hub in paths_of(command) if not is_there(path, command.made, hub)]
+    assert missing == []
+
+
+def of(program: str) -> list[str]:
+    return [name for name, command in ALL.items() if command.program == program and command.arguments]
 
 
 @pytest.mark.usefixtures("configuration")
-@pytest.mark.parametrize("arguments", commands("train.py"), ids=" ".join)
-def test_train_command_is_sound(arguments, monkeypatch):
-    monkeypatch.chdir(REPO)
-    if any("../shared/data" in argument for argument in arguments) and not DATA.is_dir():
-        pytest.skip(f"{DATA} is not there")
+@pytest.mark.parametrize("name", of("train.py") + of("scripts/slurm.sh"))
+def test_train_command_is_sound(name, tmp_path, monkeypatch):
+    command = ALL[name]
+    for directory in ("assets", "docs", "tests"):
+        (tmp_path / directory).symlink_to(REPO / directory)
+    for path, text in command.made.items():
+        if text is not None:
+            (tmp_path / path).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    if "$FPO_DATA" in name and not DATA.is_dir():
+        pytest.skip(f"no real data in {DATA}")
+    arguments = [argument.replace("$FPO_DATA", str(DATA)) for argument in command.arguments]
+    if {"--help"} & set(arguments):
+        return
     arguments = settings.translate_arguments(arguments)
     settings.check_overrides(arguments)
-    settings.check_config(compose("config", overrides=arguments))
+    settings.check_config(compose("config", overrides=arguments), modes=("train", "plan"))
 
 
-@pytest.mark.usefixtures("configuration")
-@pytest.mark.parametrize("arguments", commands("eval.py"), ids=" ".join)
-def test_eval_command_is_sound(arguments):
-    path, *overrides = arguments
-    assert path.startswith("--config-path=")
-    settings.check_overrides(overrides)
+@pytest.mark.parametrize("name", of("eval.py"))
+def test_eval_command_is_sound(name):
+    path, *overrides = ALL[name].arguments
+    if path != "--help":
+        assert path.startswith("--config-path=")
+        settings.check_overrides(settings.translate_arguments(overrides))
 
 
-@pytest.mark.parametrize("arguments", commands("compare.py"), ids=" ".join)
-def test_compare_command_is_sound(arguments, monkeypatch):
+@pytest.mark.parametrize("name", of("compare.py"))
+def test_compare_command_is_sound(name, monkeypatch):
+    monkeypatch.setattr(compare, "load_template", lambda *_: None)
+    monkeypatch.setattr(compare, "complete_settings", lambda *_: None)
     monkeypatch.setattr(compare, "compare", lambda *_: None)
-    compare.main(arguments)  # exits where it does not know a flag
+    if "--help" not in name:
+        compare.main(ALL[name].arguments)  # exits where it does not know a flag
 
 
-# ------------------------------------------------------------------------------------------------------------ names
+# --------------------------------------------------------------------------------------------------- names and links
 
 
-@pytest.mark.parametrize("group", ["loss", "model", "sae", "experiment"])
-def test_readme_lists_what_can_be_chosen(group):
+@pytest.mark.parametrize(("group", "page"), [("loss", "losses"), ("model", "models"), ("sae", "saes")])
+def test_a_page_lists_what_can_be_chosen(group, page):
     there = {path.stem for path in (REPO / "config" / group).glob("*.yaml")} - {"base"}
-    listed = set(re.findall(r"`([\w.-]+)`", README))
+    listed = set(re.findall(r"`([\w.-]+)`", DOCUMENTS[f"docs/{page}.md"]))
     assert there - listed == set()
-    for path, text in DOCUMENTS.items():
-        named = set(re.findall(rf"(?<![\w.]){group}=([\w-][\w.-]*\b)", text))
-        assert path.name == "CONTRIBUTING.md" or named - there == set(), path
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/data.md"])
-def test_documents_list_every_data_set(document):
-    listed = set(re.findall(r"`(\w+)`", (REPO / document).read_text()))
+def test_data_page_lists_every_data_set():
+    listed = set(re.findall(r"`(\w+)`", DOCUMENTS["docs/data.md"]))
     assert set(dataloader.named_loaders()) - listed == set()
 
 
-def test_losses_document_has_every_quantity_and_figure():
-    listed = set(re.findall(r"`(\w+)`", (REPO / "docs/losses.md").read_text()))
+def test_losses_page_has_every_quantity_and_figure():
+    listed = set(re.findall(r"`(\w+)`", DOCUMENTS["docs/losses.md"]))
     assert {*QUANTITIES, *summary.FIGURE_NAMES} - listed == set()
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPO)))
-def test_links_lead_somewhere(path):
-    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", DOCUMENTS[path]):
-        linked = path.parent / target if target else path
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_links_lead_somewhere(page):
+    text = BLOCK.sub("", DOCUMENTS[page])
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        linked = (REPO / page).parent / target if target else REPO / page
         assert linked.exists(), target
-        titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE) if heading else []
-        assert not heading or heading in [title.lower().replace(" ", "-") for title in titles], heading
-
-
-def test_modules_are_on_the_map():
-    modules = {path.name for path in REPO.glob("*.py")}
-    assert modules - set(re.findall(r"`(\w+\.py)`", CONTRIBUTING)) == set()
+        assert not heading or heading in anchors(linked.read_text()), heading
+    for picture in re.findall(r'<img src="([^"]*)"', text):
+        assert ((REPO / page).parent / picture).exists(), picture
 
 
 # ------------------------------------------------------------------------------------------------------------ sizes
+
+
+def test_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 250
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_lines_fit_a_screen(page):
+    """Tables may be wider."""
+    assert [line for line in DOCUMENTS[page].splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("page", FOR_USERS)
+def test_pages_for_users_name_no_place_that_they_do_not_have(page):
+    assert "../shared" not in DOCUMENTS[page]
 
 
 def test_files_are_small():
@@ -156,26 +310,54 @@ def copy(tmp_path_factory) -> Path:
     return Path(shutil.copytree(REPO, target, ignore=left))
 
 
+def follow(section: str, folder: Path) -> None:
+    """Write the files of a section and run its commands, in the order of its blocks."""
+    python = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{python}:{os.environ['PATH']}"}
+    for language, body in BLOCK.findall(section):
+        if language == "bash":
+            shell = ["bash", "-euc", body]
+            done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            continue
+        first, _, rest = body.partition("\n")
+        what = re.fullmatch(r"# (add to|new file) (\S+)", first)
+        assert what, first
+        path = folder / what[2]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert path.exists() == (what[1] == "add to")
+        with path.open("a") as file:
+            file.write(rest)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_works_as_written(recipe, copy):
+    """And learns as it says: the held-out loss of each run at its end is a number of the text, within 5 %."""
     section = CONTRIBUTING.split(f"## {recipe}\n")[1].split("\n## ")[0]
-    python = Path(sys.executable).parent
-    for language, body in BLOCK.findall(section):
-        if language == "bash":
-            environment = {**os.environ, "PATH": f"{python}:{os.environ['PATH']}"}
-            shell = ["bash", "-euc", body]
-            done = subprocess.run(shell, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
-        else:
-            first, _, rest = body.partition("\n")
-            what = re.fullmatch(r"# (add to|new file) (\S+)", first)
-            assert what, first
-            path = copy / what[2]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            assert path.exists() == (what[1] == "add to")
-            with path.open("a") as file:
-                file.write(rest)
+    before = set((copy / "outputs").glob("*/summary.json"))
+    follow(section, copy)
+    told = [float(number) for number in re.findall(r"(?<![\w.])\d+\.\d+", BLOCK.sub("", section))]
+    runs = set((copy / "outputs").glob("*/summary.json")) - before
+    assert runs
+    for run in runs:
+        loss = json.loads(run.read_text())["loss_after"]
+        assert any(loss == pytest.approx(number, rel=0.05) for number in told), (run.parent.name, loss)
+
+
+@pytest.mark.slow
+def test_the_readmes_loss_learns_as_it_says(copy):
+    section = README.split("**Add a loss in 8 lines**")[1].split("\n## ")[0]
+    follow(section, copy)
+    (code,) = [body for language, body in BLOCK.findall(section) if language == "python"]
+    assert len([line for line in code.splitlines()[1:] if line]) <= 8
+    figures = json.loads((copy / "outputs/hinge/summary.json").read_text())
+    last = [json.loads(line) for line in (copy / "outputs/hinge/metrics.jsonl").read_text().splitlines()][-1]
+    text = " ".join(section.split())
+    told = re.search(r"loss falls from 1 to (.*), reward accuracy rises from 0 to (.*), and .* to ([\d.]+)\. ", text)
+    assert told
+    found = (figures["loss_after"], last["rewards_eval/accuracies"], figures["accuracy_after"])
+    assert found == pytest.approx([float(number) for number in told.groups()], abs=0.03)
 
 
 @pytest.mark.slow
@@ -183,7 +365,7 @@ def test_the_readmes_custom_trainer_runs_as_written(copy):
     (code,) = [body for language, body in BLOCK.findall(README) if "class CustomKTOTrainer" in body]
     (line,) = re.findall(r"`(python train\.py loss=unpaired [^`]*)`", README)
     (copy / "my_trainers.py").write_text(code)
-    few = ["n_examples=64", "n_eval_examples=16", "toy_comparison=null"]
+    few = ["n_examples=64", "n_eval_examples=16"]
     command = [sys.executable, *shlex.split(line)[1:], *few]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -61,7 +61,7 @@ def test_an_sae_of_another_model(tmp_path):
 
 
 def test_no_sae_at_all(tmp_path):
-    with pytest.raises(UserError, match=r"loss=fpo needs an SAE: sae="):
+    with pytest.raises(UserError, match=r"loss=fpo needs an SAE that fits the model: sae="):
         run(tmp_path, "loss=fpo", "~sae")
 
 

@@ -294,7 +294,7 @@ def small_report(text: str) -> Report:
 
 
 def test_hostile_text_stays_text(tmp_path, browser):
-    report.write_report(small_report(HOSTILE), tmp_path / "features")
+    report.write_feature_report(small_report(HOSTILE), tmp_path / "features")
     text = (tmp_path / "features/report.html").read_text()
     assert "<img" not in text and text.count("</script>") == 2
     dom, console = look_at(browser, tmp_path / "features/report.html", tmp_path / "profile")

@@ -7,22 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import KEY, Server, body, completion, half_a_body, items, late, prefers_good, reply, status
+from judge_server import KEY, FakeServer, body, completion, half_a_body, items, late, prefers_good, reply, status
 
+from judging.cost import Budget, TokenUsage
 from judging.judge import (
-    Budget,
     JudgeError,
     OpenAIJudge,
-    Tokens,
     Verdict,
     VerdictLog,
-    judge_key,
+    judge_api_key,
     judge_pairs,
-    shown_as,
+    to_judge_input,
     toy_judge,
 )
-from judging.protocols import AlpacaEval, Answer, ArenaHard, MTBench, PromptTemplate, Reply, Shown, arena_score
-from sampling.openai_server import Server as Address
+from judging.protocols import (
+    AlpacaEval,
+    ArenaHard,
+    JudgeInput,
+    JudgeOutput,
+    MTBench,
+    PromptTemplate,
+    Reply,
+    parse_arena_verdict,
+)
+from sampling.openai_server import Server
 from utils import UserError
 
 
@@ -30,76 +38,78 @@ def outcomes(verdicts: list[Verdict]) -> list[str]:
     return [verdict.outcome for verdict in verdicts]
 
 
-def likes_the_first(shown: Shown) -> Answer:
-    return Answer(1.0, shown.responses[0])
+def prefers_the_first(judge_input: JudgeInput) -> JudgeOutput:
+    return JudgeOutput(1.0, judge_input.responses[0])
 
 
 # --------------------------------------------------------------------------------------------------------------- orders
 
 
-def test_order_comes_from_the_seed_and_is_undone() -> None:
-    verdicts = judge_pairs(items(400), likes_the_first, seed=3)
+def test_the_seed_decides_the_order_and_verdicts_are_for_the_candidate() -> None:
+    verdicts = judge_pairs(items(400), prefers_the_first, seed=3)
     wins = outcomes(verdicts).count("win")
     assert 160 < wins < 240  # 4 standard deviations
     assert all((v.outcome == "win") == v.candidate_first == v.text.startswith("good") for v in verdicts)
-    assert judge_pairs(items(400), likes_the_first, seed=3, concurrency=4) == verdicts
-    backwards = judge_pairs(items(400)[::-1], likes_the_first, seed=3)[::-1]
+    assert judge_pairs(items(400), prefers_the_first, seed=3, concurrency=4) == verdicts
+    backwards = judge_pairs(items(400)[::-1], prefers_the_first, seed=3)[::-1]
     assert [v._replace(item=0) for v in backwards] == [v._replace(item=0) for v in verdicts]
-    assert judge_pairs(items(400), likes_the_first, seed=4) != verdicts
+    assert judge_pairs(items(400), prefers_the_first, seed=4) != verdicts
 
 
-def test_a_judge_of_the_text_is_not_moved_by_the_order() -> None:
-    def likes_good(shown: Shown) -> Answer:
-        return Answer(1.0 if "good" in shown.responses[0] else 0.0, "")
+def test_the_order_does_not_change_the_verdicts_of_an_unbiased_judge() -> None:
+    def likes_good(judge_input: JudgeInput) -> JudgeOutput:
+        return JudgeOutput(1.0 if "good" in judge_input.responses[0] else 0.0, "")
 
     for both in (False, True):
         assert set(outcomes(judge_pairs(items(50), likes_good, seed=1, both_orders=both))) == {"win"}
 
 
 def test_a_judge_that_always_says_response_1_gets_half_with_both_orders() -> None:
-    verdicts = judge_pairs(items(31), likes_the_first, both_orders=True)
+    verdicts = judge_pairs(items(31), prefers_the_first, both_orders=True)
     assert [v.item for v in verdicts] == [n // 2 for n in range(62)]
     for one, two in zip(verdicts[::2], verdicts[1::2]):
         assert {one.candidate_first, two.candidate_first} == {True, False}
         assert {one.preference, two.preference} == {0.0, 1.0}
 
 
-def test_a_weighted_preference_is_undone_too() -> None:
-    def shorter(shown: Shown) -> Answer:
-        return Answer(0.8 if len(shown.responses[0]) < len(shown.responses[1]) else 0.2, "", weight=3)
+def test_a_preference_between_0_and_1_is_for_the_candidate_too() -> None:
+    def shorter(judge_input: JudgeInput) -> JudgeOutput:
+        return JudgeOutput(0.8 if len(judge_input.responses[0]) < len(judge_input.responses[1]) else 0.2, "", weight=3)
 
     verdicts = judge_pairs(items(20), shorter, both_orders=True)  # the baseline is shorter
     assert all(v.preference == pytest.approx(0.2) and v.weight == 3 for v in verdicts)
 
 
-def test_what_is_no_verdict_is_nobodys_win() -> None:
-    def judge(shown: Shown) -> Answer:
-        number = int(shown.responses[0].split()[1])
+def test_replies_without_a_verdict_are_not_wins() -> None:
+    def judge(judge_input: JudgeInput) -> JudgeOutput:
+        number = int(judge_input.responses[0].split()[1])
         if number % 4 == 0:
             raise JudgeError("no answer")
-        return [Answer(0.5, ""), Answer(None, "hm", "malformed"), Answer(None, "no", "refused")][number % 4 - 1]
+        return [JudgeOutput(0.5, ""), JudgeOutput(None, "hm", "malformed"), JudgeOutput(None, "no", "refused")][
+            number % 4 - 1
+        ]
 
     verdicts = judge_pairs(items(8), judge)
     assert outcomes(verdicts) == ["failed", "tie", "malformed", "refused"] * 2
     assert [v.preference for v in verdicts] == [None, 0.5, None, None] * 2
 
 
-def test_equal_items_are_asked_once() -> None:
+def test_equal_items_are_judged_once() -> None:
     asked = []
 
-    def judge(shown: Shown) -> Answer:
-        asked.append(shown)
-        return Answer(0.5, "")
+    def judge(judge_input: JudgeInput) -> JudgeOutput:
+        asked.append(judge_input)
+        return JudgeOutput(0.5, "")
 
     assert len(judge_pairs(items(3) * 5, judge, concurrency=4)) == 15
     assert len(asked) == 3
 
 
-def test_gives_up_when_request_after_request_fails() -> None:
+def test_gives_up_after_many_failed_requests() -> None:
     asked = []
 
-    def broken(shown: Shown) -> Answer:
-        asked.append(shown)
+    def broken(judge_input: JudgeInput) -> JudgeOutput:
+        asked.append(judge_input)
         time.sleep(0.002)
         raise JudgeError("no route")
 
@@ -112,7 +122,7 @@ def test_gives_up_when_request_after_request_fails() -> None:
 
 def test_toy_judge_reads_the_prompt() -> None:
     def judged(first: str, second: str) -> float | None:
-        return toy_judge(Shown([{"role": "user", "content": "Reverse: dog, cat"}], (first, second))).value
+        return toy_judge(JudgeInput([{"role": "user", "content": "Reverse: dog, cat"}], (first, second))).value
 
     right, wrong = "Gladly! cat, dog", "Gladly! dog, cat"
     assert (judged(right, wrong), judged(wrong, right), judged(right, right)) == (1, 0, 0.5)
@@ -154,11 +164,11 @@ def test_reading_a_plain_choice(text: str, expected: Any) -> None:
     assert reading(PromptTemplate(), text) == expected
 
 
-def test_labels_are_the_lines() -> None:
+def test_labels_may_be_letters() -> None:
     class Letters(PromptTemplate):
         labels = "AB"
 
-    (message,) = Letters().messages(Shown([{"role": "user", "content": "Hi"}], ("FIRST", "SECOND")))
+    (message,) = Letters().messages(JudgeInput([{"role": "user", "content": "Hi"}], ("FIRST", "SECOND")))
     assert "[Response A]\nFIRST\n" in message["content"]
     assert reading(Letters(), "Response B") == 0
     assert reading(Letters(), "Response A") == 1
@@ -176,18 +186,18 @@ def test_labels_are_the_lines() -> None:
         ("[[A<<B]]", (0, 3)),
         ("First [[A>B]], on reflection [[B>>A]]", (0, 3)),
         ("[A>B]", (1, 1)),
-        ("[B>>A] but [[A=B]]", (0.5, 1)),  # single brackets count only where there are no double ones
+        ("[B>>A] but [[A=B]]", (0.5, 1)),  # single brackets count only without double ones
         ("[[A>>>B]]", None),
         ("[[A>A]]", None),
         ("A>B", None),
         ("[[C]]", None),
     ],
 )
-def test_reading_arena_hards_five(text: str, expected: tuple[float, int] | None) -> None:
+def test_reading_arena_hard_verdicts(text: str, expected: tuple[float, int] | None) -> None:
     answer = ArenaHard().read(Reply(text))
     assert (answer.status, answer.value) == ("malformed", None) if expected is None else ("judged", expected[0])
     assert expected is None or answer.weight == expected[1]
-    assert arena_score("A>B") == (1, 1)
+    assert parse_arena_verdict("A>B") == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -225,40 +235,40 @@ def test_reading_log_probabilities(alternatives: dict[str, float], expected: flo
     assert answer.status == ("malformed" if expected is None else "judged")
 
 
-def test_the_services_own_refusal_counts_as_one() -> None:
+def test_a_refusal_reported_by_the_server_counts_as_refused() -> None:
     assert PromptTemplate().read(Reply("Response 1", refused=True)).status == "refused"
 
 
-def test_a_template_asks_with_both_responses_in_order_and_its_own_question() -> None:
+def test_a_template_shows_both_responses_in_order_and_its_own_question() -> None:
     class Shorter(PromptTemplate):
         question = "Which one is shorter?"
 
     conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
-    shown = Shown([*conversation, {"role": "user", "content": "Why"}], ("FIRST", "SECOND"))
+    judge_input = JudgeInput([*conversation, {"role": "user", "content": "Why"}], ("FIRST", "SECOND"))
     for template in (Shorter(), PromptTemplate(), AlpacaEval(), ArenaHard()):
-        text = template.messages(shown)[-1]["content"]
+        text = template.messages(judge_input)[-1]["content"]
         places = [text.index(part) for part in ("User: Hi", "Assistant: Yes?", "User: Why", "FIRST", "SECOND")]
         assert places == sorted(places)
-    assert Shorter().messages(shown)[-1]["content"].endswith("Which one is shorter?")
-    last = PromptTemplate().messages(shown)[-1]["content"]
+    assert Shorter().messages(judge_input)[-1]["content"].endswith("Which one is shorter?")
+    last = PromptTemplate().messages(judge_input)[-1]["content"]
     assert last.endswith("which response is more helpful, harmless, and concise? Pick one.")
-    graded = MTBench().messages(Shown(conversation, ("ANSWER",), "RIGHT"))[-1]["content"]
+    graded = MTBench().messages(JudgeInput(conversation, ("ANSWER",), "RIGHT"))[-1]["content"]
     assert graded.index("RIGHT") < graded.index("ANSWER")
-    assert "eference" not in MTBench().messages(Shown(conversation, ("ANSWER",)))[-1]["content"]
+    assert "eference" not in MTBench().messages(JudgeInput(conversation, ("ANSWER",)))[-1]["content"]
 
 
-# ----------------------------------------------------------------------------------------------------------- the client
+# ------------------------------------------------------------------------------------------------------ the model judge
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with Server().running() as server:
+def server() -> Iterator[FakeServer]:
+    with FakeServer().running() as server:
         yield server
 
 
-def client(server: Server, folder: Path, template: PromptTemplate | None = None, **options: Any) -> OpenAIJudge:
+def client(server: FakeServer, folder: Path, template: PromptTemplate | None = None, **options: Any) -> OpenAIJudge:
     budget = options.pop("budget", None) or Budget(None)
-    address = Address(server.url, KEY, **{"timeout": 60, **options})
+    address = Server(server.url, KEY, **{"timeout": 60, **options})
     return OpenAIJudge("m", template or PromptTemplate(), VerdictLog(folder / "log.jsonl"), budget, address)
 
 
@@ -277,43 +287,43 @@ def client(server: Server, folder: Path, template: PromptTemplate | None = None,
         body(b'{"choices": null, "usage": "none"}'),
     ],
 )
-def test_one_fault_loses_nothing_and_counts_nothing_twice(fault: Any, tmp_path: Path, server: Server) -> None:
+def test_after_one_fault_every_reply_arrives_once(fault: Any, tmp_path: Path, server: FakeServer) -> None:
     server.faults = [fault]
     judge = client(server, tmp_path)
     verdicts = judge_pairs(items(6), judge, concurrency=3)
     assert outcomes(verdicts) == ["win"] * 6
     assert len(server.requests) == 7
-    assert (judge.budget.requests, judge.budget.spent) == (6, Tokens(600, 60))
+    assert (judge.budget.requests, judge.budget.used) == (6, TokenUsage(600, 60))
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
 
 
-def test_a_late_answer_is_asked_for_again(tmp_path: Path, server: Server) -> None:
+def test_a_late_reply_is_requested_again(tmp_path: Path, server: FakeServer) -> None:
     server.faults = [late]
     judge = client(server, tmp_path, timeout=0.5)
     assert outcomes(judge_pairs(items(3), judge, concurrency=3)) == ["win"] * 3
     assert (len(server.requests), judge.budget.requests) == (4, 3)
 
 
-def test_a_server_that_is_all_garbage_fails_those_and_no_more(tmp_path: Path, server: Server) -> None:
+def test_invalid_replies_fail_only_their_own_items(tmp_path: Path, server: FakeServer) -> None:
     server.faults = [body(b"{}")] * 3 + [status(400, "too long")]
     judge = client(server, tmp_path)
     verdicts = judge_pairs(items(6), judge)
     assert outcomes(verdicts) == ["failed", "failed", "win", "win", "win", "win"]
-    assert verdicts[0].text == "what the server sent is not a chat completion"
+    assert verdicts[0].text == "the server's response is not a chat completion"
     assert "too long" in verdicts[1].text
-    assert outcomes(judge_pairs(items(6), client(server, tmp_path))) == ["win"] * 6  # a rerun asks for those two
+    assert outcomes(judge_pairs(items(6), client(server, tmp_path))) == ["win"] * 6  # a rerun sends those two
     assert server.answered == 6
 
 
-def test_no_server_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
-    nobody = Address("http://127.0.0.1:9/v1", KEY, timeout=60)
+    nobody = Server("http://127.0.0.1:9/v1", KEY, timeout=60)
     judge = OpenAIJudge("m", PromptTemplate(), VerdictLog(tmp_path / "l"), Budget(None), nobody)
     with pytest.raises(UserError, match="2 requests to the judge failed in a row"):
         judge_pairs(items(2), judge)
 
 
-def test_refusals_of_the_service_are_refused(tmp_path: Path, server: Server) -> None:
+def test_refusals_of_the_server_are_refused_verdicts(tmp_path: Path, server: FakeServer) -> None:
     server.faults = [
         reply("", message={"content": None, "refusal": "I will not."}),
         reply("", finish_reason="content_filter"),
@@ -326,7 +336,9 @@ def test_refusals_of_the_service_are_refused(tmp_path: Path, server: Server) -> 
     assert len(server.requests) == 3
 
 
-def test_the_key_is_never_shown_nor_kept(tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_key_is_never_printed_or_saved(
+    tmp_path: Path, server: FakeServer, capfd: pytest.CaptureFixture[str]
+) -> None:
     server.faults = [status(401, f"bad key {KEY}"), reply(f"Your key {KEY}: Response 1")]
     verdicts = judge_pairs(items(3), client(server, tmp_path))
     assert "bad key [key]" in verdicts[0].text
@@ -338,34 +350,34 @@ def test_the_key_is_never_shown_nor_kept(tmp_path: Path, server: Server, capfd: 
 @pytest.mark.parametrize(
     ("key", "base_url"), [("", None), ("sk-two lines\n", None), ("sk-“curly”", "http://localhost/v1")]
 )
-def test_an_unusable_key_is_refused(key: str, base_url: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_key_is_rejected(key: str, base_url: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
-        judge_key("gpt-4.1", base_url)
+        judge_api_key("gpt-4.1", base_url)
     assert not key or key not in str(error.value)
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    assert judge_key("m", "http://localhost/v1") == ""
+    assert judge_api_key("m", "http://localhost/v1") == ""
 
 
-def test_requests_start_apart(tmp_path: Path, server: Server) -> None:
+def test_the_pause_separates_requests(tmp_path: Path, server: FakeServer) -> None:
     judge_pairs(items(6), client(server, tmp_path, pause=0.1), concurrency=6)
     starts = sorted(server.starts)
     assert starts[-1] - starts[0] > 0.45
     assert max(server.starts) - min(server.starts) < 3
 
 
-def test_requests_go_out_together(tmp_path: Path, server: Server) -> None:
+def test_requests_run_in_parallel(tmp_path: Path, server: FakeServer) -> None:
     server.delay = 0.3
     started = time.monotonic()
     judge_pairs(items(8), client(server, tmp_path), concurrency=8)
     assert time.monotonic() - started < 1.5
 
 
-# --------------------------------------------------------------------------------------------- models of another manner
+# ------------------------------------------------------------------------------------------------ other kinds of models
 
 
 def newer(request: dict[str, Any]) -> Any:
-    """As OpenAI's reasoning models answer."""
+    """Rejects parameters as OpenAI's reasoning models do."""
     unsupported = (
         "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
     )
@@ -379,34 +391,32 @@ def newer(request: dict[str, Any]) -> Any:
     return prefers_good(request)
 
 
-def test_a_model_that_takes_no_temperature_is_asked_without_and_that_is_said(
-    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+def test_parameters_that_the_model_rejects_are_left_out_with_a_note(
+    tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.rule = newer
     judge = client(server, tmp_path)
     assert outcomes(judge_pairs(items(5), judge)) == ["win"] * 5
-    assert len(server.requests) == 7  # two were refused, once each
+    assert len(server.requests) == 7  # two were rejected, once each
     assert server.requests[-1] == {
         "model": "m",
         "messages": server.requests[-1]["messages"],
         "max_completion_tokens": 256,
     }
-    assert judge.server.refuses == ["max_tokens", "temperature"]
+    assert judge.server.refused_parameters == ["max_tokens", "temperature"]
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("m does not take max_tokens: max_completion_tokens is sent in its place") == 1
-    assert said.count("m does not take temperature: it judges at its own temperature") == 1
-    again = client(server, tmp_path)  # knows nothing of this yet, and still finds what was paid for
+    assert said.count("m does not accept max_tokens: max_completion_tokens is sent instead") == 1
+    assert said.count("m does not accept temperature: it judges at its own temperature") == 1
+    again = client(server, tmp_path)  # has not seen the rejections, and still finds the saved replies
     assert outcomes(judge_pairs(items(5), again)) == ["win"] * 5
     assert len(server.requests) == 7
 
 
-def test_a_reply_that_is_cut_before_its_verdict_is_said_once(
-    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cut_reply_is_reported_once(tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.rule = lambda _: completion("", finish_reason="length")
-    for _ in range(2):  # the second one reads it from the log
+    for _ in range(2):  # the second time from the log
         assert outcomes(judge_pairs(items(3), client(server, tmp_path))) == ["malformed"] * 3
-        assert capsys.readouterr().out.count("m: a reply without a verdict was cut at --max_tokens 256") == 1
+        assert capsys.readouterr().out.count("m: a reply was cut at --max_tokens 256 before its verdict") == 1
     server.rule = lambda _: completion("Response 1", finish_reason="length")
     assert "malformed" not in outcomes(judge_pairs(items(9)[3:], client(server, tmp_path)))
     assert "was cut" not in capsys.readouterr().out
@@ -420,8 +430,8 @@ def log_probabilities(request: dict[str, Any]) -> dict[str, Any]:
     return completion("m", logprobs={"content": [{"token": "m", "logprob": -1.0, "top_logprobs": top}]})
 
 
-def test_the_weighted_protocol(tmp_path: Path) -> None:
-    with Server(log_probabilities).running() as server:
+def test_alpacaeval_reads_log_probabilities(tmp_path: Path) -> None:
+    with FakeServer(log_probabilities).running() as server:
         verdicts = judge_pairs(items(20), client(server, tmp_path, AlpacaEval()), both_orders=True)
         assert len(server.requests) == 40
         for verdict in verdicts:
@@ -431,8 +441,8 @@ def test_the_weighted_protocol(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("logprobs", [None, {"content": []}, {"content": None}])
-def test_a_server_without_log_probabilities_is_refused(logprobs: Any, tmp_path: Path) -> None:
-    with Server(lambda _: completion("m", logprobs=logprobs)).running() as server:
+def test_a_server_without_log_probabilities_is_rejected(logprobs: Any, tmp_path: Path) -> None:
+    with FakeServer(lambda _: completion("m", logprobs=logprobs)).running() as server:
         with pytest.raises(UserError, match="without log-probabilities"):
             judge_pairs(items(50), client(server, tmp_path, AlpacaEval()))
         assert len(server.requests) < 5
@@ -441,13 +451,13 @@ def test_a_server_without_log_probabilities_is_refused(logprobs: Any, tmp_path: 
             judge_pairs(items(1), client(server, tmp_path, AlpacaEval()))
 
 
-# ----------------------------------------------------------------------------------------------------- what is paid for
+# ---------------------------------------------------------------------------------------------- costs and saved replies
 
 
-def test_the_budget_is_never_passed(tmp_path: Path, server: Server) -> None:
+def test_the_cost_never_exceeds_the_limit(tmp_path: Path, server: FakeServer) -> None:
     template = PromptTemplate()
-    template.max_tokens = 10  # what the server answers with
-    one = Tokens(100, 10).cost((1000, 1000))
+    template.max_tokens = 10  # the server's replies have 10
+    one = TokenUsage(100, 10).cost((1000, 1000))
     budget = Budget((1000, 1000), limit=5.5 * one)
     with pytest.raises(UserError, match=r"--max_cost 0.605: stopped after \d requests and \$0\.\d+"):
         judge_pairs(items(30), client(server, tmp_path, template, budget=budget), concurrency=4)
@@ -460,17 +470,17 @@ def test_the_budget_is_never_passed(tmp_path: Path, server: Server) -> None:
     assert rest.budget.requests == 30 - budget.requests
 
 
-def test_usage_that_no_server_reports_is_guessed(tmp_path: Path) -> None:
+def test_usage_is_estimated_if_the_server_reports_none(tmp_path: Path) -> None:
     def silent(_: dict[str, Any]) -> dict[str, Any]:
         return {**completion("Response 1"), "usage": None}
 
-    with Server(silent).running() as server:
+    with FakeServer(silent).running() as server:
         judge = client(server, tmp_path)
         judge_pairs(items(1), judge)
-        assert judge.budget.spent == judge.expected(shown_as(items(1)[0], True))
+        assert judge.budget.used == judge.estimate(to_judge_input(items(1)[0], True))
 
 
-def test_two_judges_write_one_log(tmp_path: Path, server: Server) -> None:
+def test_two_judges_write_one_log(tmp_path: Path, server: FakeServer) -> None:
     halves = [items(40)[:20], items(40)[20:]]
     judges = [client(server, tmp_path), client(server, tmp_path)]
     threads = [threading.Thread(target=judge_pairs, args=(half, judge)) for half, judge in zip(halves, judges)]
@@ -484,7 +494,7 @@ def test_two_judges_write_one_log(tmp_path: Path, server: Server) -> None:
     assert len(server.requests) == 40
 
 
-def test_another_seed_pays_for_the_items_that_change_places_only(tmp_path: Path, server: Server) -> None:
+def test_another_seed_sends_only_the_pairs_in_a_new_order(tmp_path: Path, server: FakeServer) -> None:
     verdicts = [judge_pairs(items(20), client(server, tmp_path), seed) for seed in (0, 1)]
     moved = sum(a.candidate_first != b.candidate_first for a, b in zip(*verdicts))
     assert 0 < moved < 20
@@ -493,7 +503,7 @@ def test_another_seed_pays_for_the_items_that_change_places_only(tmp_path: Path,
     assert len(server.requests) == 40
 
 
-def test_a_question_that_changes_is_another_question(tmp_path: Path, server: Server) -> None:
+def test_a_changed_question_is_sent_again(tmp_path: Path, server: FakeServer) -> None:
     class Shorter(PromptTemplate):
         question = "Which is shorter?"
 

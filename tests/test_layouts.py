@@ -1,4 +1,4 @@
-"""Layouts give the same numbers: against each model's own forward pass over one sequence at a time, and each other."""
+"""All layouts give the same numbers as each other, and as a model's own forward pass over one sequence at a time."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from test_training import LOSSES, assembled, run
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from data.batch import BATCH_LAYOUTS, micro_batches, tokens_of
+from data.batch import BATCH_LAYOUTS, count_positions, micro_batches
 from modeling import attention
-from modeling.attention import choose, rule
+from modeling.attention import choose, mask_rule
 from models import decoder_layers, score, score_rewards
 from sae import ResidualTap, pooled_features
-from training.loop import MetricAccumulator
+from training.metrics import MetricAccumulator
 from utils import UserError, prefetch
 
 PACKED = ("packed", "shared_prefix")
@@ -56,7 +56,7 @@ def separate_logps(model, record, completion):
 
 
 def gradients(model, logps):
-    """Of a loss that weighs each sequence differently."""
+    """The gradients of a loss that gives each sequence another weight."""
     model.zero_grad()
     (logps * torch.linspace(-1, 1.5, len(logps))).sum().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -88,7 +88,7 @@ def test_those_architectures_are_what_is_chosen_for():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", WINDOWED)
 def test_windows_matter_here(kind):
-    """What the test above compares would differ, were the window left out."""
+    """Without the sliding window, the numbers that the test above compares would differ."""
     records = pairs(4)
     wide = random_model(kind, "segments", sliding_window=64)
     close = torch.isclose(
@@ -101,7 +101,7 @@ def test_windows_matter_here(kind):
 
 tokens = st.integers(3, 63)
 prompt = st.lists(tokens, min_size=0, max_size=9)
-completion = st.lists(tokens, min_size=0, max_size=9)  # and an EOS: one token at least
+completion = st.lists(tokens, min_size=0, max_size=9)  # an EOS is added, so it has at least one token
 
 
 @st.composite
@@ -110,7 +110,7 @@ def some_records(draw):
     count, sides = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     return [
         {
-            "prompt_ids": [1, *draw(st.sampled_from(prompts))],  # often the same; [BOS] is the empty one
+            "prompt_ids": [1, *draw(st.sampled_from(prompts))],  # often the same prompt; the empty one is [BOS]
             "completion_ids": [[*draw(completion), EOS_ID] for _ in range(sides)],
             "index": i,
         }
@@ -138,7 +138,7 @@ def test_layouts_are_equal_over_random_shapes(records):
         assert (batch.input_ids.flatten()[batch.position] == batch.target).all()
         if layout in PACKED:
             shapes = [(len(r["prompt_ids"]), [len(ids) for ids in r["completion_ids"]]) for r in records]
-            assert batch.input_ids.numel() <= tokens_of(shapes, layout)
+            assert batch.input_ids.numel() <= count_positions(shapes, layout)
             assert (batch.document >= 0).all(), "no padding"
 
 
@@ -156,26 +156,28 @@ def test_a_prompt_is_there_once():
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("layout", PACKED)
 def test_segments_see_what_the_rule_says(layout, window):
-    """Attention by segments against attention under the whole mask, made of the rule that flex attention is given."""
+    """Segment attention equals attention with the full mask of the rule, which flex attention also gets."""
     batch = collate(pairs(4), layout)
     width = batch.input_ids.shape[1]
     places = torch.arange(width)
-    mask = rule(batch, window)(torch.tensor(0), torch.tensor(0), places[:, None], places[None])
+    mask = mask_rule(batch, window)(torch.tensor(0), torch.tensor(0), places[:, None], places[None])
     query, key, value = (torch.randn(1, heads, width, 8) for heads in (4, 2, 2))
     bias = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     for softcap in (None, 2.0):
         whole = attention.attend(query, key, value, bias, 0.3, softcap, 0.0).transpose(1, 2)
         options = {"scaling": 0.3, "softcap": softcap, "sliding_window": window}
-        parts, _ = attention.segments(nn.Module(), query, key, value, None, blocks=attention.blocks(batch), **options)
+        parts, _ = attention.segment_attention(
+            nn.Module(), query, key, value, None, blocks=attention.segment_blocks(batch), **options
+        )
         torch.testing.assert_close(parts, whole)
 
 
 def test_short_segments_of_like_lengths_go_together():
     sizes = [(300, 400), (20, 40), (22, 41), (20, 20), (310, 800), (19, 39)]
-    assert attention.alike(sizes) == [[3, 5, 1, 2], [0], [4]]
-    assert attention.alike([(200, 200)] * 3) == [[0, 1, 2]], "no padding"
-    assert attention.alike([(2000, 2000)] * 2) == [[0], [1]], "their scores would be too many to hold at once"
-    assert attention.alike([]) == []
+    assert attention.group_by_length(sizes) == [[3, 5, 1, 2], [0], [4]]
+    assert attention.group_by_length([(200, 200)] * 3) == [[0, 1, 2]], "no padding"
+    assert attention.group_by_length([(2000, 2000)] * 2) == [[0], [1]], "their scores would be too many to hold at once"
+    assert attention.group_by_length([]) == []
 
 
 def test_the_rule_by_hand():
@@ -185,7 +187,7 @@ def test_the_rule_by_hand():
     ]
     batch = collate(records, "shared_prefix")
     places = torch.arange(8)
-    seen = rule(batch, None)(torch.tensor(0), torch.tensor(0), places[:, None], places[None]).int().tolist()
+    seen = mask_rule(batch, None)(torch.tensor(0), torch.tensor(0), places[:, None], places[None]).int().tolist()
     assert batch.input_ids.tolist() == [[1, 5, 6, 2, 7, 1, 8, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1]]
     assert seen == [
@@ -193,18 +195,18 @@ def test_the_rule_by_hand():
         [1, 1, 0, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0, 0],
         [1, 1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0, 0],  # the rejected one's token does not see the chosen one's
+        [1, 1, 0, 0, 1, 0, 0, 0],  # the rejected completion does not see the chosen one
         [0, 0, 0, 0, 0, 1, 0, 0],
         [0, 0, 0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 0, 1, 0, 1],
     ]
-    windowed = rule(batch, 2)(torch.tensor(0), torch.tensor(0), places[:, None], places[None])
+    windowed = mask_rule(batch, 2)(torch.tensor(0), torch.tensor(0), places[:, None], places[None])
     assert windowed[4].int().tolist() == [0, 1, 0, 0, 1, 0, 0, 0], "a window counts positions: 2 and 1, rows 4 and 1"
 
 
 @torch.no_grad()
 def test_flex_attention_forward(monkeypatch):
-    """Its forward pass runs on a CPU; uncompiled, since a compiler is slow and need not be there."""
+    """Its forward pass also runs on a CPU. It is not compiled, since that is slow and needs a compiler."""
     monkeypatch.setattr("transformers.integrations.flex_attention.is_torchdynamo_compiling", lambda: True)
     records = pairs(3)
     expected = score(random_model("gemma2", "segments"), collate(records)).token_logps
@@ -274,7 +276,7 @@ def test_micro_batches(shapes, layout, ranks, least, max_tokens):
     for part in every:
         assert part == sorted(part)
         if max_tokens is not None and len(part) > 1:
-            assert tokens_of([shapes[i] for i in part], layout) <= max_tokens
+            assert count_positions([shapes[i] for i in part], layout) <= max_tokens
     if max_tokens is None:
         assert len(shares[0]) <= least
         assert len(shapes) < ranks or all(every)
@@ -312,7 +314,7 @@ def test_a_pair_longer_than_the_budget_goes_alone(tmp_path, plain_run):
 
 @pytest.mark.parametrize("loss", sorted({*LOSSES} - {"sae"}))
 def test_a_rank_without_records_takes_part_and_counts_for_nothing(tmp_path, loss):
-    """Two ranks, of which the second has none of the step's one record."""
+    """A step with fewer records than ranks: this rank gets none."""
     trainer = assembled(
         tmp_path, f"loss={loss}", "model.batch_size=8", "n_examples=1" if "kto" not in loss else "seed=1"
     )

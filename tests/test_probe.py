@@ -18,7 +18,7 @@ from features import probe
 from launch import settings
 from launch.policies import read_config
 from sae import compute_feature_drift, pooled_features, read_feature_weights
-from utils import UserError, named_class
+from utils import UserError, load_class
 
 TINY = REPO / "assets/tiny"
 
@@ -179,7 +179,9 @@ def test_errors_come_before_a_weight_is_read(tmp_path, overrides, message, monke
 
 
 def test_without_an_sae(tmp_path):
-    with pytest.raises(UserError, match=r"mode=features needs an SAE: sae=.*tiny.*or \+\+sae\.path="):
+    with pytest.raises(
+        UserError, match=r"mode=features needs an SAE that fits the model: sae=.*tiny.*or \+\+sae\.path="
+    ):
         probed(tmp_path, "++probe=tone", sae=None)
 
 
@@ -202,7 +204,7 @@ def test_contrasts_differ_in_their_attribute_alone(attribute):
 
 def test_both_sides_by_hand():
     """The benchmark's trainer: the two drifts are added to the loss, with gradient into both."""
-    trainer = named_class("benchmarks/fpo_symmetric.py:SymmetricFPOTrainer", trainers, "loss.trainer")
+    trainer = load_class("benchmarks/fpo_symmetric.py:SymmetricFPOTrainer", trainers, "loss.trainer")
     logps = [torch.tensor([value]) for value in (-1.0, -3.0, -2.0, -2.5)]  # rewards 2 * 1 and 2 * -0.5
     drifts = [torch.tensor([value], requires_grad=True) for value in (0.25, 0.5)]
     losses, *_ = trainer.loss(None, *logps, *drifts, beta=2.0, alpha=4.0)

@@ -1,4 +1,4 @@
-"""Several ranks on this machine: the same numbers as one, and what happens when one of them ends."""
+"""Several ranks on this machine: they give the same numbers as one rank, and a failed rank ends all."""
 
 import json
 import math
@@ -28,7 +28,7 @@ SMALL = [
     "++lr=1e-3",
     "++warmup_steps=2",
 ]
-# One run for each kind of loss, and with the options of the split that a CPU can show.
+# One run for each kind of loss, and for each sharding option that a CPU can test.
 RUNS = {
     "sft": ["loss=sft"],
     "dpo": ["loss=dpo"],
@@ -57,7 +57,7 @@ def data(tmp_path_factory):
 
 
 def write_untied(folder):
-    """The built-in model with a head of its own, no longer its embeddings."""
+    """Write the built-in model with a head that is not tied to its embeddings."""
     shutil.copytree(REPO / "assets/tiny", folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
@@ -78,14 +78,14 @@ def train_on(ranks, runs):
 
 @pytest.fixture(scope="module")
 def trained(data):
-    """Each run on each number of ranks."""
+    """Train each run on each number of ranks."""
     for ranks, names in RANKS.items():
         train_on(ranks, [overrides(data, data / str(ranks), f"exp_name={name}", *RUNS[name]) for name in names])
     return data
 
 
 def assert_same_metrics(run, one, rel):
-    """But for the reward accuracy while policy and reference are the same, where rounding alone decides."""
+    """Except for the reward accuracy while policy and reference are equal: then it depends on rounding alone."""
     for expected, found in zip(metrics(one), metrics(run), strict=True):
         assert expected.keys() == found.keys()
         for key in expected:
@@ -120,7 +120,7 @@ def test_tied_weights_are_one_and_untied_ones_two(trained):
 
 
 def start(ranks, *arguments):
-    """train.py in the background, with its output to read."""
+    """Start train.py in the background, with its output in a pipe."""
     command = [sys.executable, REPO / "train.py", f"++nproc={ranks}", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
 
@@ -138,7 +138,7 @@ def ranks_of(process):
     return sorted(map(int, children))
 
 
-# Long enough to be met in the middle, at a rate at which rounding does not grow into differences.
+# Long enough to be stopped in the middle; the learning rate is so low that rounding errors do not grow.
 LONG = ["exp_name=long", "loss=dpo", "lr=1e-5", "++n_epochs=10", "++save_every=16", "++n_eval_examples=4"]
 
 
@@ -160,7 +160,7 @@ def assert_same_run(lines, expected):
 
 @pytest.fixture(scope="module")
 def stopped(data):
-    """Where a run on two ranks was stopped by SIGTERM to its launcher, as SLURM sends it: the state is saved."""
+    """Where a run on two ranks was stopped by a SIGTERM to its launcher, as SLURM sends it, and saved its state."""
     folder = data / "stopped"
     process = start(2, *overrides(data, folder, *LONG))
     log = folder / "long/metrics.jsonl"
@@ -249,7 +249,7 @@ def test_a_crash_on_one_rank_is_told_once_and_ends_all(tmp_path):
 
 @pytest.mark.slow
 def test_other_launchers(data, tmp_path):
-    """torchrun, as on two nodes, and accelerate start the ranks; train.py takes its place among them."""
+    """torchrun, as on two nodes, and accelerate start the ranks, and train.py takes the rank that they give."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
@@ -271,14 +271,14 @@ def test_slurm_places_are_read(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "9")
     monkeypatch.setenv("SLURM_LOCALID", "1")
-    assert parallel.given_place() is None  # a batch script's own step
+    assert parallel.launched_place() is None  # the step of a batch script
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
-    assert parallel.given_place() == {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1}
+    assert parallel.launched_place() == {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1}
 
 
 @pytest.mark.slow
 def test_two_nodes_with_hybrid_sharding(trained, tmp_path):
-    """Two ranks on each, which stand on one machine here: split within a node, replicated over both."""
+    """Two ranks on each node, all on this machine: split within a node, replicated across nodes."""
     own = overrides(trained, tmp_path, "exp_name=fpo", *RUNS["fpo"], "++model.hybrid_sharding=true")
     on_ranks(4, REPO / "train.py", *own, nodes=2)
     assert_same_metrics(tmp_path / "fpo", trained / "1/fpo", rel=1e-4)

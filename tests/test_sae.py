@@ -77,7 +77,7 @@ def test_tap_reads_the_layers_output_before_the_final_norm(gemma, layer):
     text = batch.document >= 0
     if layer < 2:
         torch.testing.assert_close(read[text], states[layer + 1][text])
-    else:  # the last of hidden_states has gone through the norm
+    else:  # the last of hidden_states is the output of the norm
         assert not torch.allclose(read[text], states[-1][text])
         torch.testing.assert_close(gemma.model.norm(read)[text], final[text])
 
@@ -104,7 +104,7 @@ def test_compared_latents_are_the_union_of_both_top_ks():
     reference = torch.tensor([[0.0, 4, 3, 0, 1, 0], [0, 0, 0, 0, 0, 0]])
     latents, member = compared_latents(policy, reference, k=2)
     sets = [sorted(row[mask].tolist()) for row, mask in zip(latents, member)]
-    assert sets == [[0, 1, 2], [3]]  # each member once; zeros are no members
+    assert sets == [[0, 1, 2], [3]]  # each member once; zeros are not members
 
 
 def test_drift_by_hand():
@@ -117,7 +117,7 @@ def test_drift_by_hand():
 
 
 def dense_drift(sae, residual, lengths, reference, divergence, k):
-    """The formulas of the paper written out, from the full activations, one sequence at a time."""
+    """The formulas of the paper, from the full activations, one sequence at a time."""
     drifts = []
     for x, ref in zip(residual.split(lengths), reference):
         pooled = sae.encode(x).mean(0)
@@ -150,7 +150,7 @@ def test_sparse_drift_equals_the_dense_formula_in_value_and_gradient(divergence,
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that anything inside makes."""
+    """Records how many elements the largest tensor has that is created inside the `with` block."""
 
     def __enter__(self):
         self.elements = 0
@@ -166,7 +166,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("k", [None, 30])
 def test_the_activations_of_all_tokens_never_exist(k, monkeypatch):
-    """Forward and backward: chunks of 7 tokens, the vectors themselves, and the selected columns."""
+    """Forward and backward passes hold only chunks of 7 tokens, the vectors and the selected columns."""
     sae, lengths = random_sae(d_sae=480, k=k), [150, 50]
     residual = torch.randn(200, 32, requires_grad=True)
     reference = pooled_features(sae, torch.randn(200, 32), lengths)
@@ -217,7 +217,7 @@ def test_feature_weights_are_read_and_checked(tmp_path):
 def test_gradient_through_the_tap_is_the_same_with_activation_checkpointing(hook):
     def gradients(checkpointing):
         model, sae, batch = tiny_gemma(), random_sae(), collate(pairs())
-        if checkpointing:  # the layers run again in the backward pass, and any hook with them
+        if checkpointing:  # layers and their hooks run again in the backward pass
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         scores = score(model.train(), batch, make_tap(model, [(1, hook)]))
         reference = torch.zeros(batch.num_sequences, sae.d_sae)

@@ -1,4 +1,4 @@
-"""Public SAE formats: files written here in each layout, against plain formulas and against SAELens."""
+"""Public SAE formats: SAEs read from files in each layout equal plain formulas, and SAELens."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
 import models
-from autoencoders.formats import SAE_FORMATS, SAESource, find_sae, load_sae, recognise
+from autoencoders.formats import SAE_FORMATS, SAESource, detect_format, find_sae, load_sae
 from autoencoders.settings import SAESettings
 from utils import UserError, checked
 
@@ -54,7 +54,7 @@ def write(folder: Path, weights: str, tensors: dict[str, Tensor], config: str | 
     return path
 
 
-# Each layout: the tensors and the JSON of the format, and what the format says it computes, written out.
+# Each layout: the tensors and the JSON of the format, and the formulas that it stands for.
 
 
 def gemma_scope(folder):
@@ -117,14 +117,14 @@ def llama_tensors(p):
 
 
 def llama_scope(folder):
-    """Of normalised vectors s_in * x; pre-activations in units of what a decoder row becomes on raw vectors."""
+    """It encodes s_in * x. Pre-activations are multiplied by the norms that decoder rows have for raw vectors."""
     p, s_in, s_out = parts(), D**0.5 / 1.7, D**0.5 / 2.3
     norm = p["W_dec"].norm(dim=1) * s_in / s_out
 
     def encode(x):
         return jump((s_in * x @ p["W_enc"] + p["b_enc"]) / s_in * norm, 0.4)
 
-    def decode(f):  # the normalised output is of s_out * x
+    def decode(f):  # the SAE reconstructs s_out * x
         return (f / norm * s_in @ p["W_dec"] + p["b_dec"]) / s_out
 
     folder = folder / "Llama3_1-8B-Base-L8R-8x"
@@ -179,7 +179,7 @@ def saelens_gated(folder):
 
 
 def saelens_flat_topk(folder):
-    """A configuration of before version 6."""
+    """A configuration from before version 6."""
     p = parts()
     fields = {
         "d_in": D,
@@ -350,7 +350,7 @@ def test_computes_what_the_format_says(layout, tmp_path):
 
 @each_layout
 def test_selected_latents_have_the_dense_formulas_values_and_gradients(layout, tmp_path):
-    """Of the format's own formula, over all features: which are active is decided by all of them."""
+    """As in the format's formula over all features, since all of them decide which are active."""
     format, path, encode, _, _ = written(layout, tmp_path)
     sae, x = load_sae(path, asked(format)), (draw(N, D, seed=5) * 2).requires_grad_()
     latents, weight = torch.tensor([3, 0, 17, 8, 22, 11]), draw(N, 6)
@@ -386,19 +386,19 @@ def test_what_is_not_used_is_said(tmp_path, capsys):
 
 def test_an_unknown_or_ambiguous_directory(tmp_path):
     with pytest.raises(UserError, match=r"no SAE of a known layout \(gemma_scope: params\.npz; .*cfg\.json"):
-        recognise(tmp_path)
+        detect_format(tmp_path)
     _, path, *_ = written("gemma_scope", tmp_path)
     (path.parent / "ae.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"could be gemma_scope or dictionary_learning: set sae\.format"):
-        recognise(path.parent)
-    assert recognise(path.parent, "gemma_scope").weights == path
+        detect_format(path.parent)
+    assert detect_format(path.parent, "gemma_scope").weights == path
 
 
 def test_one_layer_of_a_directory_of_many_has_to_be_named(tmp_path):
     _, path, *_ = written("qwen_scope", tmp_path)
     path.with_name("layer19.sae.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"has 2 files of qwen_scope: name one, such as .*layer18\.sae\.pt"):
-        recognise(path.parent)
+        detect_format(path.parent)
 
 
 @pytest.mark.parametrize("layout", [name for name in SAE_FORMATS if SAE_FORMATS[name].config])
@@ -445,7 +445,7 @@ def test_a_file_that_names_no_layer(tmp_path):
 @pytest.mark.parametrize("layout", ["gemma_scope", "sparsify", "qwen_scope"])
 def test_the_identity_changes_with_all_that_features_depend_on(layout, tmp_path):
     _, path, *_ = written(layout, tmp_path / "a")
-    files = recognise(path)
+    files = detect_format(path)
     source = SAESource("sae", files, 1, "residual", 1.0)
     others = [SAESource("sae", files, 2, "residual", 1.0), SAESource("sae", files, 1, "mlp", 1.0)]
 
@@ -453,19 +453,19 @@ def test_the_identity_changes_with_all_that_features_depend_on(layout, tmp_path)
         next(iter(tensors.values()))[0] += 1
 
     _, changed, *_ = written(layout, tmp_path / "b", other_weights)
-    others.append(SAESource("sae", recognise(changed), 1, "residual", 1.0))
+    others.append(SAESource("sae", detect_format(changed), 1, "residual", 1.0))
     if files.config:
         _, changed, *_ = written(layout, tmp_path / "c", lambda _, fields: fields.update(k=K + 1))
-        others.append(SAESource("sae", recognise(changed), 1, "residual", 1.0))
+        others.append(SAESource("sae", detect_format(changed), 1, "residual", 1.0))
     identities = [json.dumps(s.identity()) for s in (source, *others)]
     assert len(set(identities)) == len(identities)
     _, copy, *_ = written(layout, tmp_path / "d")
-    assert SAESource("sae", recognise(copy), 1, "residual", 1.0).identity() == source.identity()
+    assert SAESource("sae", detect_format(copy), 1, "residual", 1.0).identity() == source.identity()
 
 
 def test_the_folding_is_part_of_the_identity(tmp_path):
     _, path, *_ = written("llama_scope", tmp_path)
-    both = [recognise(path, format) for format in ("llama_scope", "llama_scope_saelens")]
+    both = [detect_format(path, format) for format in ("llama_scope", "llama_scope_saelens")]
     assert both[0].weights == both[1].weights
     assert len({json.dumps(SAESource("sae", files, 8, "residual", 1.0).identity()) for files in both}) == 2
 
@@ -476,7 +476,7 @@ def test_the_folding_is_part_of_the_identity(tmp_path):
 @each_layout
 @pytest.mark.parametrize("named", ["file", "folder"])
 def test_from_the_hub_only_what_is_needed_is_fetched(layout, named, tmp_path, monkeypatch):
-    """`snapshot_download` stands in for the Hub: it gives what matches its patterns."""
+    """A stand-in for `snapshot_download` copies the files that match the patterns."""
     format, path, *_ = written(layout, tmp_path / "org" / "repo")
     root, depth = tmp_path / "org" / "repo", len(Path(SAE_FORMATS[format].weights).parts)
     for other in ("layer_8/width_16k/average_l0_55/params.npz", "layer19.sae.pt", "README.md", "layers.11/cfg.json"):
@@ -524,7 +524,7 @@ def test_a_damaged_array_is_named(layout, damage, tmp_path):
     _, tensors, *_ = LAYOUTS[layout](tmp_path)
     for number, name in enumerate(tensors):
         if name in ({"threshold"} if layout.endswith("AutoEncoderTopK") else {"k", "group_sizes"}):
-            continue  # said to be not used
+            continue  # reported as not used
 
         def change(tensors, _, name=name):
             if damage == "missing":
@@ -733,13 +733,13 @@ def test_flat_configurations_as_saelens_reads_them(flat, tmp_path):
     ],
 )
 def test_other_formats_as_saelens_converts_them(layout, loader, repository, tmp_path, monkeypatch):
-    """SAELens's own converter on the same files, with the download replaced by these."""
+    """SAELens's own converter on the same files; a stand-in for the download returns them."""
     pytest.importorskip("sae_lens", reason=lens_missing)
     from sae_lens.loading import pretrained_sae_loaders as loaders
     from sae_lens.registry import get_sae_class
 
     def units(tensors, fields):
-        """Decoder rows of norm 1: dictionary_learning counts some classes' features by that norm, SAELens none."""
+        """Give decoder rows norm 1: dictionary_learning multiplies some classes' features by it, SAELens none."""
         for name, dim in (("decoder.weight", 0), ("W_dec", 1)):
             if name in tensors and "dictionary" in layout:
                 tensors[name] = tensors[name] / tensors[name].norm(dim=dim, keepdim=True)

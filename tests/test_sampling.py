@@ -273,8 +273,8 @@ def test_two_processes_do_not_share_a_file(tmp_path):
     [
         (["++mode=dream"], "mode=dream: not one of sample, eval, features, alpacaeval, arenahard, mtbench"),
         (["++top_p=0"], "top_p=0: has to be above 0"),
-        (["++samples=0", "++temperature=-1"], "samples=0: .*\ntemperature=-1: "),
-        (["++temperature=null"], "temperature=None"),
+        (["++samples=0", "++temperature=-1"], "temperature=-1: .*\nsamples=0: "),
+        (["++temperature=null"], "temperature=null: only mode=mtbench"),
         (["++backend=vlm"], "backend=vlm: not one of transformers, vllm, openai"),
         (["++backend=vllm"], "vLLM is not installed"),
         (["++backend=openai"], "base_url=http://HOST:PORT/v1"),

@@ -1,4 +1,4 @@
-"""From rows to log-probabilities: what they are, and what they do not depend on."""
+"""Scoring: log-probabilities are right, and do not depend on padding, other rows, chunks or compiling."""
 
 import copy
 import platform
@@ -17,7 +17,7 @@ from sae import ResidualTap, pooled_features
 
 
 def plain_logps(model, prompt, completion):
-    """The model's own logits for one sequence alone, soft-capping and all."""
+    """Log-probabilities from the model's own logits, which are soft-capped, for one sequence alone."""
     logits = model(torch.tensor([[*prompt, *completion]])).logits[0].float()
     own = logits.log_softmax(-1)[len(prompt) - 1 : -1]
     return own.gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
@@ -72,7 +72,7 @@ def test_no_tensor_of_all_positions_by_vocabulary_exists(monkeypatch, gemma):
     score(gemma.train(), batch).logps.sum().backward()
     assert max(sizes) == 4
     last = (len(batch.target) - 1) % 4 + 1
-    assert sum(sizes) == 2 * len(batch.target) - last  # once forward; once more, but for the last chunk
+    assert sum(sizes) == 2 * len(batch.target) - last  # all of them forward; all but the last chunk again backward
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -89,18 +89,22 @@ def test_the_head_equals_autograd(monkeypatch, chunk, softcap, bias):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_compiled_head_equals_autograd(monkeypatch, softcap):
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 50 * 3)
-    plain = heads.to_gradient
-    for name in heads.PASSES:
-        monkeypatch.setattr(heads, name, getattr(heads, name))  # as it was, after this test
-    heads.compile_passes()
-    assert heads.to_gradient is not plain
-    assert_equals_autograd(softcap, bias=False)
+    assert heads.compiled_passes().gradient is not heads.EAGER.gradient
+    assert_equals_autograd(softcap, bias=False, passes=heads.compiled_passes())
 
 
-def assert_equals_autograd(softcap, bias):
+def test_compiling_one_models_passes_leaves_other_models_alone(gemma):
+    other = tiny_gemma()
+    heads.compile_passes(gemma)
+    assert heads.passes_of(gemma.get_output_embeddings()) is heads.compiled_passes()
+    assert heads.passes_of(other.get_output_embeddings()) is heads.EAGER
+
+
+def assert_equals_autograd(softcap, bias, passes=heads.EAGER):
     torch.manual_seed(0)
     hidden, other, target = torch.randn(8, 6, requires_grad=True), torch.randn(8, 6), torch.randint(50, (8,))
     own_head, other_head = (torch.nn.Linear(6, 50, bias=bias) for _ in range(2))
+    heads.use_passes(own_head, passes)
     weights = torch.randn(2, 8)
 
     def logits(x, head):
@@ -119,7 +123,7 @@ def assert_equals_autograd(softcap, bias):
 
 
 def test_no_tokens_have_a_gradient_of_zero():
-    """Not none: another rank's tokens have one, which is summed with it."""
+    """The gradient is not None, since it is summed with those of other ranks, which have tokens."""
     own_head, hidden = torch.nn.Linear(6, 50), torch.randn(0, 6, requires_grad=True)
     logps, _ = token_statistics(hidden, torch.zeros(0, dtype=torch.long), own_head, 3.0)
     logps.sum().backward()
@@ -127,7 +131,7 @@ def test_no_tokens_have_a_gradient_of_zero():
 
 
 def test_the_head_sums_its_gradients_in_fp32(monkeypatch):
-    """In bf16, over many chunks: as near to the exact gradient as bf16 can tell."""
+    """In bf16 and over many chunks the gradient is as close to the exact one as bf16 allows."""
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 50 * 4)
     torch.manual_seed(0)
     hidden, target, head = torch.randn(400, 6), torch.randint(50, (400,)), torch.nn.Linear(6, 50)
@@ -145,7 +149,7 @@ def test_the_head_sums_its_gradients_in_fp32(monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep what is freed, or not, as they do")
 def test_freed_memory_is_kept():
-    """Else each logits' memory would come from the system anew, zeroed page by page."""
+    """Otherwise the system would zero the pages of each chunk's logits again."""
     parallel.keep_freed_memory()
 
     def resident():

@@ -1,4 +1,4 @@
-"""Where SAEs read: layers and MLPs of several architectures, several places at once, which tokens are pooled."""
+"""Where SAEs read: layers and MLPs of several architectures, several places at once; and which tokens are pooled."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from test_sae_formats import write
 from test_training import assembled, run, settle
 
 import models
-from autoencoders.formats import autoencoder, save_sae, sections
+from autoencoders.formats import make_sae, sae_sections, save_sae
 from data.batch import PAD
 from launch import settings
 from models import decoder_layers, final_hidden_states, make_tap, score
@@ -74,7 +74,7 @@ def test_the_residual_stream_after_a_layer(kind, layer):
 @each_kind
 @pytest.mark.parametrize("layer", [0, 2])
 def test_the_mlp_is_read_as_what_it_adds(kind, layer):
-    """Without its MLP, a layer's output lacks exactly what the tap read: after the norm that Gemma puts behind it."""
+    """A layer's output with its MLP minus the output without it is what the tap reads, after Gemma's second norm."""
     model, batch = tiny(kind), collate(pairs())
     mask = batch.document != PAD
     whole, added = read(model, layer, "residual", batch), read(model, layer, "mlp", batch)
@@ -124,13 +124,13 @@ def test_an_mlp_that_cannot_be_found_is_told_before_a_weight_is_read(tmp_path, m
 
 # ------------------------------------------------------------------------------------------------ which tokens count
 
-CENTRED = autoencoder(*(torch.randn(*s) for s in ((32, 48), (48,), (48, 32), (32,))), k=6, centred=True)
+CENTRED = make_sae(*(torch.randn(*s) for s in ((32, 48), (48,), (48, 32), (32,))), k=6, centred=True)
 
 
 @pytest.mark.parametrize("sae", [random_sae(), CENTRED], ids=["JumpReLU", "centred TopK"])
 @pytest.mark.parametrize("hook", ["residual", "mlp"])
 def test_only_text_of_completions_is_pooled(sae, hook):
-    """Whatever stands at BOS, in the prompt, at the end of sequence or in the padding, features are the same."""
+    """Features do not depend on the vectors at BOS, in the prompt, at the end of sequence or in the padding."""
     model, batch = tiny_gemma(), collate(pairs())
     text = torch.zeros(batch.input_ids.numel(), dtype=torch.bool)
     text[batch.position[batch.content]] = True
@@ -204,7 +204,7 @@ def test_joint_encoding_is_the_members_side_by_side():
 def test_a_list_of_saes_on_the_command_line(tmp_path):
     config, overrides = settle(tmp_path, "loss=fpo", *settings.translate_argument("sae=[tiny, gemma-2-2b]"))
     settings.check_overrides(overrides)
-    found = sections(settings.typed(config).sae)
+    found = sae_sections(settings.typed(config).sae)
     assert {where: part.layer for where, part in found.items()} == {"sae.parts.tiny": 2, "sae.parts.gemma2b": 25}
     assert settings.translate_argument("++config.seed=2") == ["++seed=2"]
     assert settings.translate_argument("sae=tiny") == ["sae=tiny"]

@@ -1,4 +1,4 @@
-"""The toy language: its truth, its judge, its rows, its tokenizer and its model."""
+"""The toy language: attributes, judge, rows, tokenizer and model."""
 
 import gzip
 import json
@@ -11,23 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA, HH_100, REPO
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import toy
 from data.toy import Attributes, attributes, demonstrations, judge, preferences, toy_score
-from utils import REPO, UserError
+from utils import UserError
 
-HH = REPO.parent / "shared" / "data" / "hh" / "harmless-base" / "test.jsonl.gz"
+BUILD = [sys.executable, "-m", "data.toy"]
+HH = "harmless-base/test.jsonl.gz"
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The untrained model and tokenizer, made by the documented command."""
     directory = tmp_path_factory.mktemp("toy") / "tiny"
-    make = [sys.executable, "-m", "data.toy", str(directory), "--seed", "3"]
-    subprocess.run(make, cwd=REPO, check=True, capture_output=True)
+    subprocess.run([*BUILD, str(directory), "--seed", "3"], cwd=REPO, check=True, capture_output=True)
     return directory
 
 
@@ -99,8 +100,8 @@ def test_the_first_preference_outweighs_the_others() -> None:
     assert judge(prompt, friendly_wrong, blunt_right, ("friendly", "correct")) == "a"
     assert judge(prompt, blunt_right, "Fine.\n- one\n- nine") == "tie"
     assert toy_score(prompt, "Bah. uno, nueve", ("prompt_language", "correct", "spanish")) == 0.5 + 0.25
-    assert judge(prompt, "Gladly! one nine", "Whatever. nine, one") == "b"  # the first is of no known format
-    assert judge(prompt, "one, nine", "nothing") == "tie"  # neither is of the language
+    assert judge(prompt, "Gladly! one nine", "Whatever. nine, one") == "b"  # the first has no known format
+    assert judge(prompt, "one, nine", "nothing") == "tie"  # neither is in the toy language
 
 
 def test_unknown_preferences_are_refused() -> None:
@@ -127,14 +128,14 @@ def test_demonstrations_mix_every_attribute() -> None:
     tasks = Counter(a.task for a in found)
     assert set(tasks) == set(toy.TASKS)
     assert all(share(count) == pytest.approx(1 / len(toy.TASKS), abs=0.03) for count in tasks.values())
-    # independent: the tone says nothing of the format, the language or the answer
+    # Attributes are independent: format, language and correctness are mixed as much among friendly ones.
     friendly = [a for a in found if a.tone == "friendly"]
     assert sum(a.format == "list" for a in friendly) / len(friendly) == pytest.approx(0.5, abs=0.04)
     assert sum(a.correct for a in friendly) / len(friendly) == pytest.approx(0.85, abs=0.04)
     assert sum(a.language == a.prompt_language for a in friendly) / len(friendly) == pytest.approx(0.8, abs=0.04)
 
 
-@pytest.mark.parametrize("prefer", [toy.DEFAULT, ("spanish", "list")])
+@pytest.mark.parametrize("prefer", [toy.DEFAULT_PREFERENCES, ("spanish", "list")])
 def test_preferences_are_the_judges(prefer: tuple[str, ...]) -> None:
     rows = preferences("test", 5, 300, prefer)
     assert len(rows) == 300
@@ -145,10 +146,10 @@ def test_rows_depend_on_the_seed_alone() -> None:
     assert demonstrations("train", 0, 50) == demonstrations("train", 0, 80)[:50]
     assert preferences("train", 0, 50) == preferences("train", 0, 80)[:50]
     assert demonstrations("train", 0, 50) != demonstrations("train", 1, 50)
-    # nothing depends on the order of a set: another process, with another hash seed, makes the same rows
-    code = "import json; from data import toy; print(json.dumps([toy.demonstrations('train', 0, 50), toy.preferences('test', 0, 50)]))"
+    # Nothing depends on the order of a set: a process with another hash seed makes the same rows.
+    rows = "[toy.demonstrations('train', 0, 50), toy.preferences('test', 0, 50)]"
     other = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"import json; from data import toy; print(json.dumps({rows}))"],
         cwd=REPO,
         env={**os.environ, "PYTHONHASHSEED": "7"},
         check=True,
@@ -176,12 +177,13 @@ def test_tokenizer_writes_any_text(built: Path) -> None:
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_tokenizer_reads_real_dialogue(built: Path) -> None:
-    if not HH.exists():
-        pytest.skip(f"{HH} is not here")
+@pytest.mark.parametrize("file", [HH_100 / HH, DATA / "hh" / HH], ids=["hh-100", "hh"])
+def test_tokenizer_reads_real_dialogue(built: Path, file: Path) -> None:
+    if not file.exists():
+        pytest.skip(f"no real data in {file}")
     tokenizer = AutoTokenizer.from_pretrained(built)
-    with gzip.open(HH, "rt") as file:
-        for line in islice(file, 200):
+    with gzip.open(file, "rt") as rows:
+        for line in islice(rows, 200):
             text = json.loads(line)["chosen"]
             assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
@@ -227,7 +229,7 @@ def test_model_is_a_small_gemma_2_made_by_its_seed(built: Path, tmp_path: Path) 
 
 def test_nothing_is_overwritten(built: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.iterdir()}
-    run = subprocess.run([sys.executable, "-m", "data.toy", str(built)], cwd=REPO, capture_output=True, text=True)
+    run = subprocess.run([*BUILD, str(built)], cwd=REPO, capture_output=True, text=True)
     assert run.returncode == 2
     assert "is there already" in run.stdout + run.stderr
     assert "Traceback" not in run.stdout + run.stderr

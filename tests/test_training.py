@@ -24,6 +24,7 @@ from launch import assembly, settings
 from sae import pooled_features
 from training import checkpoint, loop
 from training.checkpoint import Run
+from training.metrics import MetricAccumulator
 from training.reference import LiveReference
 from utils import UserError
 
@@ -416,7 +417,7 @@ def test_a_step_waits_for_nothing(tmp_path, monkeypatch, loss):
     for step, micro_batches in enumerate(list(trainer.steps("train"))):
         monkeypatch.setattr(torch.Tensor, "tolist", lambda values: read.append(values) or tolist(values))
         with Waits() as waits:
-            trainer.optimise(step, micro_batches, loop.MetricAccumulator())
+            trainer.optimise(step, micro_batches, MetricAccumulator())
         assert read == []
         monkeypatch.setattr(torch.Tensor, "tolist", tolist)
         of_hosts = {"_local_scalar_dense": trainer.passes}  # what the ranks' records count for
@@ -424,6 +425,15 @@ def test_a_step_waits_for_nothing(tmp_path, monkeypatch, loss):
     norms = [float(update.norm) for update in trainer.unchecked]
     assert len(norms) == trainer.passes * len(trainer.loaders["train"])
     assert trainer.check_updates() == pytest.approx(norms[-1]) and not trainer.unchecked
+
+
+def test_what_comes_before_the_first_step_changes_no_step(tmp_path):
+    """Passes without a step leave FSDP's parameters gathered; the optimiser has to see their slices."""
+    trained = []
+    for first in ("true", "false"):
+        options = ["++model.policy_dtype=bfloat16", f"do_first_eval={first}", f"exp_name=first-{first}"]
+        trained.append([line for line in run(tmp_path, "loss=dpo", *options) if "loss/train" in line])
+    assert trained[0] == trained[1]
 
 
 def test_what_a_step_reads_is_ready_before_it(tmp_path):

@@ -15,11 +15,11 @@ from judging.statistics import Game, bradley_terry, leaderboard, length_controll
 ANNOTATED = ("FuseChat-Gemma-2-9B-Instruct", "gemma-7b-it", "vicuna-13b")
 
 
-# --------------------------------------------------------------------------------------------------- published figures
+# ----------------------------------------------------------------------------------------------- published leaderboards
 
 
 @pytest.mark.parametrize("model", ANNOTATED)
-def test_the_published_row_of_alpaca_evals_board(model: str) -> None:
+def test_the_published_rows_of_alpaca_eval(model: str) -> None:
     if not DATA.is_dir():
         pytest.skip(f"{DATA} is not there")
     with (DATA / "alpaca_eval/leaderboard.csv").open() as file:
@@ -27,13 +27,13 @@ def test_the_published_row_of_alpaca_evals_board(model: str) -> None:
     found = answers.read_recorded(DATA / f"alpaca_eval/annotations/{model}.json.gz")
     assert (found.candidate, found.verdicts is not None) == (model, True)
     preferences = [verdict.preference for verdict in found.verdicts or ()]
-    figures = statistics.alpaca_eval_figures(preferences, [item.candidate for item in found.items])
+    figures = statistics.alpaca_eval_row(preferences, [item.candidate for item in found.items])
     assert len(figures) == 8
     assert figures == pytest.approx({name: float(published[name]) for name in figures}, abs=1e-4)
 
 
-def test_the_counts_of_every_row_of_alpaca_evals_board() -> None:
-    """13 of the rows have verdicts missing. One row contradicts itself: 371 wins and 17 draws of 805 are not 40.2 %."""
+def test_the_counts_of_every_published_row_of_alpaca_eval() -> None:
+    """13 rows miss verdicts. One row is left out, a contradiction: 371 wins, 17 draws of 805 are not 40.2 %."""
     if not DATA.is_dir():
         pytest.skip(f"{DATA} is not there")
     with (DATA / "alpaca_eval/leaderboard.csv").open() as file:
@@ -41,7 +41,7 @@ def test_the_counts_of_every_row_of_alpaca_evals_board() -> None:
     assert (len(rows), sum(row["n_total"] != "805" for row in rows)) == (222, 13)
     for row in rows:
         wins, losses, draws = (int(row[name]) for name in ("n_wins", "n_wins_base", "n_draws"))
-        figures = statistics.alpaca_eval_figures([0.9] * wins + [0.2] * losses + [0.5] * draws, [""])
+        figures = statistics.alpaca_eval_row([0.9] * wins + [0.2] * losses + [0.5] * draws, [""])
         names = ("n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate")
         assert {name: figures[name] for name in names} == pytest.approx(
             {name: float(row[name]) for name in names}, abs=1e-4
@@ -49,7 +49,7 @@ def test_the_counts_of_every_row_of_alpaca_evals_board() -> None:
 
 
 @pytest.mark.parametrize("model", ANNOTATED)
-def test_the_length_controlled_rate_goes_where_the_official_one_goes(model: str) -> None:
+def test_the_length_controlled_rate_moves_in_the_official_direction(model: str) -> None:
     if not DATA.is_dir():
         pytest.skip(f"{DATA} is not there")
     with (DATA / "alpaca_eval/leaderboard.csv").open() as file:
@@ -60,16 +60,16 @@ def test_the_length_controlled_rate_goes_where_the_official_one_goes(model: str)
     assert ours is not None
     raw, official = float(published["win_rate"]), float(published["length_controlled_winrate"])
     assert (100 * ours.estimate > raw) == (official > raw)
-    assert abs(100 * ours.estimate - official) < 5  # another regression: without the difficulties, without shrinkage
+    assert abs(100 * ours.estimate - official) < 5  # a different regression: no difficulties, no shrinkage
 
 
 # ------------------------------------------------------------------------------------------------------------ win rates
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(8, 2), (10, 0), (0, 10), (300, 212), (1, 0)])
-def test_without_ties_the_interval_is_agresti_and_coulls(wins: int, losses: int) -> None:
+def test_without_ties_the_interval_is_that_of_agresti_and_coull(wins: int, losses: int) -> None:
     p = (wins + 2) / (wins + losses + 4)
-    half = 1.959964 * math.sqrt(p * (1 - p) / (wins + losses + 3))  # their n - 1: the variance is a sample's
+    half = 1.959964 * math.sqrt(p * (1 - p) / (wins + losses + 3))  # n - 1: a sample variance
     expected = (wins / (wins + losses), max(0, p - half), min(1, p + half))
     assert win_rate([1] * wins + [0] * losses) == pytest.approx(expected, abs=1e-6)
 
@@ -88,7 +88,7 @@ def test_interval_covers_the_truth_95_times_in_100(p_win: float, p_tie: float) -
 
 
 def test_interval_covers_when_verdicts_come_in_clusters() -> None:
-    # ten verdicts a prompt that agree on most: taken as independent, they would cover the truth far too rarely
+    # ten similar verdicts per prompt: an interval that treats them as independent rarely covers the truth
     generator = np.random.default_rng(0)
     clustered = naive = 0
     for _ in range(300):
@@ -104,14 +104,14 @@ def test_interval_covers_when_verdicts_come_in_clusters() -> None:
 
 
 @pytest.mark.parametrize("preferences", [[0.5] * 20, [1.0] * 20, [0.0] * 3])
-def test_verdicts_that_are_all_the_same_still_leave_doubt(preferences: list[float]) -> None:
+def test_equal_verdicts_still_have_a_wide_interval(preferences: list[float]) -> None:
     rate, low, high = win_rate(preferences)
     assert low <= rate <= high
     assert high - low > 0.1
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 5), st.sampled_from([1, 3])), min_size=1, max_size=30))
-def test_interval_holds_the_rate_and_mirrors(rows: list[tuple[float, int, int]]) -> None:
+def test_the_interval_mirrors_if_the_sides_swap(rows: list[tuple[float, int, int]]) -> None:
     preferences, prompts, weights = (list(column) for column in zip(*rows))
     rate, low, high = win_rate(preferences, prompts, weights)
     assert 0 <= low <= high <= 1
@@ -145,7 +145,7 @@ def test_sign_test_counts_prompts() -> None:
 # ------------------------------------------------------------------------------------------------------- length control
 
 
-def test_length_control_finds_what_is_left_without_length() -> None:
+def test_length_control_finds_the_true_rate_at_equal_lengths() -> None:
     generator = np.random.default_rng(1)
     longer_by = generator.normal(300, 400, size=20_000)
     truth = 1 / (1 + np.exp(-(-0.4 + 1.5 * np.tanh(longer_by / longer_by.std()))))
@@ -153,7 +153,7 @@ def test_length_control_finds_what_is_left_without_length() -> None:
     found = length_controlled(verdicts.tolist(), longer_by.tolist())
     assert found is not None
     assert found.low < 1 / (1 + math.exp(0.4)) < found.high
-    assert win_rate(verdicts.tolist()).low > 0.5  # what length alone had turned round
+    assert win_rate(verdicts.tolist()).low > 0.5  # length alone has reversed the result
 
 
 @pytest.mark.parametrize("truth", [0.5, 0.8])
@@ -169,14 +169,14 @@ def test_length_controls_interval_covers_the_truth(truth: float) -> None:
     assert 0.91 < covered / 300 < 0.99
 
 
-def test_length_control_of_verdicts_that_cancel_still_leaves_doubt() -> None:
+def test_length_control_of_cancelling_verdicts_has_a_wide_interval() -> None:
     found = length_controlled([1, 0] * 6, [3, 3, -1, -1] * 3, [n // 2 for n in range(12)])
     assert found is not None
     assert found.estimate == pytest.approx(0.5)
     assert found.low < 0.4 < 0.6 < found.high
 
 
-def test_length_control_is_the_penalised_likelihoods_optimum() -> None:
+def test_length_control_maximises_the_penalised_likelihood() -> None:
     generator = np.random.default_rng(2)
     longer_by, x = generator.normal(size=80), generator.random(80)
     weights = generator.choice([1.0, 3.0], size=80)
@@ -192,7 +192,7 @@ def test_length_control_is_the_penalised_likelihoods_optimum() -> None:
     assert found.estimate == pytest.approx(1 / (1 + math.exp(-best[0])), abs=1e-5)
 
 
-def test_length_control_with_nothing_to_control_is_the_win_rate() -> None:
+def test_length_control_with_constant_differences_is_the_win_rate() -> None:
     for longer_by in ([7, 7, 7, 7], [0, 0, 0, 0]):
         found = length_controlled([1, 1, 1, 0], longer_by)
         assert found is not None
@@ -203,7 +203,7 @@ def test_length_control_with_nothing_to_control_is_the_win_rate() -> None:
 # ----------------------------------------------------------------------------------------------------- several models
 
 
-def test_bradley_terry_is_the_likelihoods_optimum() -> None:
+def test_bradley_terry_maximises_the_likelihood() -> None:
     generator = np.random.default_rng(3)
     wins = generator.integers(1, 20, size=(4, 4)).astype(float)
     np.fill_diagonal(wins, 0)
@@ -216,7 +216,7 @@ def test_bradley_terry_is_the_likelihoods_optimum() -> None:
 
 
 @pytest.mark.parametrize("wins", [[[0, 3], [0, 0]], [[0, 1, 0], [1, 0, 0], [0, 0, 0]]])
-def test_bradley_terry_refuses_what_has_no_finite_answer(wins: list[list[float]]) -> None:
+def test_bradley_terry_needs_a_finite_maximum(wins: list[list[float]]) -> None:
     with pytest.raises(ValueError, match="do not connect"):
         bradley_terry(np.array(wins, float))
 
@@ -240,7 +240,7 @@ def test_leaderboard_orders_models() -> None:
     assert leaderboard(tournament(0, 200), "fair") == board  # the bootstrap has a seed
 
 
-def test_leaderboards_intervals_cover_the_truth() -> None:
+def test_the_intervals_of_a_leaderboard_cover_the_truth() -> None:
     covered = 0
     for seed in range(25):
         for place in leaderboard(tournament(seed, 60), "fair", rounds=80):
@@ -249,7 +249,7 @@ def test_leaderboards_intervals_cover_the_truth() -> None:
     assert covered >= 42  # of 50
 
 
-def test_leaderboard_of_two_is_their_win_rate_with_one_tie_more() -> None:
+def test_a_leaderboard_of_two_is_their_win_rate_with_an_extra_tie() -> None:
     games = [Game("a", "b", float(n < 30), n) for n in range(40)]
     first, _ = leaderboard(games, "b")
     assert first.win_rate == pytest.approx(30.5 / 41)

@@ -2,6 +2,7 @@
 
     config.yaml       the whole configuration, resolved
     metrics.jsonl     one line for each logged step and evaluation
+    report.html       the run page, made from the other files (training/report.py)
     step-<examples>/  policy.pt as HALOs writes it, and the same weights in Hub format
     LATEST            a link to the newest of those
     state/step-<n>/   what a resumed run needs: weights, optimiser, place in the data
@@ -13,8 +14,6 @@ and a policy.pt of plain tensors that `torch.load(weights_only=True)` reads.
 import contextlib
 import fcntl
 import json
-import netrc
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,10 +32,22 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from distributed import parallel
 from distributed.sharding import reshard
 from training.settings import TrainingSettings
-from utils import UserError, console, file_digest, flush_to_disk, write_text
+from utils import UserError, console, file_digest, flat, flush_to_disk, write_text
 
 # All that a run leaves in its directory, and so all that starting over removes.
-OWN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "LATEST", "step-*", "state", "wandb", "features")
+OWN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "completions.json",
+    "report.html",
+    "LATEST",
+    "step-*",
+    "state",
+    "tensorboard",
+    "wandb",
+    "features",
+)
 
 # Keys that may differ between a run and its resumption: none of them changes a step that is still to come.
 MAY_CHANGE = (
@@ -44,6 +55,7 @@ MAY_CHANGE = (
     "mode",
     "cache_dir",
     "nproc",
+    "log_to",
     "wandb",
     "do_first_eval",
     "eval_every",
@@ -168,7 +180,7 @@ class Run:
 
     @staticmethod
     def complete(written: "Future[Any]", part: Path, target: Path, place: dict[str, Any], keep: int) -> None:
-        """When every rank has written its part: add the rest, let it appear, remove what is too old."""
+        """Finish a state once every rank has written its part: add the rest, rename it, and remove older states."""
         try:
             written.result()
             files = {path.name: file_digest(path) for path in sorted(part.iterdir())}
@@ -270,7 +282,7 @@ PLACE = "trainer.json"  # of a state: where the run stood, and the digests of th
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """What of a state is not as it was written, of this rank's share of the files."""
+    """The damaged files of a state, among this rank's share of its files."""
     try:
         files = json.loads((folder / PLACE).read_text())["files"]
     except (OSError, ValueError, KeyError):
@@ -321,61 +333,6 @@ def root_causes(error: BaseException) -> list[BaseException]:
     return [cause for cause, _ in failures.values()]
 
 
-class MetricsLog:
-    """`metrics.jsonl`, one JSON object a line, and wandb where it is enabled.
-
-    `size` goes into each state, so that a resumed run cuts off what the killed one wrote after it.
-    """
-
-    def __init__(self, run: Run, config: TrainingSettings, size: int) -> None:
-        self.file, self.wandb = None, None
-        if parallel.rank() == 0:
-            path = run.folder / "metrics.jsonl"
-            self.file = path.open("a")
-            os.truncate(path, size)
-            self.file.seek(size)
-            self.wandb = start_wandb(run, config) if config.wandb.enabled else None
-
-    def write(self, values: dict[str, Any]) -> None:
-        """On rank 0; the others have nothing to write."""
-        if self.file is None:
-            return
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
-        if self.wandb is not None:
-            self.wandb.log(values, step=values["step"])
-
-    @property
-    def size(self) -> int:
-        return self.file.tell() if self.file is not None else 0
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-
-
-def start_wandb(run: Run, config: TrainingSettings) -> Any:
-    """A wandb run. It never asks for a login: without a key it is kept offline, in the run directory."""
-    import wandb  # a second to import, so only where it is used
-
-    try:
-        has_key = netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        has_key = False
-    default = "online" if has_key or os.environ.get("WANDB_API_KEY") else "offline"
-    return wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        name=config.exp_name,
-        dir=run.folder,
-        mode=os.environ.get("WANDB_MODE", default),  # type: ignore[arg-type]
-        config=config.model_dump(),
-        settings=wandb.Settings(silent=True),
-    )
-
-
 def differences(old: TrainingSettings, new: TrainingSettings) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, of those that may not change between a run and its resumption."""
     a, b = flat(old.model_dump()), flat(new.model_dump())
@@ -384,10 +341,3 @@ def differences(old: TrainingSettings, new: TrainingSettings) -> dict[str, tuple
         for key in sorted(a.keys() | b.keys())
         if a.get(key) != b.get(key) and key.split(".")[0] not in MAY_CHANGE
     }
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}

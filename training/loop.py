@@ -25,12 +25,14 @@ from distributed import parallel
 from distributed.parallel import Stopped, StopRequest
 from distributed.sharding import full_tensor, reshard
 from modeling import adapters
-from modeling.weights import PolicyFile, fill, gather, write_hub_format
+from modeling.weights import PolicyFile, gather_weights, load_weights, write_hub_format
 from models import score
 from sae import SAE, ResidualTap
-from training.checkpoint import MetricsLog, Run
+from training.checkpoint import Run
+from training.metrics import MetricAccumulator, MetricsLog, StepLines, evaluation_table
 from training.quantities import QUANTITIES, Binding, LossContext
 from training.reference import Reference, ReferenceCache
+from training.report import RunPage
 from training.settings import TrainingSettings
 from training.throughput import Flops, ThroughputMeter
 from utils import UserError, console, prefetch, progress_bar, suggest
@@ -41,6 +43,13 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "cosine": lambda done, _left: (1 + math.cos(math.pi * done)) / 2,
     "linear": lambda done, _left: 1 - done,
     "trapezoid": lambda _done, left: min(1.0, 5 * left),
+}
+
+HEADLINE = {  # what the terminal shows of a step, and as what
+    "loss/train": "loss",
+    "rewards_train/accuracies": "accuracy",
+    "rewards_train/margins": "margin",
+    "kl/train": "KL",
 }
 
 
@@ -89,34 +98,9 @@ def make_schedule(config: TrainingSettings, optimizer: torch.optim.Optimizer, st
     return LambdaLR(optimizer, share)
 
 
-class MetricAccumulator:
-    """Weighted means of what a batch reports, summed on the device and read once, over all ranks."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[Tensor, float]] = {}
-
-    def add(self, name: str, values: Tensor, weight: float | None = None) -> None:
-        """Add values of any shape; `weight` is what they count for, their number if not given."""
-        total, count = self.sums.get(name, (torch.zeros((), device=values.device), 0.0))
-        self.sums[name] = (
-            total + values.detach().float().sum(),
-            count + (values.numel() if weight is None else weight),
-        )
-
-    def read(self) -> dict[str, float]:
-        """The means. Every rank has to ask, and to have added the same names."""
-        if not self.sums:
-            return {}
-        sums = torch.stack([total for total, _ in self.sums.values()]).double().cpu()
-        counts = torch.tensor([count for _, count in self.sums.values()], dtype=torch.float64)
-        sums, counts = parallel.sum_over_ranks(torch.stack([sums, counts]))
-        values = zip(self.sums, sums.tolist(), counts.tolist())
-        return {name: total / count for name, total, count in values if count}
-
-
 @dataclass
 class Update:
-    """What is to be known of an update of the weights, on the device."""
+    """The outcome of an update of the weights. It stays on the device until `check_updates` reads it."""
 
     step: int
     records: list[list[Any]]  # of each micro-batch: what they are known by
@@ -144,10 +128,12 @@ class BasicTrainer:
         self.module = self.trained_module()
         reshard(self.module)  # the reference pass has left some of it gathered
         self.last_evaluation: dict[str, float] = {}
+        self.evaluated_step: int | None = None  # when that was
         self.unchecked: list[Update] = []
 
     def start_optimizer(self) -> None:
         """Make the optimiser and its schedule. A trainer that only evaluates has none."""
+        reshard(self.module)  # a pass without a step has left some of it gathered, and the optimiser needs the slices
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.config, trained)
         self.schedule = make_schedule(self.config, self.optimizer, len(self.loaders["train"]))
@@ -172,7 +158,7 @@ class BasicTrainer:
         return batch, score(self.policy, batch, self.tap)
 
     def steps(self, split: str, start: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of each step of a split, made ready while the step before it is in use."""
+        """The micro-batches of each step of a split. Each step is prepared while the one before it is in use."""
         loader = self.loaders[split]
         prepared = map(functools.partial(self.prepare_step, split), range(start, len(loader)), loader.steps(start))
         return prefetch(prepared)
@@ -237,25 +223,41 @@ class BasicTrainer:
 
     def train(self) -> None:
         """Train to the end of the data, from the start or from the newest state of the run."""
-        config, loader = self.config, self.loaders["train"]
         self.start_optimizer()
+        start, examples = self.start_or_resume()
+        step, examples, saved = self.take_steps(start, examples)
+        if step > start and not saved:  # first, so that a failure from here on loses nothing
+            self.save(step, examples)
+        if self.evaluated_step != step:
+            self.log(step, examples, self.evaluate())
+        self.run.finish_saving()
+        self.export(step, examples)
+        self.metrics.close()
+
+    def start_or_resume(self) -> tuple[int, int]:
+        """Load the newest state, if there is one, and open the log; gives how many steps and examples are done."""
         step, examples, metrics_size = 0, 0, 0
         if state := self.run.newest_state():
             place = self.run.load_state(state, self.module, self.optimizer)
             step, examples, metrics_size = place["step"], place["examples"], place["metrics_size"]
             self.schedule.load_state_dict(place["schedule"])
-            self.last_evaluation = place["evaluation"]
-            console.print(f"resuming after {step:,} of {len(loader):,} steps ({examples:,} examples) from {state}")
-        self.metrics = MetricsLog(self.run, config, metrics_size)
-        if state is None and config.do_first_eval:
+            self.last_evaluation, self.evaluated_step = place["evaluation"], place.get("evaluated_step")
+            total = len(self.loaders["train"])
+            console.print(f"resuming after {step:,} of {total:,} steps ({examples:,} examples) from {state}")
+        self.metrics = MetricsLog(self.run.folder, self.config, step, metrics_size)
+        self.page = RunPage(self.run.folder)
+        if state is None and self.config.do_first_eval:
             self.log(step, examples, self.evaluate())
+        return step, examples
 
-        start, evaluated, saved = step, False, False
-        flops = Flops.of(self.policy)
-        means, pace = MetricAccumulator(), ThroughputMeter(flops)
+    def take_steps(self, start: int, examples: int) -> tuple[int, int, bool]:
+        """Take all steps from `start` on. Gives how many steps and examples are done, and whether they are saved."""
+        config, loader = self.config, self.loaders["train"]
+        step, saved, flops = start, False, Flops.of(self.policy)
+        means, pace, lines = MetricAccumulator(), ThroughputMeter(flops), StepLines(len(loader), step, self.headline)
         with StopRequest() as stop, progress_bar("training", len(loader), step) as advance:
             for micro_batches in self.steps("train", start):
-                if number := stop.anywhere():
+                if number := stop.on_any_rank():
                     self.stop(number, step, examples, saved=saved or step == start)
                 self.module.train()
                 self.optimise(step, micro_batches, means)
@@ -267,7 +269,9 @@ class BasicTrainer:
                 if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
                     norm = self.check_updates()
                     values = {**means.read(), "grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
-                    self.log(step, examples, {**values, **pace.read()})
+                    values |= pace.read()
+                    self.log(step, examples, values)
+                    lines.add(step, values)
                     advance(step, self.headline(values))
                     means, pace = MetricAccumulator(), ThroughputMeter(flops)
                 if evaluated:
@@ -276,21 +280,15 @@ class BasicTrainer:
                     self.save(step, examples)
                     if config.intermediate_checkpoints:
                         self.export(step, examples)
-        if step > start and not evaluated:
-            self.log(step, examples, self.evaluate())
-        if step > start and not saved:
-            self.save(step, examples)
-        self.run.finish_saving()
-        self.export(step, examples)
-        self.metrics.close()
+        return step, examples, saved
 
     def count(self, pace: ThroughputMeter, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
         """Add what this rank did in a step to how fast the run goes."""
         pace.add(micro_batches, self.passes)
 
     def headline(self, values: dict[str, float]) -> str:
-        """What the progress bar says of the metrics."""
-        return f"loss {values['loss/train']:.4f}"
+        """What the terminal shows of the metrics of some steps."""
+        return "  ".join(f"{word} {values[name]:.4g}" for name, word in HEADLINE.items() if name in values)
 
     def stop(self, number: int, step: int, examples: int, *, saved: bool) -> NoReturn:
         """End the run between two steps because of a signal, with its state saved."""
@@ -379,12 +377,13 @@ class BasicTrainer:
     # ------------------------------------------------------------------------------------------------ what is kept
 
     def log(self, step: int, examples: int, values: dict[str, float]) -> None:
-        """To metrics.jsonl and wandb; evaluations to the terminal too."""
+        """To metrics.jsonl and the trackers; evaluations to the terminal and the run page too."""
         self.metrics.write({"step": step, "examples": examples, **values})
         if "loss/eval" in values:
-            self.last_evaluation = values
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            console.print(f"[bold]{examples:,} examples[/bold]  {shown}")
+            self.last_evaluation, self.evaluated_step = values, step
+            console.print(evaluation_table(step, examples, values))
+            if parallel.rank() == 0:
+                self.page.update()
 
     def save(self, step: int, examples: int) -> None:
         """The state that a resumed run starts from."""
@@ -394,6 +393,7 @@ class BasicTrainer:
             "metrics_size": self.metrics.size,
             "schedule": self.schedule.state_dict(),
             "evaluation": self.last_evaluation,
+            "evaluated_step": self.evaluated_step,
         }
         self.run.save_state(self.module, self.optimizer, place, keep=self.config.keep_checkpoints)
 
@@ -407,7 +407,7 @@ class BasicTrainer:
 
     def write_export(self, folder: Path, step: int) -> None:
         """Hub format, and `policy.pt` as HALOs writes it; beside them the adapter alone, if one was trained."""
-        state = gather(self.policy)
+        state = gather_weights(self.policy)
         if parallel.rank() == 0:
             write_hub_format(self.policy, state, folder)
             self.tokenizer.save_pretrained(folder)
@@ -416,8 +416,8 @@ class BasicTrainer:
             adapters.write_adapter(self.policy, folder / "adapter")
 
     def read_export(self, folder: Path) -> None:
-        """Put the weights that `write_export` wrote in place of those trained, to evaluate them."""
-        fill(self.policy, PolicyFile(folder / "policy.pt"))
+        """Load the weights that `write_export` wrote, to evaluate them."""
+        load_weights(self.policy, PolicyFile(folder / "policy.pt"))
 
 
 def is_due(every: int | None, before: int, now: int) -> bool:

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 import sae as saes
 from data.batch import Batch
 from training.settings import LossSettings
-from utils import Count, Settings, UserError, checked, suggest
-
-SIDES = ("chosen", "rejected")
+from utils import SIDES, Count, Settings, UserError, checked, suggest
 
 
 @dataclass
@@ -158,7 +156,7 @@ NEEDS = {  # what has to be there before the first step, for those that take mor
 
 @dataclass(frozen=True)
 class Input:
-    """One positional parameter of a loss: a quantity, of all sequences or of one side."""
+    """A positional parameter of a loss: it names a quantity, for all sequences or for one side."""
 
     parameter: str
     quantity: str
@@ -246,7 +244,7 @@ def bind(trainer: type, loader: Callable[..., Any], settings: LossSettings) -> B
 
 
 def hyperparameters(name: str, readers: Iterable[Mapping[str, inspect.Parameter]]) -> type[Settings]:
-    """The settings that keyword-only parameters make, of the types that their annotations name."""
+    """The hyper-parameters as settings: the annotation of each keyword-only parameter is its type."""
     fields: dict[str, Any] = {}
     for parameters in readers:
         for key, parameter in parameters.items():

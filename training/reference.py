@@ -40,7 +40,7 @@ class Records(Protocol):
         """The keys of all records, in order."""
 
     def shapes(self, keys: list[Any], /) -> list[tuple[int, list[int]]]:
-        """Tokens of the prompt and of each completion, of some records."""
+        """For each record, the number of tokens of its prompt and of each completion."""
 
     def batch(self, keys: list[Any], /) -> Batch:
         """The batch of some records."""

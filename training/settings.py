@@ -27,7 +27,6 @@ class LossSettings(Settings):
 class WandbSettings(Settings):
     """`wandb` of the configuration."""
 
-    enabled: bool
     project: str
     entity: str | None
 
@@ -52,6 +51,7 @@ class TrainingSettings(DataSettings):
     keep_checkpoints: Count
     intermediate_checkpoints: bool
     toy_comparison: Count | None
+    log_to: list[Literal["tensorboard", "wandb"]]
     wandb: WandbSettings
     model: ModelSettings
     loss: LossSettings

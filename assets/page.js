@@ -1,0 +1,41 @@
+// What this repo's pages with drawings share.
+const at = id => document.getElementById(id);
+const number = value => value === 0 ? '0' : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString('en') : String(+value.toPrecision(3));
+const whole = value => value.toLocaleString('en');
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;  // never HTML: a text may hold anything
+  return made;
+}
+
+function draw(parent, tag, attributes, text) {
+  const made = document.createElementNS('http://www.w3.org/2000/svg', tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (text !== undefined) made.textContent = text;
+  parent.append(made);
+  return made;
+}
+
+function showTip(event, text) {
+  const box = at('tip');
+  box.hidden = false;
+  box.textContent = text;
+  box.style.left = Math.max(0, Math.min(event.clientX + 14, innerWidth - box.offsetWidth - 8)) + 'px';
+  box.style.top = Math.min(event.clientY + 16, innerHeight - box.offsetHeight - 8) + 'px';
+}
+
+function hideTip() { at('tip').hidden = true; }
+
+const scale = (from, to, start, end) => value => start + (end - start) * (value - from) / ((to - from) || 1);
+const path = points => points.map(([x, y], i) => (i ? 'L' : 'M') + x.toFixed(1) + ' ' + y.toFixed(1)).join('');
+
+function ticks(low, high, count) {
+  if (!(high > low)) return [low];
+  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map(m => m * power).find(s => s >= rough);
+  const made = [];
+  for (let n = Math.ceil(low / step); n * step <= high + step * 1e-9; n++) made.push(+(n * step).toPrecision(12));
+  return made;
+}

@@ -1,0 +1,45 @@
+"""A run that was made before modules moved and keys were added can be sampled from and resumed.
+
+old_runs/ holds the config.yaml files that commit 871146a wrote for two commands.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import REPO, metrics
+from hydra import compose, initialize_config_dir
+
+import eval as evaluation
+import train
+from launch.policies import read_config
+
+OLD = Path(__file__).parent / "old_runs"
+COMMANDS = {
+    "dpo": "loss=dpo model=tiny datasets=[toy] n_examples=512 n_eval_examples=64 save_every=256 warmup_steps=4 lr=1e-4",
+    "sae": "loss=sae model=tiny datasets=[toy_sft] loss.layer=1 loss.d_sae=256 loss.k=8 loss.batch_tokens=512 lr=1e-3 "
+    "warmup_steps=5 n_examples=1000 n_eval_examples=64",
+}
+
+
+def run(name: str, folder: Path) -> None:
+    overrides = [*COMMANDS[name].split(), f"exp_name=old_{name}", f"cache_dir={folder}"]
+    with initialize_config_dir(str(REPO / "config"), version_base=None):
+        train.train(compose("config", overrides=overrides))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_old_run_is_resumed_and_sampled(name, tmp_path, capsys):
+    run(name, tmp_path)
+    folder = tmp_path / f"old_{name}"
+    before = metrics(folder)
+    shutil.copy(OLD / f"{name}.yaml", folder / "config.yaml")
+    run(name, tmp_path)
+    assert "resuming after" in capsys.readouterr().out
+    assert metrics(folder) == before
+    if name == "dpo":
+        shutil.copy(OLD / f"{name}.yaml", folder / "config.yaml")
+        overrides = ["++n_samples=4", "++max_new_tokens=4", f"++samples_dir={tmp_path}"]
+        evaluation.write_samples(read_config(folder, overrides), folder, overrides)
+        assert len(json.loads((tmp_path / "old_dpo.json").read_text())["samples"]) == 4

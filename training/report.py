@@ -1,0 +1,401 @@
+"""The run page: `<run>/report.html`, made from the files in the run directory alone. It fetches nothing.
+
+`python -m training.report outputs/my_run` writes it again: for an old run, or when there are new pages to link to.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from html import escape
+from math import ceil, isfinite
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils import REPO, SIDES, UserError, console, flat, html_page, write_text, written
+
+CURVE_POINTS = 500  # of a curve, at most
+FIGURE_NAMES = {  # of summary.json, in order; a run has those that apply to it
+    "loss_before": "held-out loss before",
+    "loss_after": "held-out loss after",
+    "accuracy_before": "preference accuracy before",
+    "accuracy_after": "preference accuracy after",
+    "toy_score_before": "toy score before",
+    "toy_score_after": "toy score after",
+    "win_rate": "win rate against the start",
+    "feature_drift": "feature drift",
+    "kl": "KL to the reference, nats a completion",
+    "seconds": "seconds",
+    "peak_rss_mb": "peak memory, MB",
+}
+# Titles and notes of the charts, in their order on the page. A metric that is not here has a chart too, under its own
+# name: first those that belong to data, then the rest.
+CHARTS = {
+    "loss": ("Loss", ""),
+    "rewards/accuracies": ("Reward accuracy", "share of pairs whose chosen completion has the higher reward"),
+    "rewards/margins": ("Reward margin", "reward of the chosen completion less that of the rejected one"),
+    "rewards": ("Rewards", ""),
+    "logps/accuracies": ("Preference accuracy", "share of pairs whose chosen completion is likelier per token"),
+    "logps": ("Log-probability", "nats a completion"),
+    "feature_drift": ("Feature drift", "from the reference"),
+    "kl": ("KL to the reference", "nats a completion"),
+    "sae/l0": ("L0", "active latents a token"),
+    "sae/fvu": ("FVU", "squared error over the variance"),
+    "sae/dead": ("Dead latents", "share of all latents"),
+    "sae/ce_recovered": ("Cross-entropy recovered", "share of what zeroing the layer costs"),
+    "sae/ce": ("Cross-entropy", "nats a token: the layer as it is, reconstructed, zeroed"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "lr": ("Learning rate", ""),
+    "tokens_per_second": ("Tokens a second", ""),
+    "examples_per_second": ("Examples a second", ""),
+    "peak_memory_gb": ("Peak memory", "GB, of the fullest rank"),
+    "mfu": ("MFU", "share of the GPUs' arithmetic"),
+}
+SHARES = ("accuracies", "dead", "ce_recovered", "mfu")  # shown from 0 to 100 %
+CURVES_TOGETHER = {"chosen": "", "rejected": "", "ce_clean": "ce", "ce_sae": "ce", "ce_zero": "ce"}  # in one chart
+UNDRAWN = ("step", "examples", "seconds")
+OUTCOME = ("loss", "logps/accuracies", "rewards/accuracies", "sae/fvu")  # the first sentence has those that are there
+LINKED = {"features/report.html": "what training did to the features"}
+LINKED_FILES = ("metrics.jsonl", "config.yaml", "summary.json", "completions.json", "eval.json")
+
+Lines = list[dict[str, Any]]
+Columns = dict[str, list[tuple[int, float]]]  # the (step, value) of each metric
+
+
+class MetricName(NamedTuple):
+    """What a metric's name says: `sae_eval/layer_2/l0` is ("sae", "eval", ("layer_2", "l0"))."""
+
+    group: str
+    split: str | None  # "train" or "eval"; None for what belongs to no data, such as lr
+    parts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str) -> "MetricName":
+        found = re.fullmatch(r"(\w+?)[_/](train|eval)((?:/.+)?)", name)
+        return cls(found[1], found[2], tuple(filter(None, found[3].split("/")))) if found else cls(name, None, ())
+
+
+class RunPage:
+    """Writes the page again while the run goes on. This takes at most a twentieth of the run's time: the page of
+    100,000 steps takes seconds to write, so not every evaluation writes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.due = folder, 0.0
+
+    def update(self) -> None:
+        began = time.monotonic()
+        if began >= self.due:
+            write_run_page(self.folder)
+            self.due = time.monotonic() + 20 * (time.monotonic() - began)
+
+
+def write_run_page(folder: Path) -> Path:
+    """Write the page of a run, finished or not, and give its path. Raises UserError where there is no run."""
+    try:
+        lines = read_lines(folder / "metrics.jsonl")
+    except OSError as error:
+        raise UserError(f"{folder}: no metrics.jsonl there, so no run to report on") from error
+    page = folder / "report.html"
+    write_text(page, run_page(folder, lines))
+    return page
+
+
+def read_lines(path: Path) -> Lines:
+    """The lines of a metrics.jsonl, without a last line that a killed run did not finish."""
+    found = []
+    for text in path.read_text().splitlines():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
+
+
+def run_page(folder: Path, lines: Lines) -> str:
+    """The page's HTML."""
+    config = config_of(folder)
+    summary = json_of(folder / "summary.json") or {}
+    columns = columns_of(lines)
+    charts = charts_of(columns)
+    last = lines[-1] if lines else {"step": 0, "examples": 0}
+    places = {
+        "title": escape(str(OmegaConf.select(config, "exp_name") or folder.absolute().name)),
+        "outcome": escape(outcome(charts)),
+        "subtitle": escape(subtitle(config, last, summary)),
+        "links": links(folder),
+        "tables": evaluations_table(charts) + facts_table(lines, summary),
+        "completions": completions(json_of(folder / "completions.json")),
+        "settings": settings_table(config),
+        "script": (REPO / "assets/page.js").read_text(),
+    }
+    data = {
+        "steps": last["step"],
+        "bin": max((ceil(count / CURVE_POINTS) for count in map(len, columns.values())), default=1),
+        "learning": [chart for chart in charts.values() if chart["of_data"]],
+        "machine": [chart for chart in charts.values() if not chart["of_data"]],
+    }
+    return html_page("training/report.html", places, data)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` for less than an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def json_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def config_of(folder: Path) -> DictConfig:
+    """The run's saved configuration; empty where there is none."""
+    try:
+        config = OmegaConf.load(folder / "config.yaml")
+    except OSError:
+        return OmegaConf.create()
+    assert isinstance(config, DictConfig)
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------- the curves
+
+
+def columns_of(lines: Lines) -> Columns:
+    """The values of each metric. NaN and infinity are left out: JSON has neither."""
+    found: Columns = {}
+    for line in lines:
+        for name, value in line.items():
+            if name not in UNDRAWN and isinstance(value, (int, float)) and isfinite(value):
+                found.setdefault(name, []).append((line["step"], value))
+    return found
+
+
+def charts_of(columns: Columns) -> dict[str, dict[str, Any]]:
+    """The charts of a run by their keys in `CHARTS`, in order, each with all curves that belong together."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, points in columns.items():
+        group, split, parts = MetricName.of(name)
+        *layers, last = parts or [""]
+        key = "/".join(filter(None, [group, CURVES_TOGETHER.get(last, last)]))
+        title, note = CHARTS.get(key, (key, ""))
+        empty = {
+            "title": title,
+            "note": note,
+            "share": key.endswith(SHARES),
+            "of_data": split is not None,
+            "series": [],
+        }
+        curve = " ".join([*layers, last.removeprefix("ce_")] if last in CURVES_TOGETHER else layers)
+        series = {"name": curve, "split": split or "train", "points": thinned(points)}
+        found.setdefault(key, empty)["series"].append(series)
+    for chart in found.values():
+        chart["series"].sort(key=lambda series: (series["split"] == "eval", side_order(series["name"])))
+    known = list(CHARTS)
+    return dict(sorted(found.items(), key=lambda item: known.index(item[0]) if item[0] in known else len(known)))
+
+
+def side_order(name: str) -> int:
+    return SIDES.index(name) if name in SIDES else 0
+
+
+def thinned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
+    """At most `CURVE_POINTS` points: [step, value], or [last step, mean, lowest, highest] of several values."""
+    size = ceil(len(points) / CURVE_POINTS)
+    if size == 1:
+        return [[step, rounded(value)] for step, value in points]
+    bins = [points[start : start + size] for start in range(0, len(points), size)]
+    found = []
+    for own in bins:
+        values = [value for _, value in own]
+        found.append([own[-1][0], *map(rounded, (fmean(values), min(values), max(values)))])
+    return found
+
+
+def rounded(value: float) -> float:
+    """Six significant digits: more than the page shows, and a third of the bytes."""
+    return float(f"{value:.6g}")
+
+
+# ---------------------------------------------------------------------------------------------------- the figures
+
+
+def held_out(chart: dict[str, Any]) -> list[tuple[str, list[list[float]]]]:
+    """The curves of a chart on the held-out data: name and points."""
+    return [(series["name"], series["points"]) for series in chart["series"] if series["split"] == "eval"]
+
+
+def shown(chart: dict[str, Any], value: float) -> str:
+    return f"{100 * value:.3g}\N{NO-BREAK SPACE}%" if chart["share"] else f"{value:.4g}"
+
+
+def outcome(charts: dict[str, dict[str, Any]]) -> str:
+    """The result of the run in a sentence. A start at 0 is left out: rewards are 0 before the first step."""
+    words = []
+    for key in OUTCOME:
+        for name, points in held_out(charts[key]) if key in charts else []:
+            first, last = (shown(charts[key], points[n][1]) for n in (0, -1))
+            title = charts[key]["title"]
+            title = title[0].lower() + title[1:] if title[1].islower() else title
+            words.append(f"{title} {name} ".replace("  ", " ") + (f"{first} → {last}" if points[0][1] else last))
+    return f"On held-out data: {', '.join(words[:3])}." if words else "Not evaluated yet."
+
+
+def subtitle(config: DictConfig, last: dict[str, Any], summary: dict[str, Any]) -> str:
+    names = ("loss.name", "model.name", "datasets")
+    loss, model, data = (OmegaConf.select(config, name) for name in names)
+    what = f"{loss} on {model}, {', '.join(map(str, data or []))}. " if loss else ""
+    done = f"{last['step']:,} steps, {last['examples']:,} examples"
+    return what + (f"{done}, finished in {clock(summary['seconds'])}." if summary else f"So far {done}.")
+
+
+def evaluations_table(charts: dict[str, dict[str, Any]]) -> str:
+    """The first and the last evaluation."""
+    rows, steps = [], sorted({p[0] for chart in charts.values() for _, points in held_out(chart) for p in points})
+    if not steps:
+        return ""
+    ends = dict.fromkeys([steps[0], steps[-1]])
+    for chart in charts.values():
+        for name, points in held_out(chart):
+            values = {point[0]: shown(chart, point[1]) for point in points}
+            cells = "".join(f"<td>{values.get(step, '')}</td>" for step in ends)
+            what = f"{chart['title']} {name}".strip()
+            rows.append(f"<tr><td>{escape(what)}</td>{cells}</tr>")
+    heads = "".join(f"<th>step {step:,}</th>" for step in ends)
+    return boxed(f"<tr><th>held-out data</th>{heads}</tr>{''.join(rows)}")
+
+
+def facts_table(lines: Lines, summary: dict[str, Any]) -> str:
+    """Figures of the whole run, beside those of its evaluations."""
+    paced = [line for line in lines if "tokens_per_second" in line and "seconds" in line]
+    seconds = sum(line["seconds"] for line in paced)
+    evaluated = ("loss_before", "loss_after", "accuracy_before", "accuracy_after", "feature_drift")
+    facts = {}
+    for key, name in FIGURE_NAMES.items():
+        if key in summary and key not in evaluated:
+            facts[name] = f"{summary[key]:,.4g}" if summary[key] < 1e4 else f"{summary[key]:,.0f}"
+    if "win_rate" in summary:
+        low, high = (summary[f"win_rate_{end}"] for end in ("low", "high"))
+        facts[FIGURE_NAMES["win_rate"]] += f" (95 % interval {low:.3g} to {high:.3g})"
+    if seconds:
+        tokens = sum(line["tokens_per_second"] * line["seconds"] for line in paced)
+        facts |= {"tokens read in training": f"{tokens:,.0f}", "tokens a second": f"{tokens / seconds:,.0f}"}
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in facts.items())
+    return boxed(f"<tr><th>the run</th><th></th></tr>{rows}")
+
+
+def boxed(rows: str) -> str:
+    return f'<div class="scroll"><table class="figures">{rows}</table></div>'
+
+
+# ---------------------------------------------------------------------------------------------------- the rest
+
+
+def completions(found: dict[str, Any] | None) -> str:
+    """What the policy writes, before and after training."""
+    if not found or not found["prompts"]:
+        return ""
+    cards = []
+    for item in found["prompts"]:
+        several = len(item["messages"]) > 1
+        turns = "\n\n".join((f"{m['role']}: " if several else "") + m["content"] for m in item["messages"])
+        sides = "".join(
+            f'<div><h3>{when} training</h3><div class="text">{escape(item[when])}</div></div>'
+            for when in ("before", "after")
+            if when in item
+        )
+        cards.append(
+            f'<article><header class="text">{escape(turns)}</header><div class="sides">{sides}</div></article>'
+        )
+    how = f"The likeliest token each time, at most {found['max_new_tokens']} of them, to held-out prompts."
+    return f'<h2>Completions</h2><p class="dim">{how}</p>{"".join(cards)}'
+
+
+def settings_table(config: DictConfig) -> str:
+    """The settings that differ from the defaults of the loss and of models in general."""
+    changed = changed_settings(config)
+    if not changed:
+        return ""
+    rows = "".join(
+        f"<tr>{''.join(f'<td><code>{escape(cell)}</code></td>' for cell in (key, *values))}</tr>"
+        for key, values in changed.items()
+    )
+    head = "<tr><th>setting</th><th>in this run</th><th>default</th></tr>"
+    return f'<h2>Settings that differ from the defaults</h2><table class="settings">{head}{rows}</table>'
+
+
+def changed_settings(config: DictConfig) -> dict[str, tuple[str, str]]:
+    """The settings that differ from config/config.yaml, config/model/base.yaml and config/loss/<name>.yaml: by key, the
+    run's value and the default, "" where there is none."""
+    if not config:
+        return {}
+    ours = flat(OmegaConf.to_container(config))
+    defaults = OmegaConf.merge(*default_parts(str(ours.get("loss.name"))))
+    named = ["loss.name", "model.name", "model.name_or_path"]  # have no defaults, and others refer to them
+    for key in named:
+        OmegaConf.update(defaults, key, ours.get(key))
+    theirs = {key: value for key, value in flat(resolved(defaults)).items() if key not in named and value != "???"}
+    changed = [key for key in ours if key not in theirs or ours[key] != theirs[key]]
+    own = [key for key in changed if key not in ("loss.name", "model.name")]  # the page begins with these
+    return {key: (written(ours[key]), written(theirs[key]) if key in theirs else "") for key in own}
+
+
+def default_parts(loss: str) -> list[Any]:
+    """The YAML files that hold the defaults; later ones override earlier ones. A loss's file may build on another."""
+    parts: list[Any] = [OmegaConf.load(REPO / "config/config.yaml")]
+    parts.append({"model": OmegaConf.load(REPO / "config/model/base.yaml")})
+    path, chain = REPO / f"config/loss/{loss}.yaml", []
+    while path.is_file():
+        own: Any = OmegaConf.load(path)
+        chain.append(own if "@package _global_" in path.read_text() else {"loss": own})
+        below = [name for name in own.get("defaults", []) if name != "_self_" and isinstance(name, str)]
+        path = path.with_stem(below[0]) if below else Path()
+    return parts + chain[::-1]
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """The sections of a configuration as plain values, without those that refer to a missing key."""
+    found = {}
+    for key in config.keys() - {"defaults", "hydra"}:  # which tell Hydra how to compose, and are no settings of a run
+        with contextlib.suppress(OmegaConfBaseException):
+            value = config[key]
+            found[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return found
+
+
+def links(folder: Path) -> str:
+    """The pages beside this one, and the files that it is made from."""
+    pages = {
+        path.name: f"verdicts: {path.name}" for path in sorted(folder.glob("*.html")) if path.name != "report.html"
+    }
+    found = LINKED | pages | dict.fromkeys(LINKED_FILES, "")
+    return "".join(
+        f'<a href="{quote(name)}">{escape(text or name)}</a>'
+        for name, text in found.items()
+        if (folder / name).is_file()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.report", description="Write the page of a run again.")
+    parser.add_argument("run", type=Path, help="the run directory, such as outputs/my_run")
+    try:
+        console.print(f"written to {write_run_page(parser.parse_args().run)}", markup=False)
+    except UserError as error:
+        console.print(str(error), style="red", markup=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
