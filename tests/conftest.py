@@ -1,10 +1,13 @@
 """Small models and batches for the tests. Nothing here is read from a network."""
 
+import functools
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for each other
@@ -12,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for e
 import pytest
 import torch
 import torch.distributed as dist
+from forks import Fork
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from data import batch as batches
@@ -25,6 +29,7 @@ DATA = Path(os.environ["FPO_DATA"]).resolve() if os.environ.get("FPO_DATA") else
 HH_100 = REPO / "tests" / "data" / "hh-100"
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+gc.set_threshold(100_000)  # as the commands do
 
 
 def tiny_gemma(seed: int = 0) -> Gemma2ForCausalLM:
@@ -89,16 +94,54 @@ def process_group():
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a run of test_training with nothing chosen but its loss. Each is made once."""
+    from test_training import run
+
+    folder = tmp_path_factory.mktemp("plain")
+
+    @functools.cache
+    def folder_of(loss: str) -> Path:
+        run(folder, f"loss={loss}", f"exp_name={loss}")
+        return folder / loss
+
+    return folder_of
+
+
 @pytest.fixture
 def gemma() -> Gemma2ForCausalLM:
     return tiny_gemma()
 
 
-def command(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run one of the repo's commands as a user would; without `check`, a failure is for the test to look at."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
-    )
+Done = subprocess.CompletedProcess[str]
+
+
+def command(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> Done:
+    """Run one of the repo's commands in a process of its own (forks.py); without `check`, a failure is for the test to
+    look at."""
+    return checked(Fork(*arguments, cwd=cwd).result(), check)
+
+
+def new_python(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> Done:
+    """The same in a new Python, as a user does it; that takes 8 seconds of CPU longer."""
+    typed = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(typed, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+    return checked(done, check)
+
+
+def on_ranks(count: int, *arguments: str | Path, nodes: int = 1) -> str:
+    """Run a command on several ranks, each in a process of its own that is told its place as torchrun does. Returns
+    the output of all."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    of_all = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    of_all |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count // nodes}
+    places = [of_all | {"RANK": rank, "LOCAL_RANK": rank % (count // nodes)} for rank in range(count)]
+    ranks = [Fork(*arguments, **{name: str(value) for name, value in place.items()}) for place in places]
+    return "".join([checked(rank.result(), check=True).stdout for rank in ranks])
+
+
+def checked(done: Done, check: bool) -> Done:
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

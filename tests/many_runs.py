@@ -1,4 +1,4 @@
-"""`python tests/many_runs.py NPROC RUNS`: train several times on the same ranks, so that they start once.
+"""`python tests/many_runs.py RUNS`, on each rank: train several times on the same ranks, so that they start once.
 
 RUNS is a JSON list with the overrides of each run.
 """
@@ -16,7 +16,7 @@ def work() -> None:
 
     import train
 
-    for overrides in json.loads(sys.argv[2]):
+    for overrides in json.loads(sys.argv[1]):
         with initialize_config_dir(str(REPO / "config"), version_base=None):
             train.train(compose("config", overrides=overrides))
 
@@ -24,4 +24,4 @@ def work() -> None:
 if __name__ == "__main__":
     from distributed import parallel
 
-    parallel.run(work, int(sys.argv[1]))
+    parallel.run(work)

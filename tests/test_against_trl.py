@@ -19,7 +19,7 @@ from datasets import Dataset
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import train
@@ -469,6 +469,6 @@ def rank_of_two(rank: int, given: list[str], folder: Path) -> None:
 def test_two_ranks_have_the_z_of_one(tmp_path: Path, moved: Path) -> None:
     config, given = settle(tmp_path, labelled(11), *SPLIT, *apart(moved))
     alone = z_of(assemble(config))
-    spawn(rank_of_two, args=(given, tmp_path), nprocs=2)
+    start_processes(rank_of_two, (given, tmp_path), nprocs=2, start_method="forkserver")
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(alone, rel=1e-5)

@@ -2,12 +2,10 @@
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import DATA, HH_100, REPO, command, look_at, metrics
+from conftest import DATA, HH_100, REPO, command, look_at, metrics, new_python
 from test_training import PAIRS
 
 from data import toy
@@ -22,8 +20,15 @@ def files(folder, **splits):
 
 QUICK = ["loss=fpo", "model=tiny", "optimizer=AdamW", "lr=1e-3", "model.batch_size=8", "model.eval_batch_size=8"]
 
-KILLER = """
+SMALL_SHARDS = """
 import os, runpy, signal, sys
+import training.reference
+training.reference.SHARD = 16
+sys.argv = ["train.py", *{arguments!r}]
+{killer}
+runpy.run_path("train.py", run_name="__main__")
+"""
+KILLER = """
 import {module} as module
 original, calls = module.{function}, 0
 def dies(*args, **options):
@@ -34,36 +39,39 @@ def dies(*args, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **options)
 module.{function} = dies
-sys.argv = ["train.py", *{arguments!r}]
-runpy.run_path("train.py", run_name="__main__")
 """
+
+
+def train(arguments, killer="", check=True):
+    """Run train.py, with a shard of the cache for each 16 records."""
+    return command("-c", SMALL_SHARDS.format(arguments=arguments, killer=killer), check=check)
 
 
 def killed(arguments, module, function, call, before="pass"):
     """Run train.py and kill -9 it as it makes the n-th call of a function, `before` having been done."""
-    script = KILLER.format(module=module, function=function, call=call, before=before, arguments=arguments)
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
+    killer = KILLER.format(module=module, function=function, call=call, before=before)
+    done = train(arguments, killer, check=False)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
 
 
 def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
     """In the middle of the cache, of a step, of a state's file and of the export: nothing is lost."""
-    rows = toy.preferences("train", seed=1, count=1100)
+    rows = toy.preferences("train", seed=1, count=36)
     data = files(tmp_path, train=rows, test=PAIRS["test"])
-    options = [*QUICK, *data, "n_examples=1100", "model.batch_size=128", "save_every=256", "exp_name=cut"]
+    options = [*QUICK, *data, "n_examples=36", "model.batch_size=4", "save_every=8", "exp_name=cut"]
     half = "open(args[1], 'wb').write(b'half a file')"
     killed(options, "training.reference", "write_arrow", 2)  # the second of three shards
     killed(options, "torch.optim", "AdamW.step", 4)
     killed(options, "safetensors.torch", "save_file", 1, half)
     killed(options, "torch", "save", 1, half)
-    out = command("train.py", *options).stdout
+    out = train(options).stdout
     assert "resuming after 9 of 9 steps" in out
     cut = tmp_path / "out" / "cut"
     assert not list(cut.rglob("*.part"))
     reference = tmp_path / "out" / ".cache" / "reference"
     assert sorted(len(list(folder.glob("*.arrow"))) for folder in reference.iterdir()) == [1, 3]
 
-    command("train.py", *options, "exp_name=whole", f"cache_dir={tmp_path}/other")
+    train([*options, "exp_name=whole", f"cache_dir={tmp_path}/other"])
     assert metrics(cut) == metrics(tmp_path / "other" / "whole")
     latest = [tmp_path / name / "LATEST" for name in ("out/cut", "other/whole")]
     assert (latest[0] / "model.safetensors").read_bytes() == (latest[1] / "model.safetensors").read_bytes()
@@ -72,10 +80,10 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
 
 
 def test_a_cache_killed_half_way_goes_on(tmp_path):
-    data = files(tmp_path, train=toy.preferences("train", seed=1, count=1100), test=PAIRS["test"])
-    options = [*QUICK, *data, "n_examples=1100", "model.batch_size=1100"]
+    data = files(tmp_path, train=toy.preferences("train", seed=1, count=36), test=PAIRS["test"])
+    options = [*QUICK, *data, "n_examples=36", "model.batch_size=36"]
     killed(options, "training.reference", "write_arrow", 3)
-    assert "going on after 2 of 3 shards" in command("train.py", *options).stdout
+    assert "going on after 2 of 3 shards" in train(options).stdout
 
 
 def test_two_processes_do_not_share_a_run(tmp_path):
@@ -96,7 +104,8 @@ def quickstart(tmp_path_factory):
     """The quickstart, shortened, with everything on."""
     folder = tmp_path_factory.mktemp("quickstart")
     arguments = ["experiment=quickstart", "n_examples=640", "warmup_steps=5", "n_eval_examples=64"]
-    done = command("train.py", *arguments, "toy_comparison=64", f"cache_dir={folder}", "++log_to=[tensorboard,wandb]")
+    own = ["toy_comparison=64", f"cache_dir={folder}", "++log_to=[tensorboard,wandb]"]
+    done = new_python("train.py", *arguments, *own)
     return folder / "quickstart", done.stdout, arguments
 
 
@@ -114,7 +123,7 @@ def test_quickstart_ends_with_the_figures(quickstart):
 
 def test_a_second_quickstart_finds_the_cache(quickstart):
     run, _, arguments = quickstart
-    out = command("train.py", *arguments, f"cache_dir={run.parent}").stdout
+    out = command("train.py", *arguments, "toy_comparison=null", f"cache_dir={run.parent}").stdout
     assert out.count("reference cache: found") == 2
 
 
@@ -122,17 +131,17 @@ def test_sample_and_judge(quickstart, tmp_path):
     """By a run directory, and by a copy of its config.yaml somewhere else."""
     run, _, _ = quickstart
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
-    for number, path in enumerate([run, "config.yaml"]):
+    for number, (python, path) in enumerate([(new_python, run), (command, "config.yaml")]):
         samples = tmp_path / f"samples{number}"
         options = ["++n_samples=40", "++model.eval_batch_size=32", f"++samples_dir={samples}/"]
-        command(REPO / "eval.py", f"--config-path={path}", *options, cwd=tmp_path)
+        python(REPO / "eval.py", f"--config-path={path}", *options, cwd=tmp_path)
         content = json.loads((samples / "quickstart.json").read_text())
         assert content.keys() == {"sampled_at", "config", "sampling", "samples"}
         assert len(content["samples"]) == 40
         for sample in content["samples"]:
             assert sample.keys() >= {"prompt", "messages", "chosen", "policy"}
     judge = ["-mc", "512", "-bk", "chosen", "-ck", "policy", "-r", tmp_path / "results.jsonl", "-j", "toy"]
-    command("compare.py", "-f", samples / "quickstart.json", *judge)
+    new_python("compare.py", "-f", samples / "quickstart.json", *judge)
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
     result = json.loads(line)
     assert result["total"] == 40
@@ -232,5 +241,5 @@ def test_fpo_on_real_preferences(tmp_path, name):
     assert all(value == value and abs(value) < float("inf") for line in lines for value in line.values())
     sampling = ["++n_samples=4", "++max_new_tokens=16", f"++samples_dir={tmp_path}"]
     command("eval.py", f"--config-path={tmp_path / name}", *sampling)
-    command("compare.py", "-f", tmp_path / f"{name}.json", "-j", "toy", "-r", tmp_path / "results.jsonl")
+    new_python("compare.py", "-f", tmp_path / f"{name}.json", "-j", "toy", "-r", tmp_path / "results.jsonl")
     assert json.loads((tmp_path / "results.jsonl").read_text())["total"] == 4

@@ -1,5 +1,6 @@
 """The report on features: its numbers against plain dense computation, its page in a browser."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -12,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import EOS_ID, REPO, collate, command, look_at, pairs, random_sae, tiny_gemma
+from conftest import EOS_ID, REPO, collate, command, look_at, on_ranks, pairs, random_sae, tiny_gemma
 
 import models
+from data import toy
 from features import measure, neuronpedia, report
 from features.measure import Context, Figures, Measured, Part, Reader, Report, Text, TrainedRun
 from sae import JointSAE, compute_feature_drift
@@ -139,9 +141,11 @@ def test_unpaired_and_plain_data_are_named_as_they_are():
 
 
 def test_neuronpedia_pages_are_those_of_saelens_index():
-    import sae_lens
+    lens = importlib.util.find_spec("sae_lens")  # its import takes long
+    assert lens and lens.origin
 
-    index = yaml.safe_load((Path(sae_lens.__file__).parent / "pretrained_saes.yaml").read_text())
+    text = (Path(lens.origin).parent / "pretrained_saes.yaml").read_text()
+    index = yaml.load(text, yaml.CSafeLoader)
     known: dict[str, set] = {}
     for release in index.values():
         for sae in release["saes"]:
@@ -159,8 +163,12 @@ def test_neuronpedia_pages_are_those_of_saelens_index():
 
 
 def train(folder: Path, loss: str, *more: str) -> Path:
-    options = [f"loss={loss}", "model=tiny", "datasets=[toy]", "n_examples=96", "n_eval_examples=12", "lr=1e-3"]
-    command("train.py", *options, "warmup_steps=0", f"cache_dir={folder}", f"exp_name={loss}", *more)
+    options = [f"loss={loss}", "model=tiny", "n_examples=96", "n_eval_examples=12", "lr=1e-3", "warmup_steps=0"]
+    for key, split, count in (("datasets", "train", 96), ("eval_datasets", "test", 24)):
+        rows = toy.preferences(split, seed=0, count=count)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options.append(f"{key}=[{folder / split}.jsonl]")
+    command("train.py", *options, f"cache_dir={folder}", f"exp_name={loss}", *more)
     return folder / loss
 
 
@@ -235,7 +243,7 @@ def test_unpaired_and_again_on_two_ranks(tmp_path):
     contexts = [kind["shown"] for kind in data_of(run)["kinds"]]
     assert set(first.text) == {"desirable", "undesirable", "sampled"}
     (run / "features/of-before").touch()
-    command(*arguments, "++nproc=2")
+    on_ranks(2, *arguments)
     assert sorted(path.name for path in (run / "features").iterdir()) == ["drift.parquet", "report.html"]
     second = pq.read_table(run / "features/drift.parquet").to_pandas()
     for column in ("reference_mean", "policy_mean", "policy_rate", "drift"):

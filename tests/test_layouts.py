@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EOS_ID, collate, pairs, random_sae, tiny_gemma
+from conftest import EOS_ID, collate, metrics, pairs, random_sae, tiny_gemma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training import LOSSES, assembled, run
@@ -292,8 +292,8 @@ def test_micro_batches_of_like_work():
     assert loads == [90, 90]
 
 
-def test_a_budget_of_tokens_changes_no_numbers(tmp_path):
-    whole = run(tmp_path, "loss=fpo", "exp_name=whole")
+def test_a_budget_of_tokens_changes_no_numbers(tmp_path, plain_run):
+    whole = metrics(plain_run("fpo"))
     trainer = assembled(tmp_path, "loss=fpo", "exp_name=parts", "model.max_tokens=100")
     batches = [[batch.input_ids.numel() for batch in step] for step in trainer.loaders["train"].steps()]
     assert max(map(max, batches)) <= 100 and min(map(len, batches)) > 1
@@ -303,8 +303,8 @@ def test_a_budget_of_tokens_changes_no_numbers(tmp_path):
     )
 
 
-def test_a_pair_longer_than_the_budget_goes_alone(tmp_path):
-    whole = run(tmp_path, "loss=dpo", "exp_name=whole")
+def test_a_pair_longer_than_the_budget_goes_alone(tmp_path, plain_run):
+    whole = metrics(plain_run("dpo"))
     trainer = assembled(tmp_path, "loss=dpo", "exp_name=alone", "model.max_tokens=1")
     assert {len(batch.index) for step in trainer.loaders["train"].steps() for batch in step} == {1}
     alone = run(tmp_path, "loss=dpo", "exp_name=alone", "model.max_tokens=1")
@@ -371,8 +371,8 @@ def test_a_reference_cache_serves_every_layout(tmp_path, capsys):
     assert first["rewards_eval/chosen"] == pytest.approx(0, abs=1e-5)
 
 
-def test_a_run_is_the_same_again(tmp_path):
-    assert run(tmp_path, "loss=fpo", "exp_name=one") == run(tmp_path, "loss=fpo", "exp_name=two")
+def test_a_run_is_the_same_again(tmp_path, plain_run):
+    assert run(tmp_path, "loss=fpo") == metrics(plain_run("fpo"))
 
 
 # ---------------------------------------------------------------------------------------------------- the choice

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, command, metrics
+from conftest import REPO, command, metrics, on_ranks
+from forks import Fork
 from safetensors.torch import load_file, save_file
 
 from data import toy
@@ -71,8 +72,8 @@ def overrides(data, folder, *own):
     return [*SMALL, *files, *(value.format(data=data) for value in own)]
 
 
-def train_on(ranks, runs, check=True):
-    return command(REPO / "tests/many_runs.py", str(ranks), json.dumps(runs), check=check)
+def train_on(ranks, runs):
+    on_ranks(ranks, REPO / "tests/many_runs.py", json.dumps(runs))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def ranks_of(process):
 
 
 # Long enough to be stopped in the middle; the learning rate is so low that rounding errors do not grow.
-LONG = ["exp_name=long", "loss=dpo", "lr=1e-5", "++n_epochs=40", "++save_every=16", "++n_eval_examples=4"]
+LONG = ["exp_name=long", "loss=dpo", "lr=1e-5", "++n_epochs=10", "++save_every=16", "++n_eval_examples=4"]
 
 
 @pytest.fixture(scope="module")
@@ -157,22 +158,29 @@ def assert_same_run(lines, expected):
     assert lines[-1]["loss/eval"] == pytest.approx(expected[-1]["loss/eval"], rel=2e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_stopped_by_a_signal_and_resumed_on_other_ranks(data, undisturbed, tmp_path, ranks):
-    """SIGTERM to the launcher, as SLURM sends it, saves the state, and the run goes on from there."""
-    arguments = overrides(data, tmp_path, *LONG)
-    process = start(2, *arguments)
-    log = tmp_path / "long/metrics.jsonl"
+@pytest.fixture(scope="module")
+def stopped(data):
+    """Where a run on two ranks was stopped by a SIGTERM to its launcher, as SLURM sends it, and saved its state."""
+    folder = data / "stopped"
+    process = start(2, *overrides(data, folder, *LONG))
+    log = folder / "long/metrics.jsonl"
     wait_for(lambda: log.is_file() and log.read_text().count("loss/train") > 5, process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
     assert output.count("stopped by SIGTERM after step") == 1 and "Traceback" not in output
-    stopped = metrics(tmp_path / "long")[-1]["step"]
-    resumed = command("train.py", f"++nproc={ranks}", *arguments)
-    assert f"resuming after {stopped} of" in resumed.stdout
-    assert_same_run(metrics(tmp_path / "long"), undisturbed)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_stopped_by_a_signal_and_resumed_on_other_ranks(data, undisturbed, stopped, tmp_path, ranks):
+    """The run goes on where it was."""
+    run = shutil.copytree(stopped, tmp_path / "copy", symlinks=True) / "long"
+    last = metrics(run)[-1]["step"]
+    resumed = on_ranks(ranks, REPO / "train.py", *overrides(data, run.parent, *LONG))
+    assert f"resuming after {last} of" in resumed
+    assert_same_run(metrics(run), undisturbed)
 
 
 @pytest.mark.slow
@@ -185,7 +193,7 @@ def test_a_killed_rank_ends_the_run_and_nothing_is_lost(data, undisturbed, tmp_p
     output = process.communicate(timeout=60)[0]
     assert time.monotonic() - killed < 30
     assert process.returncode == 128 + signal.SIGKILL and "rank 1 was ended by SIGKILL" in output
-    command("train.py", "++nproc=2", *arguments)
+    on_ranks(2, REPO / "train.py", *arguments)
     assert_same_run(metrics(tmp_path / "long"), undisturbed)
 
 
@@ -241,18 +249,21 @@ def test_a_crash_on_one_rank_is_told_once_and_ends_all(tmp_path):
 
 @pytest.mark.slow
 def test_other_launchers(data, tmp_path):
-    """torchrun and accelerate start the ranks, and train.py takes the rank that they give."""
-    own = overrides(data, tmp_path, "loss=dpo", "++n_examples=8")
-    launchers = {
-        "torchrun": ["torch.distributed.run", "--nproc-per-node=2"],
-        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"],
-    }
-    found = {}
-    for name, launcher in launchers.items():
-        done = command("-m", *launcher, str(REPO / "train.py"), *own, f"exp_name={name}")
-        assert done.stdout.count("held-out loss after") == 1
-        found[name] = metrics(tmp_path / name)[-1]["loss/eval"]
-    assert found["torchrun"] == pytest.approx(found["accelerate"], abs=1e-7)
+    """torchrun, as on two nodes, and accelerate start the ranks, and train.py takes the rank that they give."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    torchrun = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", meeting]
+    accelerate = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    found = []
+    for name, launcher, nodes in (("torchrun", torchrun, 2), ("accelerate", accelerate, 1)):
+        own = overrides(data, tmp_path, "loss=dpo", "++n_examples=8", f"exp_name={name}")
+        launchers = [Fork("-m", *launcher, REPO / "train.py", *own) for _ in range(nodes)]
+        done = [launcher.result() for launcher in launchers]
+        assert [one.returncode for one in done] == [0] * nodes, done
+        assert sum(one.stdout.count("held-out loss after") for one in done) == 1
+        found.append(metrics(tmp_path / name)[-1]["loss/eval"])
+    assert found[0] == pytest.approx(found[1], abs=1e-7)
 
 
 def test_slurm_places_are_read(monkeypatch):
@@ -267,22 +278,7 @@ def test_slurm_places_are_read(monkeypatch):
 
 @pytest.mark.slow
 def test_two_nodes_with_hybrid_sharding(trained, tmp_path):
-    """Two launchers on this machine act as two nodes of two ranks: split within a node, replicated across nodes."""
+    """Two ranks on each node, all on this machine: split within a node, replicated across nodes."""
     own = overrides(trained, tmp_path, "exp_name=fpo", *RUNS["fpo"], "++model.hybrid_sharding=true")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    launcher += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two"]
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, *launcher, REPO / "train.py", *own],
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for _ in range(2)
-    ]
-    outputs = [node.communicate(timeout=300)[0].decode() for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
+    on_ranks(4, REPO / "train.py", *own, nodes=2)
     assert_same_metrics(tmp_path / "fpo", trained / "1/fpo", rel=1e-4)

@@ -3,18 +3,19 @@
 import gzip
 import json
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from conftest import BOS_ID, DATA, EOS_ID, REPO, tiny_gemma
+from conftest import BOS_ID, DATA, EOS_ID, REPO, command, on_ranks, tiny_gemma
 from test_training import run as train_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 from transformers import TopKLogitsWarper as TopK
 from transformers import TopPLogitsWarper as TopP
 
+import dataloader
 import eval as evaluation
 from data import toy
 from launch import settings
@@ -25,15 +26,17 @@ from sampling.generate import Decoding, DrawTokens, Request, sample
 from utils import UserError
 
 TINY = REPO / "assets/tiny"
+FEW_ROWS = {"toy": {"test": 200}}  # all 2,000 take long to make
 FAST = ["++model.policy_dtype=float32", "++max_new_tokens=8", "++model.max_prompt_length=64"]
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA}")
 
 
 def write(folder, *overrides, path=TINY, name="tiny"):
-    """Run eval.py's sampling in this process; the content of the file that it writes."""
+    """Run eval.py's sampling in this process, of a few toy prompts; the content of the file that it writes."""
     overrides = [*FAST, "datasets=[toy]", "++n_samples=24", f"++samples_dir={folder}", f"exp_name={name}", *overrides]
     config = read_config(path, overrides)
-    evaluation.write_samples(config, path, overrides)
+    with mock.patch.dict(dataloader.TOY_ROWS, FEW_ROWS):
+        evaluation.write_samples(config, path, overrides)
     mode = "" if config.mode == "sample" else f"-{config.mode}"
     return json.loads((folder / f"{name}{mode}.json").read_text())
 
@@ -207,30 +210,40 @@ def test_a_finished_file_is_found(tmp_path, capsys):
     assert write(tmp_path, "++temperature=0.3")["samples"] != first["samples"]
 
 
-KILLER = """
+EVAL = """
 import os, signal, sys
+import dataloader
+dataloader.TOY_ROWS |= {rows}
+sys.argv = ["eval.py", *{arguments!r}]
+{killer}
+import eval
+eval.main()
+"""
+KILLER = """
 from sampling import samples
 original, calls = samples.SampleLog.add, 0
 def dies(log, drawn):
     global calls
     calls += 1
     if calls == 3:
-        log.file.write('{{"key": [3, 0, 0], "te')
+        log.file.write('{"key": [3, 0, 0], "te')
         log.file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     original(log, drawn)
 samples.SampleLog.add = dies
-sys.argv = ["eval.py", *{arguments!r}]
-import eval
-eval.main()
 """
+
+
+def script(*arguments, killer=""):
+    """Arguments for Python to do what `write` does in a process of its own."""
+    arguments = [f"--config-path={TINY}", *FAST, "datasets=[toy]", "++n_samples=24", "exp_name=tiny", *arguments]
+    return ["-c", EVAL.format(rows=FEW_ROWS, arguments=arguments, killer=killer)]
 
 
 def test_killed_and_run_again_equals_uninterrupted(tmp_path, monkeypatch):
     """kill -9 in the middle of a line; what is whole is kept, the rest is drawn, nothing twice."""
-    options = [*FAST, "datasets=[toy]", "++n_samples=24", "exp_name=tiny", "++model.eval_batch_size=5"]
-    script = KILLER.format(arguments=[f"--config-path={TINY}", *options, f"++samples_dir={tmp_path}"])
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
+    arguments = ["++model.eval_batch_size=5", f"++samples_dir={tmp_path}"]
+    done = command(*script(*arguments, killer=KILLER), check=False)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
     partial = tmp_path / "tiny.json.partial.jsonl"
     kept = partial.read_text()
@@ -354,12 +367,8 @@ def test_vllm_is_asked_for_the_same(tmp_path, monkeypatch):
 def test_tensor_parallel_gives_the_same_samples(tmp_path):
     """One model over two processes: transformers' tp_plan, here on CPUs."""
     whole = write(tmp_path / "whole")
-    options = [*FAST, "datasets=[toy]", "++n_samples=24", "exp_name=tiny", f"++samples_dir={tmp_path}"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = [REPO / "eval.py", f"--config-path={TINY}", *options, "++tensor_parallel=true"]
-    done = subprocess.run([*launch, *script], cwd=REPO, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("24 samples in") == 1
+    out = on_ranks(2, *script(f"++samples_dir={tmp_path}", "++tensor_parallel=true"))
+    assert out.count("24 samples in") == 1
     content = json.loads((tmp_path / "tiny.json").read_text())
     assert content["samples"] == whole["samples"] and content["sampling"] == whole["sampling"]
 

@@ -69,13 +69,13 @@ def one_rank_of_two(rank, tmp_path):
 
 def test_ppo_whitens_over_all_ranks(tmp_path):
     whole = advantages(tmp_path)
-    torch.multiprocessing.spawn(one_rank_of_two, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(one_rank_of_two, (tmp_path,), nprocs=2, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert all(len(found) == 4 for found in ranks)
     assert_equal(ranks[0] | ranks[1], whole)
 
 
-def test_ppo_takes_its_rewards_from_labels_scores_or_a_model(tmp_path):
+def test_ppo_takes_its_rewards_from_labels_scores_or_a_model(tmp_path, plain_run):
     rows = [
         {"prompt": pair["prompt"], "completion": pair["chosen"], "label": n % 2, "score": n / 4}
         for n, pair in enumerate(PAIRS["train"])
@@ -90,8 +90,7 @@ def test_ppo_takes_its_rewards_from_labels_scores_or_a_model(tmp_path):
 
     assert rewards().tolist() == [-1.0, 1.0] * 4
     assert rewards("loss.reward=score").tolist() == [n / 4 for n in range(8)]
-    run(tmp_path, "loss=bradley-terry", "exp_name=rm")
-    by_model = rewards(f"loss.reward={tmp_path}/rm")
+    by_model = rewards(f"loss.reward={plain_run('bradley-terry')}")
     assert by_model.shape == (8,) and by_model.std() > 0
     with pytest.raises(UserError, match=r"loss\.reward=score: not every row of the data has a score"):
         run(tmp_path, "loss=ppo", "loss.reward=score")
@@ -117,26 +116,24 @@ def test_ppo_resumes_as_if_uninterrupted(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- reward models
 
 
-def test_reward_model_loads_elsewhere_with_the_same_rewards(tmp_path):
-    run(tmp_path, "loss=bradley-terry", "exp_name=rm")
-    latest = tmp_path / "rm/LATEST"
+def test_reward_model_loads_elsewhere_with_the_same_rewards(tmp_path, plain_run):
+    latest = plain_run("bradley-terry") / "LATEST"
     classifier = AutoModelForSequenceClassification.from_pretrained(latest, attn_implementation="eager")
-    trainer = assembled(tmp_path, "loss=bradley-terry", "exp_name=rm", "model.layout=padded")
+    trainer = assembled(tmp_path, "loss=bradley-terry", "model.layout=padded")
     trainer.read_export(latest)
     batch = trainer.loaders["train"].batch([0, 1, 2])
     with torch.no_grad():
         ours = models.score_rewards(trainer.policy, batch).rewards
         theirs = classifier(batch.input_ids, attention_mask=(batch.document >= 0).long()).logits.squeeze(1)
     torch.testing.assert_close(ours, theirs)
-    assert "rewards_eval/accuracies" in metrics(tmp_path / "rm")[-1]
+    assert "rewards_eval/accuracies" in metrics(latest.parent)[-1]
 
 
 # ---------------------------------------------------------------------------------------------------- control tokens
 
 
-def test_control_tokens_survive_and_are_learnt(tmp_path):
-    run(tmp_path, "loss=csft")
-    latest = tmp_path / "csft_tiny/LATEST"
+def test_control_tokens_survive_and_are_learnt(tmp_path, plain_run):
+    latest = plain_run("csft") / "LATEST"
     tokenizer = AutoTokenizer.from_pretrained(latest)
     good, bad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|good|>", "<|bad|>"))
     plain = AutoTokenizer.from_pretrained(REPO / "assets/tiny")
@@ -159,14 +156,13 @@ def test_control_tokens_survive_and_are_learnt(tmp_path):
     assert again.get_input_embeddings().num_embeddings == len(plain) + 2
 
 
-def test_sampling_starts_from_the_good_token(tmp_path, monkeypatch):
+def test_sampling_starts_from_the_good_token(tmp_path, plain_run, monkeypatch):
     import eval as evaluation
     from launch.policies import read_config
     from sampling import backends
     from sampling.generate import Sample
 
-    run(tmp_path, "loss=csft")
-    given, forbidden, folder = [], [], tmp_path / "csft_tiny"
+    given, forbidden, folder = [], [], plain_run("csft")
 
     def batches(_model, _tokenizer, requests, _settings, never, **_options):
         given.extend(requests)
@@ -205,13 +201,13 @@ class CustomPairedTrainer(PairedPreferenceTrainer):
 """
 
 
-def test_custom_trainers_from_a_file_outside(tmp_path):
+def test_custom_trainers_from_a_file_outside(tmp_path, plain_run):
     (tmp_path / "my_trainers.py").write_text(CUSTOM)
     custom = f"++loss.trainer={tmp_path}/my_trainers.py"
     paired = run(tmp_path, "loss=paired", f"{custom}:CustomPairedTrainer", "++loss.beta=0.1", "exp_name=paired")
-    assert losses(paired) == pytest.approx(losses(run(tmp_path, "loss=dpo", "exp_name=dpo")))
+    assert losses(paired) == pytest.approx(losses(metrics(plain_run("dpo"))))
     unpaired = run(tmp_path, "loss=unpaired", f"{custom}:CustomKTOTrainer", "exp_name=unpaired")
-    assert losses(unpaired) == pytest.approx(losses(run(tmp_path, "loss=kto-zero", "exp_name=kto")), rel=1e-5)
+    assert losses(unpaired) == pytest.approx(losses(metrics(plain_run("kto-zero"))), rel=1e-5)
 
 
 def test_a_custom_loss_needs_its_trainer(tmp_path):

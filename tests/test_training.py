@@ -74,9 +74,9 @@ def losses(lines):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_takes_steps(tmp_path, loss):
-    extra = ["loss.d_sae=64", "loss.k=4", "loss.batch_tokens=106"] if loss == "sae" else []  # a third of the tokens
-    lines = run(tmp_path, f"loss={loss}", *extra)
+def test_every_loss_takes_steps(tmp_path, plain_run, loss):
+    third = ["loss.d_sae=64", "loss.k=4", "loss.batch_tokens=106"]  # of the tokens
+    lines = run(tmp_path, "loss=sae", *third) if loss == "sae" else metrics(plain_run(loss))
     unpaired = loss.startswith("kto") or loss in ("csft", "ppo")
     records = 48 if unpaired else 24  # both sides of each pair, or pairs
     assert len(losses(lines)) == records // 8 and all(map(math.isfinite, losses(lines)))
@@ -84,8 +84,8 @@ def test_every_loss_takes_steps(tmp_path, loss):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "fpo", "fpo-mse"])
-def test_step_0_is_log_2_without_drift(tmp_path, loss):
-    lines = run(tmp_path, f"loss={loss}")
+def test_step_0_is_log_2_without_drift(plain_run, loss):
+    lines = metrics(plain_run(loss))
     for split, line in (("eval", lines[0]), ("train", lines[1])):
         assert line[f"loss/{split}"] == pytest.approx(math.log(2), abs=1e-5)
         for side in ("chosen", "rejected"):
@@ -96,8 +96,8 @@ def test_step_0_is_log_2_without_drift(tmp_path, loss):
 
 
 @pytest.mark.parametrize("loss", ["sft", "fpo", "kto"])
-def test_accumulation_equals_the_big_batch(tmp_path, loss):
-    whole = run(tmp_path, f"loss={loss}", "exp_name=whole")
+def test_accumulation_equals_the_big_batch(tmp_path, plain_run, loss):
+    whole = metrics(plain_run(loss))
     split = run(tmp_path, f"loss={loss}", "exp_name=split", "++model.gradient_accumulation_steps=4")
     assert losses(split) == pytest.approx(losses(whole), rel=1e-4)
     norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (whole, split)]
@@ -149,18 +149,17 @@ def test_a_second_run_finds_the_reference_cache(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", ["human_prefix=Q", "model.max_length=60 model.max_prompt_length=20", "sae.layer=0"])
-def test_what_the_cached_numbers_depend_on_gives_a_new_cache(tmp_path, capsys, change):
-    run(tmp_path, "loss=fpo", "exp_name=first")
+def test_what_the_cached_numbers_depend_on_gives_a_new_cache(tmp_path, plain_run, capsys, change):
+    folder = plain_run("fpo").parent
     capsys.readouterr()
-    run(tmp_path, "loss=fpo", "exp_name=second", *change.split())
+    run(folder, "loss=fpo", f"exp_name={tmp_path.name}", *change.split())
     assert "reference cache: found" not in capsys.readouterr().out
 
 
-def test_changed_weights_give_a_new_cache(tmp_path, capsys):
-    run(tmp_path, "loss=sft", "exp_name=start")
-    run(tmp_path, "loss=dpo", "exp_name=first")
+def test_changed_weights_give_a_new_cache(plain_run, capsys):
+    start, first = plain_run("sft"), plain_run("dpo")
     capsys.readouterr()
-    run(tmp_path, "loss=dpo", "exp_name=second", f"++model.load_from={tmp_path}/start/LATEST/policy.pt")
+    run(first.parent, "loss=dpo", "exp_name=second", f"++model.load_from={start}/LATEST/policy.pt")
     assert "reference cache: found" not in capsys.readouterr().out
 
 
@@ -197,9 +196,8 @@ def test_a_model_with_its_adapters_off_is_what_the_cache_holds(tmp_path):
         assert (adapted - cached["logps"]).abs().max() > 1e-2
 
 
-def test_another_model_as_the_reference(tmp_path):
-    run(tmp_path, "loss=sft", "exp_name=start")
-    lines = run(tmp_path, "loss=dpo", "exp_name=dpo", f"++model.reference_path={tmp_path}/start/LATEST")
+def test_another_model_as_the_reference(tmp_path, plain_run):
+    lines = run(tmp_path, "loss=dpo", f"++model.reference_path={plain_run('sft')}/LATEST")
     assert abs(lines[0]["loss/eval"] - math.log(2)) > 1e-4
 
 
@@ -223,10 +221,9 @@ def test_a_step_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, log_every
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
-def test_activation_checkpointing_changes_nothing(tmp_path):
-    plain = run(tmp_path, "loss=fpo", "exp_name=plain")
-    checkpointed = run(tmp_path, "loss=fpo", "exp_name=checkpointed", "++model.activation_checkpointing=true")
-    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
+def test_activation_checkpointing_changes_nothing(tmp_path, plain_run):
+    checkpointed = run(tmp_path, "loss=fpo", "++model.activation_checkpointing=true")
+    assert losses(checkpointed) == pytest.approx(losses(metrics(plain_run("fpo"))), rel=1e-5)
 
 
 def test_bfloat16_trains_fp32_weights(tmp_path):
