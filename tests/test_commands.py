@@ -123,7 +123,7 @@ def test_quickstart_ends_with_the_figures(quickstart):
 
 def test_a_second_quickstart_finds_the_cache(quickstart):
     run, _, arguments = quickstart
-    out = command("train.py", *arguments, "toy_comparison=null", f"cache_dir={run.parent}").stdout
+    out = command("train.py", *arguments, "toy_comparison=null", "exp_name=again", f"cache_dir={run.parent}").stdout
     assert out.count("reference cache: found") == 2
 
 
