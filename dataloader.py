@@ -42,7 +42,7 @@ from data.rows import (
     number_of,
     pair_of,
     parse_conversation,
-    rows,
+    read_rows,
     text_of,
     value_of,
 )
@@ -165,7 +165,7 @@ def get_shp(split: str, *, data_dir: str | None = None) -> Dataset:
     """
     data = Dataset("shp")
     pairs: dict[str, list[tuple[dict[str, Any], str]]] = {}
-    for place, row in rows(hub_files("stanfordnlp/SHP", ["*/{split}.json"], split, data_dir, "shp"), data.bad):
+    for place, row in read_rows(hub_files("stanfordnlp/SHP", ["*/{split}.json"], split, data_dir, "shp"), data.bad):
         with data.bad.at(place):
             row = collapse(row)
             for name in ("history", "human_ref_A", "human_ref_B"):
@@ -211,7 +211,7 @@ def _hh(name: str, parts: Sequence[str], split: str, data_dir: str | None) -> Da
     absent = set(parts) - {file.parent.name for file in files}
     if absent:
         console.print(f"{name}: {', '.join(sorted(absent))} not found, the rest is used", style="yellow", markup=False)
-    for place, row in rows(files, data.bad):
+    for place, row in read_rows(files, data.bad):
         with data.bad.at(place):
             prompt, chosen, rejected = pair_of({side: _hh_turns(row, side) for side in ("chosen", "rejected")})
             data[prompt].add_pair(chosen, rejected, source=place)
@@ -241,7 +241,7 @@ def get_oasst(split: str, *, data_dir: str | None = None) -> Dataset:
     roles = {"prompter": "user", "assistant": "assistant"}
     messages: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[dict[str, Any]]] = {}  # the ranked ones, by the message that they answer
-    for place, row in rows(hub_files("OpenAssistant/oasst1", pattern, hub_split, data_dir, "oasst"), data.bad):
+    for place, row in read_rows(hub_files("OpenAssistant/oasst1", pattern, hub_split, data_dir, "oasst"), data.bad):
         with data.bad.at(place):
             if value_of(row, "lang") != "en":
                 continue
@@ -272,7 +272,7 @@ def get_ultrabin(split: str, *, data_dir: str | None = None) -> Dataset:
     files = hub_files(
         "HuggingFaceH4/ultrafeedback_binarized", ["data/{split}_prefs-*.parquet"], split, data_dir, "ultrabin"
     )
-    for place, row in rows(files, data.bad):
+    for place, row in read_rows(files, data.bad):
         with data.bad.at(place):
             prompt, chosen, rejected = pair_of(collapse(row))
             data[prompt].add_pair(chosen, rejected, source=place)
@@ -283,7 +283,7 @@ def get_ultrachat(split: str, *, data_dir: str | None = None) -> Dataset:
     """UltraChat, as filtered by the Zephyr team: conversations whose last answer is a demonstration."""
     data = Dataset("ultrachat", "keep_end")
     files = hub_files("HuggingFaceH4/ultrachat_200k", ["data/{split}_sft-*.parquet"], split, data_dir, "ultrachat")
-    for place, row in rows(files, data.bad):
+    for place, row in read_rows(files, data.bad):
         with data.bad.at(place):
             _add_row(data, {"messages": value_of(row, "messages")}, place)
     return data
@@ -293,7 +293,7 @@ def get_alpacaeval(split: str, *, data_dir: str | None = None) -> Dataset:
     """AlpacaEval's 805 instructions, each with the reference model's output."""
     test_only("alpacaeval", split)
     data = Dataset("alpacaeval")
-    for place, row in rows(hub_files("tatsu-lab/alpaca_eval", ["alpaca_eval.json"], split, data_dir), data.bad):
+    for place, row in read_rows(hub_files("tatsu-lab/alpaca_eval", ["alpaca_eval.json"], split, data_dir), data.bad):
         with data.bad.at(place):
             prompt, output = text_of(row, "instruction"), text_of(row, "output")
             data[prompt].sft_targets = [data[prompt].add_generation(output, source=place)]
@@ -305,7 +305,8 @@ def get_arenahard(split: str, *, data_dir: str | None = None) -> Dataset:
     test_only("arenahard", split)
     data = Dataset("arenahard")
     patterns = ["data/arena-hard-v0.1/question.jsonl", "question.jsonl"]  # on the hub; in the authors' repository
-    for place, row in rows(hub_files("lmarena-ai/arena-hard-auto", patterns, split, data_dir, "arena_hard"), data.bad):
+    files = hub_files("lmarena-ai/arena-hard-auto", patterns, split, data_dir, "arena_hard")
+    for place, row in read_rows(files, data.bad):
         with data.bad.at(place):
             data[text_of(row, "prompt")].benchmark = {"uid": value_of(row, "uid")}
     return data
@@ -316,9 +317,8 @@ def get_mtbench(split: str, *, data_dir: str | None = None) -> Dataset:
     test_only("mtbench", split)
     data = Dataset("mtbench")
     patterns = ["raw/question.jsonl", "question.jsonl"]  # on the hub; in the authors' repository
-    for place, row in rows(
-        hub_files("HuggingFaceH4/mt_bench_prompts", patterns, split, data_dir, "mt_bench"), data.bad
-    ):
+    files = hub_files("HuggingFaceH4/mt_bench_prompts", patterns, split, data_dir, "mt_bench")
+    for place, row in read_rows(files, data.bad):
         with data.bad.at(place):
             turns = row.get("turns") or value_of(row, "prompt")  # the authors' name for it, and the hub's
             first, *later = [checked_text(turn, "a turn") for turn in turns]
@@ -332,7 +332,7 @@ TOY_ROWS = {"toy": {"train": 10_000, "test": 2_000}, "toy_sft": {"train": 60_000
 
 
 def get_toy(split: str) -> Dataset:
-    """Preferences in the toy language (toy.py), which needs no download; the chosen one is the SFT target."""
+    """Preferences in the toy language (data/toy.py), which needs no download; the chosen one is the SFT target."""
     data = Dataset("toy")
     for n, row in enumerate(toy.preferences(split, seed=0, count=_toy_rows("toy", split)), 1):
         data[row["prompt"]].add_pair(row["chosen"], row["rejected"], source=f"toy[{split}] row {n}")
@@ -364,7 +364,7 @@ def read_file(file: Path) -> Dataset:
     """
     data = Dataset(str(file), "keep_end")
     columns: dict[str, None] = {}
-    for place, row in rows([file], data.bad):
+    for place, row in read_rows([file], data.bad):
         columns.update(dict.fromkeys(row))
         with data.bad.at(place):
             _add_row(data, row, place)

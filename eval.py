@@ -32,6 +32,7 @@ from distributed import parallel
 from features import measure, probe, report
 from launch import assembly, settings
 from launch.policies import Policy, find_policy, read_config, require_language_model, trainer_class
+from launch.report import write_run_page
 from launch.settings import Config
 from sampling import backends, benchmark_files, diversity, samples
 from training.checkpoint import Run
@@ -128,6 +129,7 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
             values |= diversity.sample_figures(config, trainer, talks)
         if parallel.rank() == 0:
             write_json(policy.run / "eval.json", values)
+            update_run_page(policy.run)
     for name, value in values.items():
         console.print(f"{name:32} {value:.6g}")
     console.print(f"written to {policy.run / 'eval.json'}", markup=False)
@@ -143,8 +145,15 @@ def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     measured, run = measure.measure(config, classes, path, overrides)
     if parallel.rank() == 0:
         report.write_feature_report(measured, run / "features")
+        update_run_page(run)
     console.print(report.finding(measured), markup=False)
     console.print(f"written to {run / 'features'}: report.html, drift.parquet", markup=False)
+
+
+def update_run_page(run: Path) -> None:
+    """Let the run page link to what was written now."""
+    if (run / "metrics.jsonl").is_file():
+        write_run_page(run)
 
 
 TOY = {"toy", "toy_sft"}  # data sets whose answers the toy language's rules can judge

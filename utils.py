@@ -151,10 +151,12 @@ def write_text(path: Path, text: str) -> None:
 def html_page(frame: str, places: dict[str, str], data: Any) -> str:
     """An HTML page: the file `frame`, with each {{name}} in it replaced by `places[name]`, a piece of HTML.
 
-    {{style}} becomes assets/page.css, and {{data}} becomes JSON. A `</script>` within the data cannot end its script.
+    {{style}} becomes assets/page.css, {{script}} assets/page.js, and {{data}} JSON. A `</script>` within the data
+    cannot end its script.
     """
     places = places | {
         "style": (REPO / "assets/page.css").read_text(),
+        "script": (REPO / "assets/page.js").read_text(),
         "data": json.dumps(data).replace("<", "\\u003c"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], (REPO / frame).read_text())

@@ -1,4 +1,4 @@
-// What this repo's pages with drawings share.
+// What this repo's pages share.
 const at = id => document.getElementById(id);
 const number = value => value === 0 ? '0' : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString('en') : String(+value.toPrecision(3));
 const whole = value => value.toLocaleString('en');

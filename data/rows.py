@@ -64,7 +64,7 @@ class BadRows:
             console.print(self.summary(), style="yellow", markup=False)
 
 
-def rows(files: Iterable[Path], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(files: Iterable[Path], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) for every row of the files. Rows that cannot be parsed are added to `bad` and skipped.
 
     A place is "file:line" or "file row n". Loaders use each row inside `with data.bad.at(place):`.

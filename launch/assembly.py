@@ -20,6 +20,7 @@ from autoencoders.formats import load_sources
 from dataloader import DataLoader, TokenisedData
 from distributed import parallel
 from distributed.sharding import DTYPES, shard
+from launch.report import RunPage
 from launch.settings import Config, RunClasses, RunPaths
 from modeling import adapters, head
 from modeling.settings import ModelSettings
@@ -57,7 +58,14 @@ def prepare(
         binding = binding.with_options("feature_drift", options)
     subject, data = load_subject(config, classes, paths, reading)
     references = make_references(config, binding, paths, data, subject, reading, cached)
-    setup = Setup(**vars(subject), config=config, binding=binding, run=run, references=references)
+    setup = Setup(
+        **vars(subject),
+        config=config,
+        binding=binding,
+        run=run,
+        references=references,
+        on_evaluation=RunPage(run.folder).update,
+    )
     return classes.trainer(setup, **binding.options["init"])
 
 

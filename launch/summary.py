@@ -14,11 +14,11 @@ from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
 from launch.completions import draw, prompts_of, write_completions
+from launch.report import FIGURE_NAMES, write_run_page
 from launch.settings import Config
 from sampling.diversity import log_likelihoods
 from sampling.generate import Decoding, Request, Sample
 from training.loop import BasicTrainer
-from training.report import FIGURE_NAMES, write_run_page
 from utils import console, write_json
 
 

@@ -154,6 +154,7 @@ def test_the_report_on_its_features_in_a_browser(quickstart, browser, tmp_path):
     page, said = look_at(browser, run / "features/report.html", tmp_path / "browser")
     assert said == []
     assert "What fpo did to the features: quickstart" in page
+    assert 'href="features/report.html"' in (run / "report.html").read_text()
 
 
 def test_eval_mode_gives_the_last_evaluations_metrics(quickstart):

@@ -14,10 +14,9 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import run, settle
 
-from launch import settings
-from training import metrics, report
-from training.metrics import MetricsLog, StepLines, evaluation_table
-from training.report import MetricName
+from launch import report, settings
+from training import metrics
+from training.metrics import MetricName, MetricsLog, StepLines, evaluation_table
 from utils import UserError, console
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -172,12 +171,12 @@ def test_written_again_for_an_old_run(tmp_path):
     (old / "features").mkdir()
     for name in ("features/report.html", "verdicts.html"):
         (old / name).touch()
-    out = command("-m", "training.report", old).stdout
+    out = command("-m", "launch.report", old).stdout
     assert f"written to {old}/report.html" in out.replace("\n", "")
     text = (old / "report.html").read_text()
     assert 'href="features/report.html"' in text and 'href="verdicts.html"' in text
     assert "<code>wandb.enabled</code>" in text and "So far 0 steps" in text
-    done = command("-m", "training.report", tmp_path, check=False)
+    done = command("-m", "launch.report", tmp_path, check=False)
     assert done.returncode == 2 and "no metrics.jsonl there" in done.stdout and "Traceback" not in done.stderr
 
 

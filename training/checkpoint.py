@@ -2,7 +2,7 @@
 
     config.yaml       the whole configuration, resolved
     metrics.jsonl     one line for each logged step and evaluation
-    report.html       the run page, made from the other files (training/report.py)
+    report.html       the run page, made from the other files (launch/report.py)
     step-<examples>/  policy.pt as HALOs writes it, and the same weights in Hub format
     LATEST            a link to the newest of those
     state/step-<n>/   what a resumed run needs: weights, optimiser, place in the data

@@ -32,7 +32,6 @@ from training.checkpoint import Run
 from training.metrics import MetricAccumulator, MetricsLog, StepLines, evaluation_table
 from training.quantities import QUANTITIES, Binding, LossContext
 from training.reference import Reference, ReferenceCache
-from training.report import RunPage
 from training.settings import TrainingSettings
 from training.throughput import Flops, ThroughputMeter
 from utils import UserError, console, prefetch, progress_bar, suggest
@@ -73,6 +72,7 @@ class Setup(Subject):
     binding: Binding
     run: Run
     references: dict[str, Reference] = field(default_factory=dict)  # of "train", "eval", "train/mismatched", ...
+    on_evaluation: Callable[[], None] = lambda: None  # called on rank 0 when the metrics of one are written
 
 
 def make_optimizer(config: TrainingSettings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -119,7 +119,7 @@ class BasicTrainer:
 
     def __init__(self, setup: Setup) -> None:
         self.config, self.run, self.tokenizer = setup.config, setup.run, setup.tokenizer
-        self.binding = setup.binding
+        self.binding, self.on_evaluation = setup.binding, setup.on_evaluation
         self.device = parallel.device()
         self.policy, self.sae, self.tap = setup.policy, setup.sae, setup.tap
         self.loaders, self.references, self.load = setup.loaders, setup.references, setup.load
@@ -245,7 +245,6 @@ class BasicTrainer:
             total = len(self.loaders["train"])
             console.print(f"resuming after {step:,} of {total:,} steps ({examples:,} examples) from {state}")
         self.metrics = MetricsLog(self.run.folder, self.config, step, metrics_size)
-        self.page = RunPage(self.run.folder)
         if state is None and self.config.do_first_eval:
             self.log(step, examples, self.evaluate())
         return step, examples
@@ -383,7 +382,7 @@ class BasicTrainer:
             self.last_evaluation, self.evaluated_step = values, step
             console.print(evaluation_table(step, examples, values))
             if parallel.rank() == 0:
-                self.page.update()
+                self.on_evaluation()
 
     def save(self, step: int, examples: int) -> None:
         """The state that a resumed run starts from."""

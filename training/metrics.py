@@ -1,26 +1,45 @@
-"""Metrics: averaged over steps, written to metrics.jsonl and to trackers, shown on the terminal. What their names mean,
-and the page that draws them, is in training/report.py."""
+"""Metrics: averaged over steps, written to metrics.jsonl and to trackers, shown on the terminal."""
 
 import importlib.util
 import json
 import netrc
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from distributed import parallel
-from training.report import MetricName, clock
 from training.settings import TrainingSettings
 from utils import SIDES, UserError, console
 
 SECONDS_BETWEEN_LINES = 30.0
+
+
+class MetricName(NamedTuple):
+    """What a metric's name says: `sae_eval/layer_2/l0` is ("sae", "eval", ("layer_2", "l0"))."""
+
+    group: str
+    split: str | None  # "train" or "eval"; None for what belongs to no data, such as lr
+    parts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str) -> "MetricName":
+        found = re.fullmatch(r"(\w+?)[_/](train|eval)((?:/.+)?)", name)
+        return cls(found[1], found[2], tuple(filter(None, found[3].split("/")))) if found else cls(name, None, ())
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` for less than an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class MetricAccumulator:

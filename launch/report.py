@@ -1,12 +1,11 @@
 """The run page: `<run>/report.html`, made from the files in the run directory alone. It fetches nothing.
 
-`python -m training.report outputs/my_run` writes it again: for an old run, or when there are new pages to link to.
+`python -m launch.report outputs/my_run` writes it again: for an old run, or when there are new pages to link to.
 """
 
 import argparse
 import contextlib
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -14,12 +13,13 @@ from html import escape
 from math import ceil, isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from training.metrics import MetricName, clock
 from utils import REPO, SIDES, UserError, console, flat, html_page, write_text, written
 
 CURVE_POINTS = 500  # of a curve, at most
@@ -68,19 +68,6 @@ LINKED_FILES = ("metrics.jsonl", "config.yaml", "summary.json", "completions.jso
 
 Lines = list[dict[str, Any]]
 Columns = dict[str, list[tuple[int, float]]]  # the (step, value) of each metric
-
-
-class MetricName(NamedTuple):
-    """What a metric's name says: `sae_eval/layer_2/l0` is ("sae", "eval", ("layer_2", "l0"))."""
-
-    group: str
-    split: str | None  # "train" or "eval"; None for what belongs to no data, such as lr
-    parts: tuple[str, ...]
-
-    @classmethod
-    def of(cls, name: str) -> "MetricName":
-        found = re.fullmatch(r"(\w+?)[_/](train|eval)((?:/.+)?)", name)
-        return cls(found[1], found[2], tuple(filter(None, found[3].split("/")))) if found else cls(name, None, ())
 
 
 class RunPage:
@@ -134,7 +121,6 @@ def run_page(folder: Path, lines: Lines) -> str:
         "tables": evaluations_table(charts) + facts_table(lines, summary),
         "completions": completions(json_of(folder / "completions.json")),
         "settings": settings_table(config),
-        "script": (REPO / "assets/page.js").read_text(),
     }
     data = {
         "steps": last["step"],
@@ -142,14 +128,7 @@ def run_page(folder: Path, lines: Lines) -> str:
         "learning": [chart for chart in charts.values() if chart["of_data"]],
         "machine": [chart for chart in charts.values() if not chart["of_data"]],
     }
-    return html_page("training/report.html", places, data)
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03`, or `2:03` for less than an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return html_page("launch/report.html", places, data)
 
 
 def json_of(path: Path) -> Any:
@@ -388,7 +367,7 @@ def links(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.report", description="Write the page of a run again.")
+    parser = argparse.ArgumentParser(prog="python -m launch.report", description="Write the page of a run again.")
     parser.add_argument("run", type=Path, help="the run directory, such as outputs/my_run")
     try:
         console.print(f"written to {write_run_page(parser.parse_args().run)}", markup=False)
