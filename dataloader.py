@@ -38,9 +38,12 @@ from data.rows import (
     checked_text,
     collapse,
     hub_files,
+    is_samples_file,
+    longest_row,
     number_of,
     pair_of,
     parse_conversation,
+    prompt_of,
     read_rows,
     text_of,
     value_of,
@@ -48,6 +51,7 @@ from data.rows import (
 from data.settings import DataSettings
 from utils import Message, Share, UserError, atomic_write, console, digest_of, fingerprint, suggest
 
+FILE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "score", "messages", "tools")
 FILE_LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
 hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
 
@@ -69,20 +73,20 @@ class Example:
     scores: list[float | None] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)  # where each came from, "file:line" or "file row 17"
     pairs: list[tuple[int, int]] = field(default_factory=list)  # (preferred, dispreferred)
-    sft_targets: list[int] = field(default_factory=list)  # demonstrations; the first preferred one if none is set
+    sft_targets: list[int] = field(default_factory=list)  # demonstrations; the preferred ones if none is set
     followups: list[str] = field(default_factory=list)  # the user's later turns, for a benchmark of several turns
     benchmark: dict[str, Any] = field(default_factory=dict)  # what a benchmark knows its question by: its id, category
 
     def add_generation(
         self, text: str, desirable: bool | None = None, score: float | None = None, source: str = ""
     ) -> int:
-        """The index of the completion, which is stored once however often it is added with one label.
+        """The index of the completion. One without a label is stored once however often it is added.
 
         Raises BadRow for a completion that is empty or not text.
         """
         checked_text(text, "the completion")
         for i, known in enumerate(self.generations):
-            if known == text and self.desirable[i] == desirable:
+            if known == text and desirable is None and self.desirable[i] is None:
                 return i
         self.generations.append(text)
         self.desirable.append(desirable)
@@ -96,9 +100,10 @@ class Example:
         self.pairs.append((preferred, self.add_generation(rejected, source=source)))
 
     def targets(self) -> list[int]:
-        """The generations to imitate: `sft_targets`, else the first pair's chosen one, else the first desirable one."""
-        preferred = [i for i, _ in self.pairs] + [i for i, label in enumerate(self.desirable) if label]
-        return self.sft_targets or preferred[:1]
+        """The generations to imitate: `sft_targets`, else those that a pair prefers, each once, and the desirable
+        ones."""
+        preferred = list(dict.fromkeys(i for i, _ in self.pairs))
+        return self.sft_targets or preferred + [i for i, label in enumerate(self.desirable) if label]
 
     def record(self, *generations: int, desirable: bool | None = None) -> dict[str, Any]:
         """What tokenise.py reads: the prompt with these completions."""
@@ -261,7 +266,9 @@ def get_oasst(split: str, *, data_dir: str | None = None) -> Dataset:
             continue  # a message on the way is not in English
         for better, worse in pairwise(sorted(ranked, key=lambda row: row["rank"])):
             if worse["rank"] == better["rank"] + 1:
-                data[path].add_pair(better["text"], worse["text"], source=worse["place"])
+                example = data[path]
+                example.add_pair(better["text"], worse["text"], source=worse["place"])
+                example.sft_targets = [example.pairs[0][0]]  # the best one
     return data
 
 
@@ -357,25 +364,31 @@ def _toy_rows(name: str, split: str) -> int:
 
 
 def read_file(file: Path) -> Dataset:
-    """A data set from a file in one of FILE_LAYOUTS; columns beyond them are ignored.
+    """A data set from a file in one of FILE_LAYOUTS. Columns beyond them are in `bad.unused`.
 
     Raises UserError when no row at all can be used.
     """
     data = Dataset(str(file), "keep_end")
     columns: dict[str, None] = {}
-    for place, row in read_rows([file], data.bad):
+    for place, row in read_rows([file], data.bad, FILE_COLUMNS):
         columns.update(dict.fromkeys(row))
         with data.bad.at(place):
             _add_row(data, row, place)
     if not data.examples:
-        raise UserError(
-            f"{data.bad.summary()}\nColumns found: {', '.join(columns) or 'none'}. Known layouts: {FILE_LAYOUTS}."
-        )
+        if is_samples_file(file):
+            raise UserError(
+                f"{file} holds samples that eval.py wrote: answers, without a label that says which are good. "
+                f"`python compare.py -f {file}` judges them; rows to train on have one of the layouts {FILE_LAYOUTS}"
+            )
+        found = ", ".join([*columns, *data.bad.unused]) or "none"
+        raise UserError(f"{data.bad.summary()}\nColumns found: {found}. Known layouts: {FILE_LAYOUTS}.")
     return data
 
 
 def _add_row(data: Dataset, row: dict[str, Any], place: str) -> None:
     """Add a row of any of FILE_LAYOUTS. Raises BadRow, with `data` as it was."""
+    if (tools := row.get("tools")) and tools not in ("[]", "null"):
+        raise BadRow("'tools' would not be rendered")
     if "chosen" in row or "rejected" in row:
         prompt, chosen, rejected = pair_of(row)
         data[prompt].add_pair(chosen, rejected, source=place)
@@ -385,10 +398,10 @@ def _add_row(data: Dataset, row: dict[str, Any], place: str) -> None:
         if label is None:
             raise BadRow("'label' is neither true nor false (1 nor 0)")
         score = None if row.get("score") in (None, "") else number_of(row, "score")
-        data[before or value_of(row, "prompt")].add_generation(completion, label, score, place)
+        data[prompt_of(row, before)].add_generation(completion, label, score, place)
     elif "messages" in row:
         before, completion = answer_of(row, "messages")
-        example = data[before]
+        example = data[prompt_of(row, before)]
         example.sft_targets.append(example.add_generation(completion, source=place))
     else:
         raise BadRow("the row has no known layout")
@@ -416,26 +429,50 @@ class DataSource:
 
     def check(self) -> None:
         """Raises UserError when there is no such data set, or no such file."""
-        known = sorted(named_loaders())
-        if self.is_file and not Path(self.entry).expanduser().is_file():
-            raise UserError(f"The data file {self.entry} does not exist (looked for from {Path.cwd()})")
-        if self.is_file and not self.entry.endswith(SUFFIXES):
+        names = sorted(named_loaders())
+        known = f"Known are {', '.join(names)}, and the paths of files ({', '.join(SUFFIXES)})"
+        if not self.is_file:
+            if self.entry not in names:
+                raise UserError(f"There is no data set {self.entry!r}{suggest(self.entry, names)}. {known}")
+            return
+        path = Path(self.entry).expanduser()
+        if path.is_dir():
+            files = [str(file) for file in sorted(path.rglob("*")) if file.name.endswith(SUFFIXES)]
+            there = f"name files in it, such as {', '.join(files[:3])}" if files else f"no data file is in it. {known}"
+            raise UserError(f"The data set {self.entry} is a folder: {there}")
+        if not path.is_file():
+            missing = f"The data file {self.entry} does not exist (looked for from {Path.cwd()})"
+            if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.entry) and not self.entry.endswith(SUFFIXES):
+                missing += (
+                    ". On the Hub only some data sets are known, by names without a slash. Of another, name the files "
+                    f"that `hf download {self.entry} --repo-type dataset --local-dir FOLDER` fetches. {known}"
+                )
+            raise UserError(missing)
+        if not self.entry.endswith(SUFFIXES):
             raise UserError(f"The data file {self.entry} is of no known kind; known are {', '.join(SUFFIXES)}")
-        if not self.is_file and self.entry not in known:
-            raise UserError(
-                f"There is no data set {self.entry!r}{suggest(self.entry, known)}. Known are {', '.join(known)}, "
-                f"and the paths of files ({', '.join(SUFFIXES)})"
-            )
 
     def load(self, settings: DataSettings) -> Dataset:
         """The examples. A `get_<name>` function is given the configuration keys that its parameters name."""
         self.check()
-        if self.is_file:
-            data = read_file(Path(self.entry).expanduser())
-        else:
-            loader = named_loaders()[self.entry]
-            data = loader(self.split, **_named_by(loader, dict(settings)))
-        return data.part(self.part, settings.held_out) if self.part else data
+        before = longest_row.set(settings.max_row_mb << 20)
+        try:
+            if self.is_file:
+                data = read_file(Path(self.entry).expanduser())
+            else:
+                loader = named_loaders()[self.entry]
+                data = loader(self.split, **_named_by(loader, dict(settings)))
+        finally:
+            longest_row.reset(before)
+        if not self.part:
+            return data
+        part = data.part(self.part, settings.held_out)
+        if data.examples and not part.examples:
+            what = "one prompt is" if len(data) == 1 else f"{len(data)} prompts are all"
+            raise UserError(
+                f"{self.entry}: its {what} held out for evaluation (held_out={settings.held_out}, rounded up), so that "
+                "there is none to train on; give eval_datasets=[...], or more prompts"
+            )
+        return part
 
 
 def _named_by(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -476,9 +513,13 @@ def check_datasets(settings: DataSettings) -> None:
 
 def load_datasets(settings: DataSettings, split_name: str) -> list[Dataset]:
     """The data sets of a split, in the order of the configuration. Raises UserError when too many rows are bad."""
-    loaded = [source.load(settings) for source in sources(settings, split_name)]
-    for data in loaded:
+    loaded = []
+    for source in sources(settings, split_name):
+        data = source.load(settings)
         data.bad.check(settings.max_bad_rows)
+        if source.is_file and data.bad.unused and source.part != "test":  # of one file for both it is said once
+            console.print(f"{source.entry}: not used are {', '.join(data.bad.unused)}", markup=False)
+        loaded.append(data)
     return loaded
 
 
@@ -541,8 +582,8 @@ def load_tokens(
     tokens = hf_datasets.Dataset.from_file(str(path / "tokens.arrow"))
     if not len(tokens):
         raise UserError(left_out.summary())
-    if report["cut"]:
-        console.print(f"Tokens ({split_name}): {report['cut']}", style="yellow", markup=False)
+    if report["remarks"]:
+        console.print(f"Tokens ({split_name}): {report['remarks']}", style="yellow", markup=False)
     return TokenisedData(tokens, name, path)
 
 
@@ -554,8 +595,8 @@ def _write_tokens(
     bad: dict[str, Any],
     limits: dict[str, int],
 ) -> None:
-    """The tokens, a table at a time, and beside them a report: all bad rows by data set and reason, and what was
-    cut."""
+    """The tokens, a table at a time, and beside them a report: the bad rows by data set and reason, and the tally's
+    remarks."""
     tally = tokenise.Tally()
     try:
         with atomic_write(path) as part:
@@ -566,7 +607,7 @@ def _write_tokens(
                 for table in tokenise.tables(records, tokenizer, template, tally, **limits):
                     writer.write_table(table)
                 writer.finalize()
-            report = {"left_out": {**bad, "tokenising": tally.left_out.report()}, "cut": tally.cuts(**limits)}
+            report = {"left_out": {**bad, "tokenising": tally.left_out.report()}, "remarks": tally.remarks(**limits)}
             (part / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those mean that another run has written the same

@@ -44,7 +44,7 @@ def collect_garbage_rarely() -> None:
 def suggest(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'beta'?)"`, or an empty string if no known word is close to `word`."""
     names = {name.lower(): name for name in known}
-    close = get_close_matches(word.lower(), names, n=1)
+    close = get_close_matches(word.lower(), names, n=1, cutoff=0.7)
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
@@ -251,6 +251,7 @@ WANTED = {  # by pydantic's kinds of errors
     "string_type": "text",
     "string_too_short": "text that is not empty",
     "list_type": "a list",
+    "too_short": "a list that is not empty",
     "dict_type": "keys with values",
     "model_type": "keys with values",
     "greater_than": "above {gt:g}",

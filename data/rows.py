@@ -2,15 +2,18 @@
 
 import csv
 import gzip
+import io
 import json
 import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow
 from huggingface_hub import snapshot_download
@@ -19,9 +22,17 @@ from pyarrow import parquet
 from utils import Message, UserError, console
 
 ROLES = ("system", "user", "assistant")
+TURNS = (("system", "user"), ("user", "assistant"), ("assistant", "user"))  # who may speak after whom
+NOT_RENDERED = ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")  # beside what a turn says
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
+longest_row: ContextVar[int] = ContextVar("longest_row", default=16 << 20)  # bytes; settings.max_row_mb
+PIECE = 1 << 16  # characters of a file read at once
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
+PARQUET_ROWS = 1000  # rows of a Parquet file in memory at once
+UNREADABLE = (ValueError, KeyError, OverflowError, pyarrow.ArrowException)  # what a value of a table may raise
 PLACES_SHOWN, PLACES_KEPT = 3, 100  # bad rows of each reason that are printed, and that the report on disk names
 REASONS_KEPT = 50  # a reason may hold words of the data; further ones are counted together
+NAMES_KEPT = 20
 
 
 class BadRow(UserError):
@@ -36,6 +47,7 @@ class BadRows:
         self.total = total
         self.counts: Counter[str] = Counter()  # by reason
         self.places: dict[str, list[str]] = {}  # by reason, the first PLACES_KEPT
+        self.unused: dict[str, None] = {}  # the names of values of which nothing is read, at most NAMES_KEPT
 
     def add(self, reason: str, place: str) -> None:
         if reason not in self.counts and len(self.counts) >= REASONS_KEPT:
@@ -45,13 +57,19 @@ class BadRows:
         if len(places) < PLACES_KEPT:
             places.append(place)
 
+    def leave(self, names: Iterable[str]) -> None:
+        """Note the names of values that are not used."""
+        self.unused.update(dict.fromkeys(islice(names, NAMES_KEPT - len(self.unused))))
+
     @contextmanager
     def caught(self, place: str) -> Iterator[None]:
-        """A BadRow raised inside the `with` block is recorded and not raised again."""
+        """What is wrong with a row inside the `with` block is recorded: a BadRow is not raised again."""
         try:
             yield
         except BadRow as error:
             self.add(str(error), place)
+        except RecursionError:
+            self.add("the row is nested too deeply", place)
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
@@ -90,60 +108,195 @@ class BadRows:
             console.print(self.summary(), style="yellow", markup=False)
 
 
-def read_rows(files: Iterable[Path], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(
+    files: Iterable[Path], bad: BadRows, columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) for every row of the files. Rows that cannot be parsed are added to `bad` and skipped.
 
-    A place is "file:line" or "file row n". Loaders use each row inside `with data.bad.at(place):`.
+    With `columns`, a row has only those; the names of others, and of what a message holds beside its role and content,
+    go to `bad.unused`. A place is "file:line" or "file row n". Loaders use each row inside `with data.bad.at(place):`.
     Raises UserError for a file that cannot be read at all.
     """
     for file in files:
         try:
-            for place, row in _parse(file):
-                if isinstance(row, dict):
+            for place, row in _parse(file, bad, columns):
+                if not isinstance(row, dict):
+                    with bad.at(place):
+                        raise row if isinstance(row, BadRow) else BadRow("the row is malformed")
+                elif columns is None:
                     yield place, row
                 else:
-                    with bad.at(place):
-                        raise BadRow("the row is malformed")
+                    bad.leave(name for name in _unused(row, columns) if name not in bad.unused)
+                    yield place, {name: row[name] for name in columns if name in row}
+        except RecursionError as error:
+            raise UserError(f"{file} cannot be read: it is nested too deeply") from error
         except (OSError, EOFError, ValueError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
             raise UserError(f"{file} cannot be read: {error}") from error
 
 
-def _parse(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) for every row; the row is None if it cannot be parsed.
+def _unused(row: dict[str, Any], columns: Sequence[str]) -> Iterator[str]:
+    """The names of a row's values that are neither of the columns nor a message's role and content."""
+    for name, value in row.items():
+        if name not in columns:
+            yield name
+        elif isinstance(value, list):
+            keys = (key for turn in value if isinstance(turn, dict) and "role" in turn for key in turn if turn[key])
+            yield from (f"{name}.{key}" for key in keys if key not in ("role", "content", *NOT_RENDERED))
 
-    A `.json` file holds one list, or JSON lines. Lists in `.json` files are read whole, other formats row by row.
+
+def _parse(file: Path, bad: BadRows, columns: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) for every row; in place of one that cannot be read, a BadRow that says why.
+
+    Of a Parquet file only the columns are read. A `.json` file holds one list, or JSON lines.
     """
-    opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
     kind = Path(file.name.removesuffix(".gz")).suffix
     if kind == ".parquet":
         with parquet.ParquetFile(file) as table:
-            parsed = (row for batch in table.iter_batches() for row in batch.to_pylist())
-            yield from ((f"{file} row {n}", row) for n, row in enumerate(parsed, 1))
-    elif kind == ".csv":
-        csv.field_size_limit(2**31 - 1)
-        with opener(file, "rt", encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            line = 2
-            for row in reader:
-                ragged = None in row or None in row.values()
-                yield f"{file}:{line}", None if ragged else row
-                line = reader.line_num + 1
-    else:
-        with opener(file, "rb") as stream:
-            is_list = kind == ".json" and stream.read(80).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-            stream.seek(0)
-            if is_list:
-                yield from ((f"{file} row {n}", row) for n, row in enumerate(json.load(stream), 1))
-            else:
-                yield from ((f"{file}:{n}", _json(line)) for n, line in enumerate(stream, 1) if line.strip())
+            names = table.schema_arrow.names
+            used = [name for name in names if columns is None or name in columns]
+            bad.leave(name for name in names if name not in used)
+            read = chain.from_iterable(map(_table_rows, table.iter_batches(PARQUET_ROWS, columns=used)))
+            yield from ((f"{file} row {n}", row) for n, row in enumerate(read, 1))
+        return
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+        stream = cast(BinaryIO, opened)
+        is_list = kind == ".json" and stream.read(80).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        stream.seek(0)
+        if kind == ".csv":
+            yield from ((f"{file}:{n}", row) for n, row in _csv_rows(stream))
+        elif is_list:
+            yield from ((f"{file} row {n}", item) for n, item in enumerate(_ListReader(stream).items(), 1))
+        else:
+            yield from ((f"{file}:{n}", _json(line)) for n, line in enumerate(_lines(stream), 1) if line.strip())
+
+
+def is_samples_file(file: Path) -> bool:
+    """Whether a file begins as those of eval.py do."""
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        return bool(re.match(rb'\s*\{\s*"sampled_at":', stream.read(80)))
+
+
+def _too_long() -> str:
+    return f"the row is longer than max_row_mb={longest_row.get() >> 20}"
+
+
+def _table_rows(batch: pyarrow.RecordBatch) -> Iterator[Any]:
+    """The rows of a part of a table."""
+    longest = longest_row.get()
+    try:
+        rows = batch.to_pylist() if batch.nbytes <= longest else None
+    except UNREADABLE:
+        rows = None
+    if rows is not None:
+        yield from rows
+        return
+    for row in (batch.slice(place, 1) for place in range(batch.num_rows)):  # each by itself, since one may be bad
+        try:
+            yield row.to_pylist()[0] if row.nbytes <= longest else BadRow(_too_long())
+        except UNREADABLE:
+            yield BadRow("the row holds a value that cannot be read")
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, which end with \\n alone. Of one that is too long only a beginning, which is too long."""
+    longest = longest_row.get()
+    while line := stream.readline(longest + 1):
+        yield line
+        while len(line) > longest and not line.endswith(b"\n"):
+            line = stream.readline(longest + 1)
 
 
 def _json(line: bytes) -> Any:
-    """The value on one line, or None if it is not JSON."""
+    """The value on one line; a BadRow where it has none."""
+    if len(line) > longest_row.get():
+        return BadRow(_too_long())
     try:
         return json.loads(line)
+    except RecursionError:
+        return BadRow("the row is nested too deeply")
     except ValueError:
-        return None
+        return BadRow("the row is malformed")
+
+
+class _ListReader:
+    """Reads a JSON list. In memory are one item and the piece of the file that follows it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+        self.decoder = json.JSONDecoder()
+        self.held, self.at = "", 0  # what is read, and where in it the rest begins
+
+    def items(self) -> Iterator[Any]:
+        """Raises ValueError where the file is not a list, or an item is too long."""
+        self.mark()  # the opening bracket
+        if self.mark() != "]":
+            self.at -= 1
+            yield self.item()
+            while (mark := self.mark()) == ",":
+                yield self.item()
+            if mark != "]":
+                raise ValueError(f"after an item of the list comes {mark!r}" if mark else "it ends within its list")
+        if mark := self.mark():
+            raise ValueError(f"after its list comes {mark!r}")
+
+    def mark(self) -> str:
+        """The next character that is not white space, after which the rest begins; empty at the end of the file."""
+        self.skip_space()
+        while self.at == len(self.held):
+            self.held, self.at = self.text.read(PIECE), 0
+            if not self.held:
+                return ""
+            self.skip_space()
+        self.at += 1
+        return self.held[self.at - 1]
+
+    def item(self) -> Any:
+        """The next item, after which the rest begins."""
+        longest = longest_row.get()
+        while True:
+            self.skip_space()
+            try:
+                value, end = self.decoder.raw_decode(self.held, self.at)
+            except ValueError as error:
+                piece = self.text.read(max(PIECE, len(self.held)))
+                if not piece or len(self.held) - self.at > longest:
+                    reason = f"an item of the list is not JSON, or longer than max_row_mb={longest >> 20}"
+                    raise ValueError(f"{reason}: {self.held[self.at : self.at + 40]!r}") from error
+                self.held, self.at = self.held[self.at :] + piece, 0
+            else:
+                self.at = end
+                return value
+
+    def skip_space(self) -> None:
+        space = JSON_SPACE.match(self.held, self.at)
+        assert space
+        self.at = space.end()
+
+
+def _csv_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """The rows of a CSV file, each with the line that it begins in. Raises csv.Error where one is too long, for a
+    missing quote can be the reason, and for a name that two columns have."""
+    text, longest, length = io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), longest_row.get(), 0
+
+    def lines() -> Iterator[str]:
+        nonlocal length
+        while line := text.readline(longest + 1):
+            length += len(line)
+            if length > longest:
+                raise csv.Error(f"line {start}: {_too_long()}")
+            yield line
+
+    csv.field_size_limit(2**31 - 1)
+    start = 1
+    reader = csv.DictReader(lines(), strict=True)
+    names = Counter(reader.fieldnames or [])
+    if names and names.most_common(1)[0][1] > 1:
+        raise csv.Error(f"several columns are called {names.most_common(1)[0][0]!r}")
+    start, length = 2, 0
+    for row in reader:
+        is_ragged = None in row or None in row.values()
+        yield start, BadRow("the row is malformed") if is_ragged else row
+        start, length = reader.line_num + 1, 0
 
 
 def value_of(row: dict[str, Any], name: str) -> Any:
@@ -193,6 +346,9 @@ def parse_conversation(value: Any, what: str) -> list[Message]:
         raise BadRow(f"{what} is neither text nor a list of messages")
     if not all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in value):
         raise BadRow(f"{what} is not a list of messages with a role of {', '.join(ROLES)}")
+    for name in NOT_RENDERED:
+        if any(turn.get(name) for turn in value):
+            raise BadRow(f"a turn of {what} has {name!r}, which would not be rendered")
     return [{"role": turn["role"], "content": checked_text(turn.get("content"), f"a turn of {what}")} for turn in value]
 
 
@@ -210,15 +366,40 @@ def answer_of(row: dict[str, Any], name: str) -> tuple[list[Message], str]:
     return before, last["content"]
 
 
-def pair_of(row: dict[str, Any]) -> tuple[str | list[Message], str, str]:
-    """(prompt, chosen, rejected). If chosen and rejected are whole conversations, the prompt is the part they share.
+def pair_of(row: dict[str, Any]) -> tuple[list[Message], str, str]:
+    """(prompt, chosen, rejected). If chosen and rejected are whole conversations, the prompt is the part they share,
+    with what a `prompt` has beside that (`prompt_of`).
 
     Raises BadRow if they do not share it.
     """
     (before, chosen), (before_rejected, rejected) = answer_of(row, "chosen"), answer_of(row, "rejected")
     if before != before_rejected:
         raise BadRow("the prompts of 'chosen' and 'rejected' differ")
-    return before or value_of(row, "prompt"), chosen, rejected
+    return prompt_of(row, before), chosen, rejected
+
+
+def prompt_of(row: dict[str, Any], before: list[Message]) -> list[Message]:
+    """The prompt of a row whose answer ends a conversation, after the messages `before`, perhaps none.
+
+    A `prompt` beside them may be a part of them, or have them as a part, or be what they go on from. Raises BadRow if
+    it is neither.
+    """
+    if before and not row.get("prompt"):
+        return before
+    given = parse_conversation(value_of(row, "prompt"), "the prompt")
+    if is_part(before, given):
+        return given
+    if is_part(given, before):
+        return before
+    if (given[-1]["role"], before[0]["role"]) in TURNS:
+        return given + before
+    raise BadRow("the prompt and the conversation that the answer ends are different ones")
+
+
+def is_part(part: list[Message], whole: list[Message]) -> bool:
+    """Whether the messages follow each other somewhere in the others, but for white space around what they say."""
+    a, b = ([(message["role"], message["content"].strip()) for message in messages] for messages in (part, whole))
+    return any(b[start : start + len(a)] == a for start in range(len(b) - len(a) + 1))
 
 
 def collapse(value: Any) -> Any:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from utils import Natural, Settings, Share
+from utils import Count, Natural, Settings, Share
 
 
 class TemplateSettings(Settings):
@@ -20,12 +20,13 @@ class TemplateSettings(Settings):
 class DataSettings(TemplateSettings):
     """Which data is read, and which part of it."""
 
-    datasets: str | list[str]
-    eval_datasets: str | list[str] | None
+    datasets: str | Annotated[list[str], Field(min_length=1)]
+    eval_datasets: str | Annotated[list[str], Field(min_length=1)] | None
     data_dir: str | None
     train_split: str
     eval_split: str
     held_out: Annotated[float, Field(gt=0, lt=1)]
     max_bad_rows: Share
+    max_row_mb: Count
     cache_dir: str
     seed: Natural

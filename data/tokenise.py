@@ -152,17 +152,19 @@ class Tally:
     completions: int = 0  # of these
     cut_prompts: int = 0
     cut_completions: int = 0  # they have no EOS for it
+    equal_pairs: int = 0  # both completions are the same tokens, so that nothing can be learnt of which is better
 
-    def cuts(self, max_length: int, max_prompt_length: int) -> str:
-        """What was cut, in words; empty if nothing was."""
+    def remarks(self, max_length: int, max_prompt_length: int) -> str:
+        """What was cut and what is of no use, in words; empty if nothing is."""
         counts = {
             f"prompts cut to model.max_prompt_length={max_prompt_length}": (self.cut_prompts, self.records),
             f"completions cut at model.max_length={max_length}, so without EOS": (
                 self.cut_completions,
                 self.completions,
             ),
+            "pairs whose chosen and rejected are the same": (self.equal_pairs, self.records),
         }
-        return "; ".join(f"{what}: {cut:,} of {total:,}" for what, (cut, total) in counts.items() if cut)
+        return "; ".join(f"{what}: {count:,} of {total:,}" for what, (count, total) in counts.items() if count)
 
 
 def tokenise(
@@ -220,6 +222,7 @@ def tables(
                 tally.completions += len(completions)
                 tally.cut_prompts += is_cut
                 tally.cut_completions += sum(len(ids) > room for ids in completions)
+                tally.equal_pairs += len(completions) == 2 and completions[0][:room] == completions[1][:room]
         yield pyarrow.Table.from_pylist(rows, FEATURES.arrow_schema)
 
 

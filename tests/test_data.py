@@ -3,7 +3,10 @@
 import csv
 import gzip
 import json
+import random
+import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import DATA, HH_100
+from conftest import DATA, HH_100, fuzzed
 from datasets import Dataset as HfDataset
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -77,6 +82,7 @@ def make_config(tmp_path: Path, **changes: Any) -> DataSettings:
         "eval_split": "test",
         "held_out": 0.05,
         "max_bad_rows": 0.01,
+        "max_row_mb": 16,
         "seed": 1,
         "cache_dir": str(tmp_path / "cache"),
         "template": "tulu",
@@ -151,7 +157,7 @@ def test_a_data_set_keeps_one_example_for_each_prompt_however_it_is_written() ->
 
 def test_the_same_text_with_two_labels_is_two_generations() -> None:
     example = Dataset("mine")["q"]
-    assert [example.add_generation("a", label) for label in (True, False, True)] == [0, 1, 0]
+    assert [example.add_generation("a", label) for label in (True, False, None)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -416,6 +422,260 @@ def test_pairs_may_be_chat_messages(tmp_path: Path) -> None:
     ]
 
 
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+@pytest.mark.parametrize(
+    ("given", "before", "prompt"),
+    [
+        ("q ", [user(" q")], [user("q ")]),  # said twice
+        ("q", [SYSTEM, user("q")], [SYSTEM, user("q")]),
+        ([SYSTEM, user("q")], [user("q")], [SYSTEM, user("q")]),
+        ("a", [user("a"), assistant("b"), user("c")], [user("a"), assistant("b"), user("c")]),
+        ([user("a"), assistant("b")], [user("c")], [user("a"), assistant("b"), user("c")]),  # goes on
+        ([SYSTEM], [user("c")], [SYSTEM, user("c")]),
+        ("a", [assistant("b"), user("c")], [user("a"), assistant("b"), user("c")]),
+        ("another", [user("q")], None),
+        ([user("q"), assistant("a"), user("b")], [user("c")], None),
+        (None, [user("q")], [user("q")]),
+        ("", [user("q")], [user("q")]),
+        (7, [user("q")], None),
+    ],
+)
+def test_a_prompt_beside_a_conversation_is_not_dropped(tmp_path: Path, given: Any, before: Any, prompt: Any) -> None:
+    talk, other = [*before, assistant("good")], [*before, assistant("bad")]
+    for i, row in enumerate(
+        [{"chosen": talk, "rejected": other}, {"completion": talk, "label": 1}, {"messages": talk}]
+    ):
+        file = write_jsonl(tmp_path / f"{i}.jsonl", [*pair_rows(1), {"prompt": given, **row}])
+        data = dataloader.read_file(file)
+        assert [example.prompt for example in data][1:] == ([prompt] if prompt else [])
+        assert len(data.bad.places) == (0 if prompt else 1)
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call", "reasoning", "reasoning_content", "thinking", "tools"])
+def test_what_would_not_be_rendered_is_a_bad_row(tmp_path: Path, key: str) -> None:
+    of_row = key == "tools"
+    said = [{"function": {"name": "look_up"}}]
+    content = [
+        {"messages": [user("a"), assistant("b") | ({} if of_row else {key: value})], **({key: value} if of_row else {})}
+        for value in (said, None, [])
+    ]
+    data = dataloader.read_file(write_jsonl(tmp_path / "a.jsonl", content))
+    assert [places for reason, places in data.bad.places.items() if repr(key) in reason] == [[f"{tmp_path}/a.jsonl:1"]]
+    assert len(SFTDataLoader.records(data)) == 2
+
+
+def test_every_row_counts(tmp_path: Path) -> None:
+    content = [{"prompt": "q", "chosen": f"good{i // 2}", "rejected": f"bad{i}"} for i in range(4)]
+    data = dataloader.read_file(write_jsonl(tmp_path / "pairs.jsonl", content))
+    assert [record["completions"] for record in SFTDataLoader.records(data)] == [["good0"], ["good1"]]
+    assert len(PairedPreferenceDataLoader.records(data)) == 4
+
+    content = [{"prompt": "q", "completion": "c", "label": label, "score": i} for i, label in enumerate([1, 1, 0])]
+    data = dataloader.read_file(write_jsonl(tmp_path / "labels.jsonl", content))
+    assert [record["score"] for record in UnpairedPreferenceDataLoader.records(data)] == [0, 1, 2]
+    assert [record["score"] for record in SFTDataLoader.records(data)] == [0, 1]
+
+    data = dataloader.read_file(write_jsonl(tmp_path / "sft.jsonl", [{"messages": [user("q"), assistant("a")]}] * 2))
+    assert len(SFTDataLoader.records(data)) == 2
+
+
+def test_what_a_file_holds_beside_its_layout_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = [user("a") | {"name": "Ann"}, assistant("b")]
+    rows = [{"messages": [user(f"{i}"), *talk], "id": 7, "date": None} for i in range(9)]
+    for file in (write_jsonl(tmp_path / "a.jsonl", rows), write_parquet(tmp_path / "a.parquet", rows)):
+        config = make_config(tmp_path, datasets=[str(file)])
+        for split in ("train", "test"):
+            dataloader.load_datasets(config, split)
+        said = capsys.readouterr().out
+        assert said.count("not used") == 1
+        assert set(said.strip().removeprefix(f"{file}: not used are ").split(", ")) == {"id", "date", "messages.name"}
+
+
+# ------------------------------------------------------------------------------------------------------------ odd files
+
+
+@pytest.fixture
+def short_rows() -> Iterator[None]:
+    """Rows of at most 1 MiB."""
+    before = rows.longest_row.set(1 << 20)
+    yield
+    rows.longest_row.reset(before)
+
+
+LONG = {"prompt": "q", "chosen": "x" * (1 << 20), "rejected": "b"}
+
+
+@pytest.mark.usefixtures("short_rows")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_row_that_is_too_long_is_a_bad_row(tmp_path: Path, name: str) -> None:
+    content = [*pair_rows(2), LONG, {**LONG, "chosen": LONG["chosen"] * 3}, *pair_rows(3)[2:]]
+    write: Any = write_parquet if name == "a.parquet" else write_jsonl
+    data = dataloader.read_file(write(tmp_path / name, content))
+    (found,) = data.bad.places.items()
+    assert found[0] == "the row is longer than max_row_mb=1"
+    assert [place[-1] for place in found[1]] == ["3", "4"]
+    assert [prompt for prompt, _, _ in pairs(data)] == ["q0", "q1", "q2"]
+
+
+@pytest.mark.usefixtures("short_rows")
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.csv.gz"])
+def test_a_file_with_a_row_that_is_too_long_is_not_read(tmp_path: Path, name: str) -> None:
+    """What follows it cannot be told from it: a missing quote or bracket may be the reason."""
+    content = [*pair_rows(2), {**LONG, "chosen": "x\n" * (1 << 20)}]
+    if name == "a.json":
+        (tmp_path / name).write_text(json.dumps(content))
+    else:
+        opener: Any = gzip.open if name.endswith("gz") else open
+        with opener(tmp_path / name, "wt") as file:
+            writer = csv.DictWriter(file, list(LONG))
+            writer.writeheader()
+            writer.writerows(content)
+    with pytest.raises(UserError, match=r"a\..* cannot be read: .*longer than max_row_mb=1"):
+        dataloader.read_file(tmp_path / name)
+
+
+def test_a_line_is_not_read_whole_to_find_that_it_is_too_long(tmp_path: Path) -> None:
+    """What a file of a few kilobytes can be unpacked to need not fit into memory."""
+    file = tmp_path / "a.jsonl.gz"
+    with gzip.open(file, "wb", compresslevel=1) as stream:
+        for _ in range(200):
+            stream.write(bytes(1 << 20))
+        stream.write(b"\n" + json.dumps(pair_rows(1)[0]).encode())
+    tracemalloc.start()
+    data = dataloader.read_file(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert data.bad.counts == {"the row is longer than max_row_mb=16": 1} and len(data) == 1
+    assert peak < 100 << 20
+
+
+def test_a_list_is_read_an_item_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = [*pair_rows(20), [], {}, None, "[]", {**pair_rows(1)[0], "extra": {"deep": [1, "]", "\\"]}}]
+    for piece in (1, 7, 64):
+        monkeypatch.setattr(rows, "PIECE", piece)
+        (tmp_path / "a.json").write_text("\ufeff " + json.dumps(content, indent=1) + "\n")
+        found = list(rows.read_rows([tmp_path / "a.json"], bad := rows.BadRows("a")))
+        assert [row for _, row in found] == [item for item in content if isinstance(item, dict)]
+        assert bad.places == {"the row is malformed": [f"{tmp_path}/a.json row {n}" for n in (21, 23, 24)]}
+        assert found[-1][0] == f"{tmp_path}/a.json row 25"
+        for text in ("[1, 2", "[1 2]", "[1],", "[,]", "[", "[{]", '[{"a": 1},]', "[1]2"):
+            (tmp_path / "a.json").write_text(text)
+            with pytest.raises(UserError, match=r"a\.json cannot be read: "):
+                list(rows.read_rows([tmp_path / "a.json"], bad))
+    for text, expected in (("[]", []), (" [ ] ", []), ("[{}]", [{}])):
+        (tmp_path / "a.json").write_text(text)
+        assert [row for _, row in rows.read_rows([tmp_path / "a.json"], bad)] == expected
+
+
+def test_deep_nesting_is_a_bad_row(tmp_path: Path) -> None:
+    deep = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + ', "chosen": "a", "rejected": "b"}'
+    data = dataloader.read_file(write_jsonl(tmp_path / "a.jsonl", [deep, *pair_rows(1)]))
+    assert data.bad.places == {"the row is nested too deeply": [f"{tmp_path}/a.jsonl:1"]}
+    (tmp_path / "a.json").write_text(f"[{deep}]")
+    with pytest.raises(UserError, match="cannot be read: it is nested too deeply"):
+        dataloader.read_file(tmp_path / "a.json")
+    levels = 900  # json reads it, and a function that calls itself does not get to the bottom of it
+    shallower = {"prompt": "q", "chosen": json.loads("[" * levels + "]" * levels), "rejected": "b"}
+    write_parquet(tmp_path / "ultrabin/data/train_prefs-0.parquet", pair_rows(1))
+    assert len(pairs(dataloader.get_ultrabin("train", data_dir=str(tmp_path)))) == 1
+    bad = rows.BadRows("a")
+    with bad.at("here"):
+        rows.collapse(shallower)
+    assert bad.places == {"the row is nested too deeply": ["here"]}
+
+
+def test_columns_that_are_not_used_cannot_break_a_table(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(pair_rows(3))
+    odd = {
+        "zone": pa.array([0, 1, 2], pa.timestamp("us", tz="No/Where")),
+        "late": pa.array([2**60] * 3, pa.timestamp("us")),
+        "bytes": pa.StringArray.from_buffers(
+            3, pa.py_buffer(np.array([0, 1, 2, 3], "int32")), pa.py_buffer(b"\xff" * 3)
+        ),
+    }
+    for name, column in odd.items():
+        table = table.append_column(name, column)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    data = dataloader.read_file(tmp_path / "a.parquet")
+    assert len(pairs(data)) == 3 and list(data.bad.unused) == list(odd)
+
+    mixed = pa.StringArray.from_buffers(3, pa.py_buffer(np.array([0, 1, 2, 3], "int32")), pa.py_buffer(b"a\xffc"))
+    table = pa.table({"prompt": ["q"] * 3, "chosen": mixed, "rejected": ["b"] * 3})
+    parquet.write_table(table, tmp_path / "b.parquet")
+    data = dataloader.read_file(tmp_path / "b.parquet")
+    assert [chosen for _, chosen, _ in pairs(data)] == ["a", "c"]
+    assert data.bad.places == {"the row holds a value that cannot be read": [f"{tmp_path}/b.parquet row 2"]}
+
+
+def test_of_many_bad_rows_the_first_are_kept(tmp_path: Path) -> None:
+    content = [{"prompt": "q"}] * 1000 + [{"messages": [user("a"), {"role": "user", "content": 1}]}] + pair_rows(1)
+    data = dataloader.read_file(write_jsonl(tmp_path / "a.jsonl", content))
+    assert data.bad.counts == {"the row has no known layout": 1000, "a turn of 'messages' is not text": 1}
+    assert [len(places) for places in data.bad.places.values()] == [100, 1]
+    bad = rows.BadRows("a", total=200)
+    for n in range(200):
+        bad.add(f"reason {n}", "here")
+    assert len(bad.counts) == 51 and bad.counts["other reasons"] == 150
+    again = rows.BadRows.from_report("a", 200, json.loads(json.dumps(bad.report())))
+    assert (again.summary(), again.counts) == (bad.summary(), bad.counts)
+
+
+def test_two_columns_of_one_name_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,chosen,chosen,rejected\nq,a,b,c\n")
+    with pytest.raises(UserError, match=r"a\.csv cannot be read: several columns are called 'chosen'"):
+        dataloader.read_file(tmp_path / "a.csv")
+
+
+WORDS = ["", " ", "a", "\u2028", "\ud800", "\x00", "0", "true", "[]", None, True, 1, 0.5, float("nan"), 10**30]
+
+
+def random_value(draw: random.Random, depth: int = 0) -> Any:
+    """Any JSON, or what a field of a row may be."""
+    kind = draw.randrange(8 if depth < 3 else 4)
+    if kind < 4:
+        return draw.choice(WORDS)
+    if kind < 6:
+        roles = (*rows.ROLES, "user", "assistant", "tool", None)
+        return [{"role": draw.choice(roles), "content": random_value(draw, 3)} for _ in range(draw.randrange(4))]
+    if kind < 7:
+        return [random_value(draw, depth + 1) for _ in range(draw.randrange(3))]
+    return {draw.choice(["role", "content", "tool_calls", "x"]): random_value(draw, depth + 1) for _ in range(2)}
+
+
+def random_row(draw: random.Random) -> Any:
+    layout = draw.choice([("prompt", "chosen", "rejected"), ("prompt", "completion", "label", "score"), ("messages",)])
+    row = {name: random_value(draw) for name in layout if draw.random() < 0.9}
+    return draw.choice([row, row, row, row | {draw.choice(dataloader.FILE_COLUMNS): "a"}, random_value(draw)])
+
+
+@given(st.integers(0, 2**40))
+@fuzzed
+def test_whatever_a_file_holds_each_row_is_used_or_counted_as_bad(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    draw = random.Random(seed)
+    suffix = draw.choice([suffix for suffix in rows.SUFFIXES if suffix != ".parquet"])
+    lines = [json.dumps(random_row(draw)) for _ in range(draw.randrange(6))]
+    if suffix.startswith(".csv"):
+        lines = ["prompt,chosen,rejected", *(line.replace(": ", '"",').strip("{}") for line in lines)]
+    text = ("[" + ",".join(lines) + "]" if suffix.startswith(".json") and seed % 2 else "\n".join(lines)).encode()
+    if draw.random() < 0.3:
+        cut = draw.randrange(len(text) + 1)
+        text = text[:cut] + draw.randbytes(draw.randrange(3)) + text[cut + draw.randrange(3) :]
+    file = tmp_path_factory.getbasetemp() / f"random{suffix}"
+    file.write_bytes(gzip.compress(text, 1)[: draw.choice([None, None, -3])] if suffix.endswith(".gz") else text)
+    try:
+        data = dataloader.read_file(file)
+    except UserError as error:
+        assert str(file) in str(error)
+    else:
+        labelled = sum(label is not None for example in data for label in example.desirable)
+        used = labelled + sum(len(example.pairs) + len(example.sft_targets) for example in data)
+        assert used and used + data.bad.counts.total() == data.bad.total
+
+
 def test_labels_and_messages(tmp_path: Path) -> None:
     labels = [True, "false", 1, "0", "maybe", None, 1.0]
     content = [{"prompt": f"q{i}", "completion": "c", "label": label, "score": i} for i, label in enumerate(labels)]
@@ -452,6 +712,12 @@ def test_labels_and_messages(tmp_path: Path) -> None:
         ("a.jsonl.gz", "not gzip", "a.jsonl.gz cannot be read: "),
         ("a.parquet", "not parquet", "a.parquet cannot be read: "),
         ("a.jsonl", "", "Columns found: none"),
+        (
+            "a.json",
+            '{\n  "sampled_at": "2026-01-01",\n  "samples": []\n}',
+            r"samples that eval\.py wrote.* compare\.py -f",
+        ),
+        ("a.json", '{"sampled_at": "2026-01-01", "samples": []}', r"samples that eval\.py wrote.* compare\.py -f"),
     ],
 )
 def test_a_file_without_a_usable_row_is_one_clear_error(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -464,14 +730,20 @@ def test_a_file_without_a_usable_row_is_one_clear_error(tmp_path: Path, name: st
 
 
 def test_data_sets_are_checked_before_any_is_loaded(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", pair_rows(2))
     for entry, message in {
         "ultrabim": "did you mean 'ultrabin'",
         "missing/file.jsonl": "missing/file.jsonl does not exist",
         str(Path(__file__)): "of no known kind; known are .json",
+        str(tmp_path): r"is a folder: name files in it, such as .*/a\.jsonl",
+        "org/some_data": r"does not exist.*On the Hub only some data sets are known.*hf download org/some_data ",
     }.items():
         for key in ("datasets", "eval_datasets"):
             with pytest.raises(UserError, match=message):
                 dataloader.check_datasets(make_config(tmp_path, **{key: ["hh", entry]}))
+    for key in ("datasets", "eval_datasets"):
+        with pytest.raises(UserError, match=rf"{key}=\[\]: has to be text or a list that is not empty"):
+            make_config(tmp_path, **{key: []})
     dataloader.check_datasets(make_config(tmp_path, datasets="shp"))
 
 
@@ -498,6 +770,12 @@ def test_what_is_held_out(tmp_path: Path) -> None:
     assert len(prompts("test", datasets=[file], held_out=0.001)) == 1
     assert len(prompts("train", datasets=[file], eval_datasets=["toy"])) == 100
     assert len(prompts("test", datasets=["toy"], eval_datasets=[file])) == 100
+
+    for count, what in ((1, "one prompt is"), (3, "3 prompts are all")):
+        few = str(write_jsonl(tmp_path / "few.jsonl", pair_rows(count)))
+        with pytest.raises(UserError, match=rf"few\.jsonl: its {what} held out .*held_out=0\.9.* give eval_datasets"):
+            prompts("train", datasets=[few], held_out=0.9)
+        assert len(prompts("train", datasets=[few], eval_datasets=["toy"])) == count
 
     write_jsonl(tmp_path / "hh/harmless-base/test.jsonl.gz", [hh_row("a", "b", f"\n\nHuman: {i}") for i in range(40)])
     changes: dict[str, Any] = {"datasets": ["hh"], "data_dir": str(tmp_path), "train_split": "test"}
@@ -605,7 +883,7 @@ def record(prompt: str | list[dict[str, str]], *completions: str, mode: str = "k
 
 def tokenised(tokenizer: PreTrainedTokenizerFast, template: tokenise.Template, *records: dict[str, Any]) -> list[Any]:
     tokens, tally = tokenise.tokenise(records, tokenizer, template, max_length=512, max_prompt_length=256)
-    assert (tally.left_out.places, tally.cuts(512, 256)) == ({}, "")
+    assert (tally.left_out.places, tally.remarks(512, 256)) == ({}, "")
     return tokens.to_list()
 
 
@@ -763,21 +1041,27 @@ def test_a_cut_prompt_fills_its_room_nearly(mode: str, is_fast: bool, monkeypatc
         assert limit - 4 <= len(row["prompt_ids"]) <= limit
 
 
-def test_what_is_cut_is_said_also_of_cached_tokens(
+def test_what_is_cut_or_of_no_use_is_said_also_of_cached_tokens(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = [*pair_rows(2), {"prompt": "long" * 9, "chosen": "a" * 9, "rejected": "b" * 99}]
+    content = [
+        *pair_rows(2),
+        {"prompt": "long" * 9, "chosen": "a" * 9, "rejected": "b" * 99},
+        {"prompt": "q", "chosen": "the same", "rejected": "the same"},
+        {"prompt": "q", "chosen": "a" * 99 + "b", "rejected": "a" * 99 + "c"},  # they differ where they are cut
+    ]
     file = write_jsonl(tmp_path / "a.jsonl", content)
     config = make_config(tmp_path, datasets=[str(file)], eval_datasets=["toy"])
     limits = {"max_length": 90, "max_prompt_length": 40}
     for _ in range(2):
         load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader, **limits)
         assert (
-            "Tokens (train): prompts cut to model.max_prompt_length=40: 1 of 3; "
-            "completions cut at model.max_length=90, so without EOS: 1 of 6"
+            "Tokens (train): prompts cut to model.max_prompt_length=40: 1 of 5; "
+            "completions cut at model.max_length=90, so without EOS: 3 of 10; "
+            "pairs whose chosen and rejected are the same: 2 of 5"
         ) in capsys.readouterr().out
-    load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
-    assert "cut" not in capsys.readouterr().out
+    load_tokens(config, "train", tokenizer, SFTDataLoader)
+    assert "Tokens" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("max_prompt_length", [0, 12, 13])
