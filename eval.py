@@ -31,7 +31,14 @@ import models
 from distributed import parallel
 from features import measure, probe, report
 from launch import assembly, settings
-from launch.policies import Policy, find_policy, read_config, require_language_model, trainer_class
+from launch.policies import (
+    Policy,
+    find_policy,
+    read_config,
+    require_language_model,
+    require_room,
+    trainer_class,
+)
 from launch.report import write_run_page
 from launch.settings import Config
 from sampling import backends, benchmark_files, diversity, samples
@@ -53,6 +60,7 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     else:
         policy = find_policy(path, config, overrides)
         require_language_model(config, policy)
+        require_room(config, policy)
         weights = policy.digest()
     records = samples.records_to_sample(config, every=config.mode != "sample")
     name = config.exp_name if config.mode == "sample" else f"{config.exp_name}-{config.mode}"
@@ -102,7 +110,7 @@ def local_backend(config: Config, policy: Policy, control: tuple[str, ...]) -> b
         if policy.load_from:
             raise UserError(f"backend=vllm reads the Hub's format: --config-path={policy.load_from}, if it is in it")
         return backends.VLLMBackend(config, policy.folder, tokenizer, control)
-    model = backends.load_policy(config, policy.folder, policy.load_from)
+    model = backends.load_policy(config, policy.folder, policy.load_from, len(tokenizer))
     return backends.TransformersBackend(config, model, tokenizer, control)
 
 
@@ -113,6 +121,8 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     policy = find_policy(path, config, overrides)
     if policy.run is None or config.backend != "transformers":
         raise UserError("mode=eval measures the policy of a run, with backend=transformers")
+    if policy.writes_text(config):
+        require_room(config, policy)
     paths = settings.find_paths(config, classes.binding.needs)
     trainer = assembly.prepare(config, classes, paths, Run(policy.run), cached=["eval"])
     trainer.read_export(policy.folder)

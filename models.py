@@ -4,6 +4,7 @@ Shape letters: R rows, T positions, S sequences, N completion tokens, M those of
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -273,19 +274,21 @@ def load_model(
     *,
     reward: bool = False,
     dtype: torch.dtype = torch.float32,
-    new_tokens: int = 0,
+    vocabulary: int = 0,
     shape: Callable[[PreTrainedModel], None] | None = None,
     offload: bool = False,
 ) -> PreTrainedModel:
     """A causal language model, or a reward model, in eval mode on `device`. Its weights are kept in `dtype`.
 
     `directory` is in Hub format. `load_from` names other weights: a `policy.pt`, a Hub-format directory, or a run
-    directory (its LATEST). `shape` may change the model before it has memory: split it over ranks, add adapters. Each
-    rank then reads only its slices. `offload` keeps the weights in host memory.
+    directory (its LATEST). It gets embeddings for at least `vocabulary` tokens. `shape` may change the model before it
+    has memory: split it over ranks, add adapters. Each rank then reads only its slices. `offload` keeps the weights in
+    host memory.
     Raises UserError with a list of the weights that are missing, left over or of another shape.
     """
     weights = open_weights(directory, load_from)
     config = load_config(directory)
+    new_tokens = tokens_to_add(config, vocabulary)
     auto_class: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     if reward:
         config.num_labels = 1
@@ -331,6 +334,26 @@ def load_quantised(directory: Path, attention: str, device: torch.device, comput
     return model.eval()
 
 
-def tokens_to_add(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
-    """How many embeddings the model lacks for the tokens that the tokenizer knows."""
-    return max(0, len(tokenizer) - config.get_text_config().vocab_size)
+def tokens_to_add(config: PretrainedConfig, vocabulary: int) -> int:
+    """How many embeddings the model lacks for as many tokens as a tokenizer knows."""
+    return max(0, vocabulary - config.get_text_config().vocab_size)
+
+
+def positions_of(config: PretrainedConfig) -> float:
+    """How many tokens a model was made to read at once; infinity where it does not say."""
+    there = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return there if there and there > 0 else math.inf
+
+
+def require_positions(directory: Path, wanted: dict[str, int]) -> None:
+    """Raises UserError where settings together ask for more tokens than the model in a directory has positions."""
+    config = load_config(directory)
+    there = positions_of(config)
+    if sum(wanted.values()) > there:
+        key = config.get_text_config().attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        asked = " and ".join(f"{name}={count}" for name, count in wanted.items())
+        together = " together" if len(wanted) > 1 else ""
+        raise UserError(
+            f"{asked}: more tokens{together} than the model in {directory} has positions for, which are {there} "
+            f"({key} in its config.json)"
+        )

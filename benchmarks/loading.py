@@ -48,7 +48,7 @@ def load(folder: Path) -> None:
     parallel.wait_for_all()
     Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
     before, started = memory("VmRSS"), time.monotonic()
-    model = assembly.build_model(model_settings, "sdpa", folder)
+    model = assembly.build_model(model_settings, "sdpa", 0, folder)
     seconds = parallel.max_over_ranks(time.monotonic() - started)
     figures = torch.tensor([memory("VmHWM") - before, memory("VmRSS") - before], dtype=torch.float64)
     peak, after = parallel.sum_over_ranks(figures).tolist()

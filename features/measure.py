@@ -33,7 +33,7 @@ from distributed import parallel
 from distributed.sharding import reshard
 from features import neuronpedia
 from launch import assembly, settings
-from launch.policies import Policy, find_policy, read_config, require_language_model
+from launch.policies import Policy, find_policy, read_config, require_language_model, require_room
 from launch.settings import Config, RunClasses, RunPaths
 from modeling.weights import PolicyFile, Weights, load_weights, open_weights, weights_digest
 from sae import ENCODE_ELEMENTS, SAE, active, drift_by_feature, pooled_features
@@ -349,6 +349,7 @@ def measure(config: Config, classes: RunClasses, path: Path, overrides: list[str
             f"mode=features reads features through an SAE, and {config.model.name} has none in this configuration: "
             "++sae.path=..., and ++sae.layer=... where its files do not say the layer"
         )
+    require_room(config, policy)
     start = models.reference_weights(config.model)
     own = TrainedRun(policy.run.resolve().name, config.loss.name, policy)
     other = None if config.compare_to is None else other_run(Path(config.compare_to), own, start)
@@ -434,7 +435,7 @@ def look(
 ) -> tuple[list[Measured], dict[int, Profile], dict[str, dict[int, list[Context]]]]:
     """The runs measured, the run's checkpoints, and the contexts of its most changed features."""
     policy = reader.policy
-    new_tokens = models.tokens_to_add(models.load_config(start[0]), reader.tokenizer)
+    new_tokens = models.tokens_to_add(models.load_config(start[0]), len(reader.tokenizer))
     put(policy, open_weights(*start), new_tokens)
     reference, pooled = reader.measure("of the reference", reader.kinds)
     kinds = [kind for kind in reader.kinds if kind != SAMPLED_BY_OTHER]

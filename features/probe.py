@@ -57,7 +57,9 @@ def write_probe(config: Config, path: Path, overrides: list[str]) -> None:
     reading = assembly.read_saes(config, paths, policy.folder)
     implementation, layout = models.choose_attention(config.model, models.load_config(policy.folder), pairs=False)
     device, dtype = parallel.device(), DTYPES[config.model.policy_dtype]
-    model = models.load_model(policy.folder, implementation, device, policy.load_from, dtype=dtype)
+    model = models.load_model(
+        policy.folder, implementation, device, policy.load_from, dtype=dtype, vocabulary=len(tokenizer)
+    )
     tap, sae = reading.tap(model, config.model.block_name), reading.sae.to(device)
     how = {"layout": layout, "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
     table = ranking(*(pooled(model, tap, sae, own, config.model.eval_batch_size, **how) for own in rows), *halves)

@@ -101,10 +101,9 @@ def load_subject(
     data = {split: tokenise_split(config, classes, tokenizer, split) for split in splits}
     loaders = {split: make_loader(config, classes, tokenizer, layout, split, tokens) for split, tokens in data.items()}
 
-    load = functools.partial(build_model, model, implementation)
+    load = functools.partial(build_model, model, implementation, len(tokenizer))
     directory = models.fetch(model.name_or_path, models.WEIGHT_FILES, "model.name_or_path")
-    new_tokens = models.tokens_to_add(architecture, tokenizer)
-    policy = load(directory, model.load_from, reward=classes.trainer.is_reward, new_tokens=new_tokens)
+    policy = load(directory, model.load_from, reward=classes.trainer.is_reward)
     subject = Subject(policy=policy, tokenizer=tokenizer, loaders=loaders, load=load)
     if reading is not None:
         subject.sae, subject.tap = reading.sae.to(parallel.device()), reading.tap(policy, model.block_name)
@@ -191,18 +190,23 @@ def make_references(
 def build_model(
     settings: ModelSettings,
     attention: str,
+    vocabulary: int,
     directory: Path,
     load_from: str | None = None,
     *,
     reward: bool = False,
     frozen: bool = False,
-    new_tokens: int = 0,
 ) -> PreTrainedModel:
-    """A model split over the ranks: the one to train, or a frozen one.
+    """A model split over the ranks: the one to train, or a frozen one, with embeddings for `vocabulary` tokens.
 
-    What is not trained is kept in the dtype that is computed in.
+    What is not trained is kept in the dtype that is computed in. Raises UserError for a model in 4 bits that lacks
+    embeddings.
     """
     if settings.load_in_4bit and not frozen:
+        if lacking := models.tokens_to_add(models.load_config(directory), vocabulary):
+            raise UserError(
+                f"model.load_in_4bit: the tokenizer has {lacking} tokens for which the model has no embedding"
+            )
         source = directory if load_from is None else find_weights(load_from)
         model = models.load_quantised(source, attention, parallel.device(), DTYPES[settings.policy_dtype])
         models.recompute_activations(model, settings.activation_checkpointing)
@@ -231,7 +235,7 @@ def build_model(
         load_from,
         reward=reward,
         dtype=compute if frozen or settings.use_peft else trained,
-        new_tokens=new_tokens,
+        vocabulary=vocabulary,
         shape=shape,
         offload=settings.cpu_offload,
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+import models
 from distributed import parallel
 from launch.settings import Config
 from sampling.generate import Decoding, Request, Sample, sample
@@ -26,8 +27,9 @@ def write_completions(trainer: BasicTrainer, config: Config, when: Literal["befo
         return
     used = loader.used()
     rows = {row["prompt"]: row for row in (loader.rows[i] for i in used[:: max(1, len(used) // PROMPTS)][:PROMPTS])}
-    tokens = min(TOKENS, config.max_new_tokens)
     prompts = prompts_of(trainer, list(rows.values()), trained=when == "after")
+    room = models.positions_of(trainer.policy.config) + 1 - max(map(len, prompts))  # the last token is not read
+    tokens = int(min(TOKENS, config.max_new_tokens, room))
     requests = [Request(ids, temperature=0) for ids in prompts]
     with torch.compiler.set_stance("force_eager"):  # layers compiled for training are not to meet a cache of keys
         drawn = draw(trainer, trainer.policy, requests, Decoding(tokens, config.seed))

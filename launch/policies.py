@@ -111,3 +111,9 @@ def require_language_model(config: Config, policy: Policy) -> None:
             f"{policy.run or policy.folder}: loss={config.loss.name} trained no language model, so there is nothing to "
             "sample from; ++mode=eval measures it, and --config-path=MODEL samples from the model that it started from"
         )
+
+
+def require_room(config: Config, policy: Policy) -> None:
+    """Raises UserError where a prompt and its completion may be longer than the policy has positions."""
+    prompt, completion = config.model.max_prompt_length, config.max_new_tokens
+    models.require_positions(policy.folder, {"model.max_prompt_length": prompt, "max_new_tokens": completion})

@@ -25,7 +25,7 @@ from autoencoders.formats import SAESource, find_sae, sae_sections
 from autoencoders.settings import SAESection
 from data.settings import DataSettings
 from modeling.weights import find_weights
-from models import CONFIG_FILES, fetch, load_config
+from models import CONFIG_FILES, fetch, load_config, require_positions
 from sampling.settings import SamplingSettings
 from training import loop
 from training.metrics import check_trackers
@@ -115,7 +115,9 @@ ELSEWHERE = {
     "run_name": "exp_name",
     "save_steps": "save_every",
     "save_total_limit": "keep_checkpoints",
+    "tensorboard": "log_to=[tensorboard]",
     "torch_dtype": "model.policy_dtype",
+    "use_wandb": "log_to=[wandb]",
     "report_to": "log_to",
     "warmup_ratio": "warmup_steps",
     "weight_decay": "optimizer_options.weight_decay",
@@ -294,6 +296,10 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
     problems.expect(
         config.model.use_peft or not config.model.load_in_4bit, "model.load_in_4bit needs model.use_peft=true as well"
     )
+    problems.expect(
+        not (config.model.use_peft and classes.trainer.control_tokens),
+        f"loss={config.loss.name} has to learn its control tokens, which adapters do not: model.use_peft=false",
+    )
     with problems.collected():
         check_trackers(config.log_to)
     with problems.collected():
@@ -359,6 +365,10 @@ def find_paths(config: Config, needs: frozenset[str]) -> RunPaths:
     if model.load_from is not None:
         with problems.collected():
             find_weights(model.load_from)
+    for name in ("model", "reference"):
+        if (folder := found[name]) is not None:
+            with problems.collected():
+                require_positions(folder, {"model.max_length": model.max_length})
     if found["model"] is not None:
         with problems.collected():
             layers = load_config(found["model"]).get_text_config().num_hidden_layers

@@ -81,7 +81,7 @@ class TransformersBackend(LocalPrompts):
         yield from sample_batches(self.model, self.tokenizer, requests, settings, batch_size=size, never=self.control)
 
 
-def load_policy(config: SamplingSettings, folder: Path, load_from: str | None) -> PreTrainedModel:
+def load_policy(config: SamplingSettings, folder: Path, load_from: str | None, vocabulary: int) -> PreTrainedModel:
     """The model to sample from, its weights in `model.policy_dtype`, on one device, or on all of torchrun's ranks.
 
     Raises UserError where tensor parallelism cannot be had.
@@ -90,7 +90,9 @@ def load_policy(config: SamplingSettings, folder: Path, load_from: str | None) -
     architecture = models.load_config(folder)
     implementation = attention.for_sampling(config.model.attn_implementation, architecture, parallel.device(), name)
     if not config.tensor_parallel:
-        return models.load_model(folder, implementation, parallel.device(), load_from, dtype=dtype)
+        return models.load_model(
+            folder, implementation, parallel.device(), load_from, dtype=dtype, vocabulary=vocabulary
+        )
     if "WORLD_SIZE" not in os.environ:
         raise UserError("tensor_parallel=true: start it with `torchrun --nproc_per_node=GPUS eval.py ...`")
     weights = folder if load_from is None else find_weights(load_from)

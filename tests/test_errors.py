@@ -1,12 +1,17 @@
 """Bad configuration ends in one clear message, before a weight is read."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from conftest import random_sae
+from conftest import REPO, random_sae
 from test_training import run
 
+import eval as evaluation
 import models
 from autoencoders.formats import save_sae
+from launch.policies import read_config
 from utils import UserError
 
 
@@ -23,6 +28,7 @@ def no_weights(monkeypatch):
     [
         (["loss=fpo", "++loss.alhpa=0.1"], r"loss\.alhpa is read by nothing \(did you mean 'alpha'\?\)"),
         (["loss=dpo", "++betta=0.1"], "betta is read by nothing"),
+        (["loss=dpo", "++tensorboard=true"], "tensorboard is read by nothing$"),  # it is not tensor_parallel
         (["loss=dpo", "++model.batchsize=4"], r"model\.batchsize is read by nothing \(did you mean 'model.batch_size'"),
         (["loss=dpo", "datasets=[toyy]"], r"no data set 'toyy' \(did you mean 'toy'\?\)"),
         (["loss=dpo", "datasets=[missing.jsonl]"], "missing.jsonl does not exist"),
@@ -39,6 +45,7 @@ def no_weights(monkeypatch):
         (["loss=dpo", "loss.trainer=DPOTraner"], r"no class DPOTraner in trainers \(did you mean 'DPOTrainer'\?\)"),
         (["loss=dpo", "loss.trainer=nowhere.py:T"], r"no Python file nowhere\.py"),
         (["loss=dpo", "++model.load_from=/no/policy.pt"], r"model\.load_from=/no/policy\.pt: no policy\.pt"),
+        (["loss=csft", "model.use_peft=true"], r"loss=csft has to learn its control tokens.*model\.use_peft=false"),
     ],
 )
 def test_message(tmp_path, overrides, message):
@@ -84,3 +91,48 @@ def test_a_pickle_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"not a policy\.pt of plain tensors"):
         run(tmp_path, "loss=sft", f"++model.load_from={tmp_path}/policy.pt")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "key"),
+    [
+        ({"max_position_embeddings": 64}, "max_position_embeddings", "model.name_or_path"),
+        ({"max_position_embeddings": 64}, "max_position_embeddings", "model.reference_path"),
+        (
+            {"model_type": "gpt2", "n_positions": 64, "max_position_embeddings": None},
+            "n_positions",
+            "model.name_or_path",
+        ),
+    ],
+)
+def test_a_model_with_fewer_positions_than_tokens(tmp_path, changes, name, key):
+    folder = model_with(tmp_path / "model", changes)
+    message = rf"model\.max_length=512: more tokens than the model in .*, which are 64 \({name} "
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, "loss=dpo", f"++{key}={folder}")
+    with pytest.raises(AssertionError, match="weights were read"):
+        run(tmp_path, "loss=dpo", f"++{key}={folder}", "model.max_length=64", "model.max_prompt_length=32")
+
+
+def test_sampling_beyond_a_models_positions(tmp_path):
+    folder = model_with(tmp_path / "model", {"max_position_embeddings": 64})
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
+    options = ["++model.max_prompt_length=32", "++max_new_tokens=33", f"++samples_dir={tmp_path}"]
+    options.append(f"eval_datasets=[{tmp_path}/a.jsonl]")
+    message = (
+        r"model\.max_prompt_length=32 and max_new_tokens=33: more tokens together than .* which are 64 \(max_position"
+    )
+    with pytest.raises(UserError, match=message):
+        evaluation.write_samples(read_config(folder, options), folder, options)
+    fitting = [*options, "++max_new_tokens=32"]
+    with pytest.raises(AssertionError, match="weights were read"):
+        evaluation.write_samples(read_config(folder, fitting), folder, fitting)
+
+
+def model_with(folder, changes):
+    """A copy of the built-in model without its weights, and with another configuration."""
+    shutil.copytree(REPO / "assets/tiny", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not None}))
+    (folder / "model.safetensors").touch()
+    return folder

@@ -11,16 +11,20 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import REPO, metrics
 from hydra import compose, initialize_config_dir
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import eval as evaluation
 import models
 import train
 import trainers
 from data import toy
 from launch import assembly, settings
+from launch.policies import read_config
 from sae import pooled_features
 from training import checkpoint, loop
 from training.checkpoint import Run
@@ -67,6 +71,50 @@ def assembled(tmp_path, *overrides):
     trainer = assembly.prepare(config, classes, paths, Run(tmp_path / config.exp_name))
     trainer.start_optimizer()
     return trainer
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(tmp_path, capsys):
+    assembled(tmp_path, "loss=sft", "warmup_steps=2")
+    assert "warmup_steps" not in capsys.readouterr().out
+    assembled(tmp_path, "loss=sft", "warmup_steps=3")
+    assert "warmup_steps=3: the run has 3 steps, so the learning rate never comes to lr" in capsys.readouterr().out
+
+
+def test_a_model_is_trained_up_to_its_last_position(tmp_path, monkeypatch):
+    """And its completions for the run page, of prompts that leave room for one token, end there."""
+    tokenizer = AutoTokenizer.from_pretrained(REPO / "assets/tiny")
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = {"n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": len(tokenizer)}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "model")
+    pair = {"prompt": "a " * 99, "chosen": "b", "rejected": "c"}
+    monkeypatch.setitem(PAIRS, "train", [pair] * 8)
+    monkeypatch.setitem(PAIRS, "test", [pair] * 8)
+    lengths = ["model.max_length=64", "model.max_prompt_length=63"]
+    lines = run(tmp_path, "loss=sft", f"model.name_or_path={tmp_path}/model", *lengths)
+    assert all(math.isfinite(loss) for loss in losses(lines))
+    assert json.loads((tmp_path / "sft_tiny/completions.json").read_text())["max_new_tokens"] <= 3
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, monkeypatch):
+    """As Gemma 3's. Whoever loads weights has embeddings for all of them: policy, live reference, start and sampler."""
+    for split, pairs in PAIRS.items():
+        monkeypatch.setitem(PAIRS, split, pairs[:4])
+    folder, data = tmp_path / "model", tmp_path / "toy.jsonl"
+    shutil.copytree(REPO / "assets/tiny", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    model = [f"model.name_or_path={folder}", "++toy_comparison=2", "++max_new_tokens=2"]
+    run(tmp_path, "loss=tdpo2", *model, "exp_name=first")
+    start = f"++model.load_from={tmp_path}/first"
+    run(tmp_path, "loss=tdpo2", *model, start, "exp_name=second")
+    rows = safetensors.torch.load_file(tmp_path / "second/LATEST/model.safetensors")["model.embed_tokens.weight"]
+    assert len(rows) == len(tokenizer)
+    data.write_text(json.dumps(PAIRS["test"][0] | {"prompt": "Repeat: <image>"}) + "\n")
+    for own in ([], [start]):
+        options = [f"eval_datasets=[{data}]", "++max_new_tokens=2", f"++samples_dir={tmp_path}/{len(own)}", *own]
+        evaluation.write_samples(read_config(folder, options), folder, options)
+        assert json.loads((tmp_path / f"{len(own)}/model.json").read_text())["samples"]
 
 
 def losses(lines):

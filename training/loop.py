@@ -136,7 +136,11 @@ class BasicTrainer:
         reshard(self.module)  # a pass without a step has left some of it gathered, and the optimiser needs the slices
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.config, trained)
-        self.schedule = make_schedule(self.config, self.optimizer, len(self.loaders["train"]))
+        steps, warmup = len(self.loaders["train"]), self.config.warmup_steps
+        if warmup >= steps:
+            told = f"warmup_steps={warmup}: the run has {steps:,} steps, so the learning rate never comes to lr"
+            console.print(f"{told}; warmup_steps={steps // 10} is a tenth of them", style="yellow", markup=False)
+        self.schedule = make_schedule(self.config, self.optimizer, steps)
 
     # ------------------------------------------------------------------------------------------------ the loss
 
