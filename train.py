@@ -35,6 +35,7 @@ def train(raw: DictConfig) -> None:
     started = time.monotonic()
     config, classes = settings.check_config(raw, modes=("train", "plan"))
     paths = settings.find_paths(config, classes.binding.needs)
+    config = settings.with_learning_rate(config, paths)
     if config.mode == "plan":
         plan.print_plan(config, classes, paths)
         return

@@ -23,7 +23,7 @@ from data.batch import Batch
 from distributed import parallel
 from models import decoder_layers, final_hidden_states, make_tap, score
 from sae import ENCODE_ELEMENTS, SAE
-from training.loop import BasicTrainer, Setup
+from training.loop import BasicTrainer, Setup, warmup_of
 from training.metrics import MetricAccumulator
 from training.quantities import Binding
 from training.settings import TrainingSettings
@@ -178,7 +178,8 @@ class SAETrainer(BasicTrainer):
         self.batch_tokens, self.buffer_tokens = batch_tokens, buffer_tokens
         sizes = {"batch_tokens": batch_tokens, "buffer_tokens": buffer_tokens}
         self.stream = ActivationLoader(setup.loaders["train"], self.residuals, special=self.special, **sizes)
-        warmup, steps = setup.config.warmup_steps, len(self.stream)
+        steps = len(self.stream)
+        warmup = warmup_of(setup.config, steps)
         if 5 * warmup > 4 * steps:
             raise UserError(
                 f"warmup_steps={warmup}: the run has {steps:,} steps of about {batch_tokens:,} text tokens, and in the "

@@ -86,9 +86,14 @@ def make_optimizer(config: TrainingSettings, parameters: Sequence[Tensor]) -> to
         raise UserError(f"optimizer={config.optimizer}, lr={config.lr}, {config.optimizer_options}: {error}") from error
 
 
+def warmup_of(config: TrainingSettings, steps: int) -> int:
+    """The steps of the warm-up: `warmup_steps`, or the share `warmup_ratio` of all."""
+    return round(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps
+
+
 def make_schedule(config: TrainingSettings, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """A learning rate that rises evenly over `warmup_steps`, then follows `lr_schedule` to the last step."""
-    warmup, after = config.warmup_steps, SCHEDULES[config.lr_schedule]
+    """A learning rate that rises evenly over the warm-up, then follows `lr_schedule` to the last step."""
+    warmup, after = warmup_of(config, steps), SCHEDULES[config.lr_schedule]
 
     def share(step: int) -> float:
         if step < warmup:
