@@ -35,13 +35,13 @@ def train(raw: DictConfig) -> None:
     started = time.monotonic()
     config, classes = settings.check_config(raw, modes=("train", "plan"))
     paths = settings.find_paths(config, classes.binding.needs)
-    config = settings.with_learning_rate(config, paths)
     if config.mode == "plan":
         plan.print_plan(config, classes, paths)
         return
     run = Run(Path(config.cache_dir) / config.exp_name)
     with run.writing():
         saved = None if config.resume == "never" else settings.saved_config(run.folder)
+        config = settings.with_defaults(config, paths, saved)
         parallel.from_rank_zero(lambda: run.start(config, saved))
         torch.manual_seed(config.seed)
         trainer = assembly.prepare(config, classes, paths, run)

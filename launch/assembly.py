@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import dataloader
 import models
 from autoencoders.formats import load_sources
-from data import tokenise
 from dataloader import DataLoader, TokenisedData
 from distributed import parallel
 from distributed.sharding import DTYPES, shard
@@ -102,7 +101,6 @@ def load_subject(
     implementation, layout = models.choose_attention(model, architecture, pairs=pairs)
     if parallel.device().type == "cpu" and layout != "padded":  # padded rows need tensors too large to use again
         parallel.keep_freed_memory()
-    print_template(config, tokenizer)
     data = {split: tokenise_split(config, classes, tokenizer, split) for split in splits}
     if "train" in data:
         print_tokens(data["train"].rows, tokenizer, config.show_tokens)
@@ -131,14 +129,6 @@ def tokenise_split(config: Config, classes: RunClasses, tokenizer: Tokenizer, sp
             options=classes.binding.options["loader"],
         )
     )
-
-
-def print_template(config: Config, tokenizer: Tokenizer) -> None:
-    """Say which template is used, where the tokenizer leaves a choice."""
-    if tokenizer.chat_template:
-        name = tokenise.template_name(config, tokenizer)
-        other = "tulu: the prefixes of config.yaml" if name == "chat" else "chat: the tokenizer's own"
-        console.print(f"template={name}; there is also {other}", markup=False)
 
 
 def print_tokens(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, count: int) -> None:

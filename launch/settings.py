@@ -24,6 +24,7 @@ import models
 import trainers
 from autoencoders.formats import SAESource, find_sae, sae_sections
 from autoencoders.settings import SAESection
+from data import tokenise
 from data.settings import DataSettings
 from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config
@@ -304,10 +305,9 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
     with problems.collected():
         classes = run_classes(checked(LossSettings, values["loss"], "loss"))
     with problems.collected():
-        loop.make_optimizer(
-            part_of(TrainingSettings, values | {"lr": 1.0 if values.get("lr") is None else values["lr"]}),
-            [torch.zeros(1, requires_grad=True)],
-        )
+        training = part_of(TrainingSettings, values)
+        lr = 1.0 if training.lr is None else training.lr
+        loop.make_optimizer(training, [torch.zeros(1, requires_grad=True)], lr)
     with problems.collected():
         dataloader.check_datasets(part_of(DataSettings, values))
     problems.raise_if_any()
@@ -345,17 +345,31 @@ def run_classes(loss: LossSettings) -> RunClasses:
 LORA_LR = 10  # times the learning rate of full training (Schulman et al. 2025, "LoRA without regret")
 
 
-def with_learning_rate(config: Config, paths: RunPaths) -> Config:
-    """The configuration with a learning rate. If it names none: the loss's own at 7 B parameters, times
-    (7e9 / parameters)^(3/4), which also fits what a model of 135 M and one of 1 M train well with (docs/losses.md)."""
-    if config.lr is not None:
-        return config
-    count = models.skeleton(load_config(paths.model)).num_parameters()
-    lora = LORA_LR if config.model.use_peft else 1
-    lr = float(f"{lora * config.loss.lr_at_7b * (7e9 / count) ** 0.75:.2g}")
-    size = f"{count / 1e6:,.0f} M parameters{', adapters alone' * config.model.use_peft}"
-    console.print(f"lr={lr:g}: the default of loss={config.loss.name} for {size}", markup=False)
-    return config.model_copy(update={"lr": lr})
+LEFT_OPEN = ("template", "lr", "warmup_steps")  # null: found for the model, or for the number of steps
+
+
+def with_defaults(config: Config, paths: RunPaths, saved: Config | None = None) -> Config:
+    """The configuration with the values that depend on the model: the template, and the learning rate. A run that goes
+    on, from the configuration `saved`, keeps its own.
+
+    The default learning rate is the loss's own at 7 B parameters, times (7e9 / parameters)^(3/4) (docs/losses.md).
+    """
+    if saved is not None:
+        kept = {key: getattr(saved, key) for key in LEFT_OPEN if getattr(config, key) is None}
+        config = config.model_copy(update=kept)
+    tokenizer = models.load_tokenizer(paths.tokenizer)
+    template = tokenise.template_name(config, tokenizer)
+    if tokenizer.chat_template:
+        other = "tulu: the prefixes of config.yaml" if template == "chat" else "chat: the tokenizer's own"
+        console.print(f"template={template}; there is also {other}", markup=False)
+    lr = config.lr
+    if lr is None:
+        count = models.skeleton(load_config(paths.model)).num_parameters()
+        lora = LORA_LR if config.model.use_peft else 1
+        lr = float(f"{lora * config.loss.lr_at_7b * (7e9 / count) ** 0.75:.2g}")
+        size = f"{count / 1e6:,.0f} M parameters{', adapters alone' * config.model.use_peft}"
+        console.print(f"lr={lr:g}: the default of loss={config.loss.name} for {size}", markup=False)
+    return config.model_copy(update={"lr": lr, "template": template})
 
 
 def require_sae(config: Config, who: str) -> None:

@@ -1,8 +1,10 @@
 """The figures that a run ends with: `summary.json` and a table."""
 
 import json
+import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -48,13 +50,38 @@ def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, starte
     holds = "policy.pt and Hub format" if (latest / "policy.pt").is_file() else "the SAEs"
     console.print(f"{run.folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
     console.print(f"curves, completions and settings, to look at in a browser: {page}")
+    if learnt_little(evaluations_in(run.folder / "metrics.jsonl"), len(trainer.loaders["eval"].used())):
+        console.print(
+            "The held-out loss and accuracies moved less than noise: this run learnt next to nothing. "
+            f"What matters most is lr (here {config.lr:g}) and how much it trains on (n_epochs, n_examples).",
+            style="yellow",
+        )
+
+
+def evaluations_in(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl that are evaluations."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if "loss/eval" in line]
+
+
+def learnt_little(evaluations: Sequence[dict[str, float]], records: int) -> bool:
+    """Whether a run's evaluations, each of so many records, differ by less than noise: the loss by less than 1 %, the
+    accuracies by less than two standard errors (of the rewards: from 1/2, for at the start they are equal)."""
+    if len(evaluations) < 2 or evaluations[0]["step"] != 0:
+        return False
+    first, last = evaluations[0], evaluations[-1]
+    moved = abs(last["loss/eval"] - first["loss/eval"]) >= 0.01 * abs(first["loss/eval"])
+    for name, value in last.items():
+        if name.endswith("/accuracies"):
+            start = 0.5 if name.startswith("rewards") else first[name]
+            moved |= abs(value - start) >= 2 * math.sqrt(0.25 / records)
+    return not moved
 
 
 def from_metrics(path: Path) -> dict[str, float]:
     """What the first and the last evaluation say. Accuracy: the share of pairs whose chosen completion the policy
     itself finds likelier per token. Drift: the mean over chosen and rejected completions."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    evaluations = [line for line in lines if "loss/eval" in line]
+    evaluations = evaluations_in(path)
     if not evaluations:
         return {}
     figures = {"loss_after": evaluations[-1]["loss/eval"]}

@@ -75,15 +75,15 @@ class Setup(Subject):
     on_evaluation: Callable[[], None] = lambda: None  # called on rank 0 when the metrics of one are written
 
 
-def make_optimizer(config: TrainingSettings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainingSettings, parameters: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
     """The class of torch.optim that the configuration names. Raises UserError for a name or an option it has not."""
     known = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
     if config.optimizer not in known:
         raise UserError(f"optimizer={config.optimizer}: not in torch.optim{suggest(config.optimizer, known)}")
     try:
-        return known[config.optimizer](parameters, lr=config.lr, **dict(config.optimizer_options))
+        return known[config.optimizer](parameters, lr=lr, **dict(config.optimizer_options))
     except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer={config.optimizer}, lr={config.lr}, {config.optimizer_options}: {error}") from error
+        raise UserError(f"optimizer={config.optimizer}, lr={lr}, {config.optimizer_options}: {error}") from error
 
 
 def warmup_of(config: TrainingSettings, steps: int) -> int:
@@ -140,7 +140,8 @@ class BasicTrainer:
         """Make the optimiser and its schedule. A trainer that only evaluates has none."""
         reshard(self.module)  # a pass without a step has left some of it gathered, and the optimiser needs the slices
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.config, trained)
+        assert self.config.lr is not None  # filled in before (settings.with_defaults)
+        self.optimizer = make_optimizer(self.config, trained, self.config.lr)
         self.schedule = make_schedule(self.config, self.optimizer, len(self.loaders["train"]))
 
     # ------------------------------------------------------------------------------------------------ the loss
