@@ -27,6 +27,5 @@ class DataSettings(TemplateSettings):
     eval_split: str
     held_out: Annotated[float, Field(gt=0, lt=1)]
     max_bad_rows: Share
-    show_tokens: Natural
     cache_dir: str
     seed: Natural

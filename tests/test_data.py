@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import dataloader
-from data import hub, rows, tokenise
+from data import hub, tokenise
 from data.batch import Batch, collate
 from data.rows import BadRow
 from data.settings import DataSettings
