@@ -26,7 +26,7 @@ from torch import Tensor
 
 from autoencoders.settings import SAESection, SAESettings
 from models import fetch
-from sae import SAE, JointSAE
+from sae import SAE, SINK_NORM, JointSAE
 from utils import UserError, atomic_write, console, file_digest, resolve_path, suggest
 
 Location = tuple[int | None, str | None]  # the layer and the hook that an SAE reads; None if its files do not say
@@ -477,7 +477,7 @@ class SAESource:
     def identity(self) -> list[Any]:
         """Everything that its features depend on, for a fingerprint."""
         digests = [file_digest(path) for path in (self.files.weights, self.files.config) if path]
-        return [self.files.format, *digests, self.layer, self.hook]
+        return [self.files.format, *digests, self.layer, self.hook, SINK_NORM]
 
 
 def sae_sections(settings: SAESection) -> dict[str, SAESettings]:

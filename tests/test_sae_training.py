@@ -50,7 +50,8 @@ def marks(batch):
     """Vectors that say whose they are: (record, place of the token in it, token), in place of a model's."""
     own = (batch.document != PAD) & (batch.input_ids != BOS) & (batch.input_ids != EOS)
     index = torch.tensor([*batch.index, -1])
-    return torch.stack([index[batch.document], batch.position_ids, batch.input_ids], dim=2)[own].float()
+    x = torch.stack([index[batch.document], batch.position_ids, batch.input_ids], dim=2)[own].float()
+    return x, torch.ones(len(x), dtype=torch.bool)
 
 
 def stream(data, layout="padded", rank=0, world_size=1, batch_tokens=40, buffer_tokens=150, **options):
