@@ -11,6 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
 import models
+from autoencoders import formats
 from autoencoders.formats import SAE_FORMATS, SAESource, detect_format, find_sae, load_sae
 from autoencoders.settings import SAESettings
 from utils import UserError, checked
@@ -461,6 +462,14 @@ def test_the_identity_changes_with_all_that_features_depend_on(layout, tmp_path)
     assert len(set(identities)) == len(identities)
     _, copy, *_ = written(layout, tmp_path / "d")
     assert SAESource("sae", detect_format(copy), 1, "residual", 1.0).identity() == source.identity()
+
+
+def test_the_rule_for_attention_sinks_is_part_of_the_identity(tmp_path, monkeypatch):
+    _, path, *_ = written("gemma_scope", tmp_path)
+    source = SAESource("sae", detect_format(path), 7, "mlp", 1.0)
+    before = source.identity()
+    monkeypatch.setattr(formats, "SINK_NORM", 5.0)
+    assert source.identity() != before
 
 
 def test_the_folding_is_part_of_the_identity(tmp_path):
