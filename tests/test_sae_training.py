@@ -1,6 +1,7 @@
 """Training SAEs: what a step is made of, what it minimises, what a run saves; against plain formulas and SAELens."""
 
 import json
+import re
 import shutil
 from itertools import chain
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import metrics
-from datasets import Dataset
+from datasets import Dataset as Table
 from test_ranks import train_on
 from test_training import REPO, Killed, assembled, run, settle
 from transformers import AutoModelForCausalLM
@@ -19,7 +20,7 @@ from autoencoders.activations import ActivationLoader, text_lengths
 from autoencoders.formats import load_sae
 from autoencoders.training import BatchTopK, SAETrainer
 from data.batch import PAD
-from dataloader import SFTDataLoader, TokenisedData
+from dataloader import Dataset, SFTDataLoader, TokenisedData
 from training import loop
 from utils import UserError
 
@@ -34,7 +35,7 @@ SMALL_SAE += ["loss.dead_after=150", "lr=1e-2", "do_first_eval=false"]
 def rows(count=50):
     generator = np.random.default_rng(0)
     ids = [generator.integers(3, 99, generator.integers(1, 9)).tolist() for _ in range(2 * count)]
-    return Dataset.from_dict(
+    return Table.from_dict(
         {
             "prompt_ids": [[BOS, *own] for own in ids[:count]],
             "completion_ids": [[[*own, EOS]] for own in ids[count:]],
@@ -128,10 +129,16 @@ def test_records_with_two_completions_are_refused(tmp_path):
         assembled(tmp_path, *SMALL_SAE, "loss.dataloader=PairedPreferenceDataLoader")
 
 
-def test_both_sides_of_pairs_can_be_read(tmp_path):
+def test_all_completions_can_be_read(tmp_path):
     chosen = assembled(tmp_path, *SMALL_SAE).stream
-    both = assembled(tmp_path, *SMALL_SAE, "loss.dataloader=UnpairedPreferenceDataLoader").stream
+    both = assembled(tmp_path, *SMALL_SAE, "++train_on=all").stream
     assert (len(chosen.rows), len(both.rows)) == (24, 48) and both.tokens > 1.8 * chosen.tokens
+    data = Dataset("mine")
+    data["p"].add_pair("a", "b")
+    data["p"].add_pair("a", "c")
+    assert [own["completions"] for own in SFTDataLoader.records(data, "all")] == [["a"], ["b"], ["c"]]
+    with pytest.raises(UserError, match="train_on=all: loss=dpo does not read single completions, as sft and sae do"):
+        assembled(tmp_path, "loss=dpo", "++train_on=all")
 
 
 # ------------------------------------------------------------------------------------------------ attention sinks
@@ -369,8 +376,16 @@ def test_evaluation_against_plain_formulas(tmp_path, sinks, planted):
     assert lines[-1].keys() - again.keys() == {"step", "examples", "sae_eval/dead"}
 
 
-def test_several_layers_in_one_pass_are_as_each_alone(tmp_path):
+def test_several_layers_in_one_pass_are_as_each_alone(tmp_path, capsys):
     together = run(tmp_path, *SMALL_SAE, "exp_name=both", "loss.layer=[0,2]")
+    said, figures = capsys.readouterr().out, json.loads((tmp_path / "both/summary.json").read_text())
+    for name, words in {"l0": "L0", "fvu": "FVU", "ce_recovered": "cross-entropy recovered", "dead": "dead"}.items():
+        for layer in (0, 2):
+            value = together[-1][f"sae_eval/layer_{layer}/{name}"]
+            assert figures[f"layer_{layer}/{name}"] == value
+            assert re.search(rf"{words}[^│]*, layer {layer} +│ {re.escape(f'{value:.4g}')} ", said)
+    assert figures["left_out"] == 0
+    assert "both/: LATEST/ (the SAEs), summary.json" in said and f"++sae.path={tmp_path}/both" in said
     for layer in (0, 2):
         alone = run(tmp_path, *SMALL_SAE, f"exp_name=layer-{layer}", f"loss.layer={layer}")
         assert_same(arrays(tmp_path / "both", layer), arrays(tmp_path / f"layer-{layer}", layer))
