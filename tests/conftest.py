@@ -32,6 +32,14 @@ PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 gc.set_threshold(100_000)  # as the commands do
 
 
+LONGEST = ["test_ranks", "test_docs", "test_commands", "test_training", "test_against_trl", "test_quickstart"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no process has one of them left when the others are done."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def tiny_gemma(seed: int = 0) -> Gemma2ForCausalLM:
     """A random Gemma 2: soft-capping, sliding windows and a tied head, as in the real one."""
     torch.manual_seed(seed)
