@@ -516,7 +516,8 @@ def load_tokens(
     """
     records: list[dict[str, Any]] = []
     bad: dict[str, dict[str, list[str]]] = {}
-    arguments = {**_named_by(loader_class.records, {"seed": settings.seed}), **(options or {})}
+    named = {"seed": settings.seed, "train_on": settings.train_on}
+    arguments = {**_named_by(loader_class.records, named), **(options or {})}
     for data in load_datasets(settings, split_name):
         found = loader_class.records(data, **arguments)
         if not found:
@@ -736,13 +737,15 @@ class MismatchedRecords:
 
 
 class SFTDataLoader(DataLoader):
-    """One completion a record: the demonstration."""
+    """One completion a record: the demonstration, or each that there is."""
 
     needs = "demonstrations"
 
     @staticmethod
-    def records(data: Dataset) -> list[dict[str, Any]]:
-        """A record for each target of each prompt."""
+    def records(data: Dataset, train_on: str = "targets") -> list[dict[str, Any]]:
+        """A record for each target of each prompt, or with train_on="all" for each completion."""
+        if train_on == "all":
+            return [example.record(i) for example in data for i in range(len(example.generations))]
         return [example.record(target) for example in data for target in example.targets()]
 
 

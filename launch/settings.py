@@ -5,6 +5,7 @@ All that can be found wrong without reading a weight is found here, and said at 
 
 import contextlib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -156,8 +157,14 @@ def any_model(source: str) -> list[str]:
 
 
 def translate_arguments(arguments: Sequence[str]) -> list[str]:
-    """`translate_argument` of each."""
-    return [translated for argument in arguments for translated in translate_argument(argument)]
+    """`translate_argument` of each. With another `sae.path` the model's own YAML of an SAE says nothing about layer,
+    hook and format any more: the file does, or the YAML that `sae=` names."""
+    translated = [found for argument in arguments for found in translate_argument(argument)]
+    given = {argument.lstrip("+").partition("=")[0] for argument in translated}
+    unsaid = {"name": "null", "format": "auto", "layer": "null", "hook": "null"}
+    if "sae.path" in given and not given & {"sae", "~sae"}:
+        translated += [f"++sae.{key}={value}" for key, value in unsaid.items() if f"sae.{key}" not in given]
+    return translated
 
 
 def checked_arguments(arguments: Sequence[str]) -> list[str]:
@@ -318,6 +325,11 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
         problems.expect(not missing, f"model.{key} needs the package {package}: pip install -e '.[peft]'")
     problems.expect(
         config.model.use_peft or not config.model.load_in_4bit, "model.load_in_4bit needs model.use_peft=true as well"
+    )
+    takes = "train_on" in inspect.signature(classes.loader.records).parameters
+    problems.expect(
+        takes or config.train_on == "targets",
+        f"train_on={config.train_on}: loss={config.loss.name} does not read single completions, as sft and sae do",
     )
     with problems.collected():
         check_trackers(config.log_to)

