@@ -290,7 +290,6 @@ def load_model(
             tokens = model.get_input_embeddings().num_embeddings + new_tokens
             model.resize_token_embeddings(tokens, mean_resizing=False)
     model.tie_weights()
-    model.config.architectures = [type(model).__name__]
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     if shape is not None:

@@ -296,6 +296,7 @@ def write_hub_format(model: PreTrainedModel, state: dict[str, Tensor], folder: P
     """Write the directory that `from_pretrained` and vLLM read, from the result of `gather_weights` on rank 0."""
     first_names = {id(tensor): name for name, tensor in reversed(state.items())}  # one for each tied parameter
     config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights written are not quantised
     config.save_pretrained(folder)
