@@ -254,7 +254,7 @@ class SAETrainer(BasicTrainer):
                 own.start_from(x, tokens)
             if left_out := sum(self.stream.left_out):
                 share = left_out / len(self.stream.buffer)
-                console.print(f"{share:.2%} of them are left out: first tokens without BOS, and attention sinks")
+                console.print(f"about {share:.2%} of them are left out: first tokens without BOS, and attention sinks")
         super().train()
 
     @torch.no_grad()

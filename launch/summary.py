@@ -47,11 +47,12 @@ def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, starte
             layer = key.rpartition("/")[0].replace("_", " ")  # of several
             table.add_row(", ".join(filter(None, [name, layer])), value)
     console.print(table)
-    saes = any((run.folder / "LATEST").glob("layer_*"))
+    saes = list((run.folder / "LATEST").glob("layer_*"))
     holds = "the SAEs" if saes else "policy.pt and Hub format"
     console.print(f"{run.folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
     if saes:
-        console.print(f"loss=fpo on the same model takes it by ++sae.path={run.folder}", markup=False)
+        one = " ++sae.layer=N" if len(saes) > 1 else ""
+        console.print(f"loss=fpo on the same model reads it with ++sae.path={run.folder}{one}", markup=False)
     console.print(f"curves, completions and settings, to look at in a browser: {page}")
     if learnt_little(evaluations_in(run.folder / "metrics.jsonl"), len(trainer.loaders["eval"].used())):
         console.print(

@@ -180,7 +180,7 @@ def test_first_tokens_and_sinks_are_not_trained_on(tmp_path, sinks, capsys):
 
 def test_fpo_leaves_sinks_out_and_says_how_many(tmp_path, sinks):
     lines = run(tmp_path, "loss=fpo", sinks, "n_examples=8", "warmup_steps=0")
-    rows = assembled(tmp_path, "loss=fpo", sinks).loaders["eval"].rows
+    rows = assembled(tmp_path, "loss=fpo", sinks, "n_examples=8").loaders["eval"].rows
     tokens = [[token for token in own if token != EOS] for row in rows for own in row["completion_ids"]]
     planted = sum(token in PLANTED for own in tokens for token in own)
     for line in (lines[0], lines[-1]):
@@ -385,7 +385,7 @@ def test_several_layers_in_one_pass_are_as_each_alone(tmp_path, capsys):
             assert figures[f"layer_{layer}/{name}"] == value
             assert re.search(rf"{words}[^│]*, layer {layer} +│ {re.escape(f'{value:.4g}')} ", said)
     assert figures["left_out"] == 0
-    assert "both/: LATEST/ (the SAEs), summary.json" in said and f"++sae.path={tmp_path}/both" in said
+    assert "both/: LATEST/ (the SAEs), summary.json" in said and f"++sae.path={tmp_path}/both ++sae.layer=N" in said
     for layer in (0, 2):
         alone = run(tmp_path, *SMALL_SAE, f"exp_name=layer-{layer}", f"loss.layer={layer}")
         assert_same(arrays(tmp_path / "both", layer), arrays(tmp_path / f"layer-{layer}", layer))
