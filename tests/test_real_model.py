@@ -52,7 +52,8 @@ def test_samples_are_clean_and_judged_by_a_real_server(trained, smollm2, tmp_pat
         pair = ["-f", tmp_path / "fpo.json", "--against", tmp_path / "smollm2.json"]
         command("compare.py", *pair, *judge, "--concurrency", "1", "--no-both_orders")
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert json.loads(line)["total"] == 3  # what a model of this size says as a judge is mostly malformed
+    result = json.loads(line)
+    assert result["total"] + result["malformed"] == 3  # a judge of this size often says something else
 
 
 def test_its_features_in_a_browser(trained, browser, tmp_path):
