@@ -118,7 +118,7 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     trainer.read_export(policy.folder)
     values = trainer.evaluate()
     log: Any = nullcontext()
-    if policy.writes_text(config):
+    if policy.writes_text():
         records = samples.records_to_sample(config)
         identity = samples.identity_of(config, decoding, records, policy.digest())
         log = samples.sample_log(policy.run / "eval.json", identity, parallel.rank() == 0)

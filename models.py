@@ -227,12 +227,17 @@ def fetch(source: str, patterns: list[str], setting: str) -> Path:
         ) from error
 
 
+def start_weights(settings: ModelSettings) -> tuple[Path, str | None]:
+    """The weights that training starts from, as `open_weights` takes them."""
+    return fetch(settings.name_or_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.name_or_path"), settings.load_from
+
+
 def reference_weights(settings: ModelSettings) -> tuple[Path, str | None]:
     """The weights of the reference, as `open_weights` takes them: those that training starts from, or those of
     `model.reference_path`."""
-    if settings.reference_path:
-        return fetch(settings.reference_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.reference_path"), None
-    return fetch(settings.name_or_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.name_or_path"), settings.load_from
+    if not settings.reference_path:
+        return start_weights(settings)
+    return fetch(settings.reference_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.reference_path"), None
 
 
 def choose_attention(settings: ModelSettings, architecture: PretrainedConfig, *, pairs: bool) -> tuple[str, str]:
@@ -247,6 +252,17 @@ def load_config(directory: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no usable config.json ({str(error).splitlines()[0]})") from error
+
+
+def load_generation_config(directory: Path) -> GenerationConfig:
+    """The model's defaults for generating, which an export holds too. Raises UserError if they cannot be used."""
+    try:
+        found = GenerationConfig.from_pretrained(directory)
+        found.validate(strict=True)
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{directory / 'generation_config.json'}: cannot be used ({reason})") from error
+    return found
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -297,7 +313,7 @@ def load_model(
     model.tie_weights()
     model.config.architectures = [type(model).__name__]
     if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        model.generation_config = load_generation_config(directory)
     if shape is not None:
         shape(model)
     allocate_parameters(model, device, offload=offload)

@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
+from yaml import YAMLError
 
 import dataloader
 import trainers
@@ -260,14 +261,30 @@ def completed(saved: DictConfig) -> DictConfig:
     return merged
 
 
+def as_text(values: Any) -> Any:
+    """Nested values in which `${...}` is text. What was saved refers to nothing: not to other keys, which were resolved
+    before, and not to the environment, whose secrets are nobody's who wrote the file."""
+    if isinstance(values, dict):
+        return {key: as_text(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [as_text(value) for value in values]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", values) if isinstance(values, str) else values
+
+
+def read_saved(file: Path) -> DictConfig:
+    """A configuration from a file, as data (`as_text`). Raises UserError where there is none in it."""
+    try:
+        loaded = OmegaConf.load(file)
+        assert isinstance(loaded, DictConfig), "not a list"
+        return OmegaConf.create(as_text(OmegaConf.to_container(loaded)))
+    except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{file}: not a configuration ({' '.join(str(error).split())})") from error
+
+
 def saved_config(run: Path) -> Config | None:
     """The configuration that a run directory was last started with; None where there is none."""
     file = run / "config.yaml"
-    if not file.is_file():
-        return None
-    saved = OmegaConf.load(file)
-    assert isinstance(saved, DictConfig)
-    return typed(completed(saved))
+    return typed(completed(read_saved(file))) if file.is_file() else None
 
 
 def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Config, RunClasses]:
