@@ -254,14 +254,17 @@ def load_config(directory: Path) -> PretrainedConfig:
         raise UserError(f"{directory}: no usable config.json ({str(error).splitlines()[0]})") from error
 
 
-def load_generation_config(directory: Path) -> GenerationConfig:
-    """The model's defaults for generating, which an export holds too. Raises UserError if they cannot be used."""
+def load_generation_config(directory: Path) -> GenerationConfig | None:
+    """The model's defaults for generating, which an export holds too; None if it has none. Raises UserError if they
+    cannot be used."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return None
     try:
         found = GenerationConfig.from_pretrained(directory)
         found.validate(strict=True)
     except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{directory / 'generation_config.json'}: cannot be used ({reason})") from error
+        raise UserError(f"{file}: cannot be used ({' '.join(str(error).split())})") from error
     return found
 
 
@@ -312,8 +315,8 @@ def load_model(
             model.resize_token_embeddings(tokens, mean_resizing=False)
     model.tie_weights()
     model.config.architectures = [type(model).__name__]
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = load_generation_config(directory)
+    if (generation := load_generation_config(directory)) is not None:
+        model.generation_config = generation
     if shape is not None:
         shape(model)
     allocate_parameters(model, device, offload=offload)

@@ -26,7 +26,7 @@ from autoencoders.formats import SAESource, find_sae, sae_sections
 from autoencoders.settings import SAESection
 from data.settings import DataSettings
 from modeling.weights import find_weights
-from models import CONFIG_FILES, fetch, load_config
+from models import CONFIG_FILES, fetch, load_config, load_generation_config
 from sampling.settings import SamplingSettings
 from training import loop
 from training.metrics import check_trackers
@@ -377,6 +377,8 @@ def find_paths(config: Config, needs: frozenset[str]) -> RunPaths:
         with problems.collected():
             find_weights(model.load_from)
     if found["model"] is not None:
+        with problems.collected():
+            load_generation_config(found["model"])
         with problems.collected():
             layers = load_config(found["model"]).get_text_config().num_hidden_layers
             for sae in saes:

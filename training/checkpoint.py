@@ -280,7 +280,7 @@ class Run:
         found: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
         sizes = {name: tensor.size for name, tensor in found.items()}
         trained, buffers = trained_tensors(module), own_buffers(module)
-        rest = sizes.keys() - trained.keys() - buffers.keys()
+        rest = sorted(sizes.keys() - trained.keys() - buffers.keys())
         optimiser = {name: like(trained, name, sizes[name]) for name in rest}
         dcp.load({**trained, **buffers, **optimiser}, storage_reader=reader)
         state: dict[int, dict[str, Tensor]] = {}
@@ -288,6 +288,7 @@ class Run:
         for name, tensor in optimiser.items():
             owner, slot = owner_and_slot(name)
             state.setdefault(numbers[owner], {})[slot] = tensor
+        state = dict(sorted(state.items()))
         groups = [{**group, "params": list(range(len(trained)))} for group in self.place["param_groups"]]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -380,12 +381,13 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimiser keeps for each trained parameter: `optimizer.<slot>:<name of the parameter>`."""
+    """What the optimiser keeps for each trained parameter: `optimizer.<slot>:<name of the parameter>`, in an order that
+    does not depend on whether it was loaded."""
     named = dict(enumerate(trained_tensors(module)))
     return {
         f"optimizer.{slot}:{named[number]}": value
         for number, slots in optimizer.state_dict()["state"].items()
-        for slot, value in slots.items()
+        for slot, value in sorted(slots.items())
         if isinstance(value, Tensor)
     }
 

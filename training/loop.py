@@ -278,7 +278,7 @@ class BasicTrainer:
             for micro_batches in self.steps("train", self.step):
                 self.stop_if_asked()
                 self.module.train()
-                torch.manual_seed(int(fingerprint(self.config.seed, self.step, parallel.rank()), 16))  # for dropout
+                self.seed_step(self.step)
                 self.optimise(self.step, micro_batches, means)
                 self.step, self.examples = self.step + 1, self.examples + loader.records_in(self.step)
                 self.count(pace, self.step - 1, micro_batches)
@@ -293,6 +293,10 @@ class BasicTrainer:
                 if self.save_is_due():
                     self.save(self.step, self.examples)
                 self.finish_step()
+
+    def seed_step(self, step: int) -> None:
+        """Make what a step draws, for dropout, a function of the step and the rank: a resumed run draws the same."""
+        torch.manual_seed(int(fingerprint(self.config.seed, step, parallel.rank()), 16))
 
     def finish_step(self) -> None:
         """Evaluate and export, where that is due after the last step. Its state is saved first, so that a failure here
