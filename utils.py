@@ -84,6 +84,11 @@ def resolve_path(path: str | Path) -> Path:
     return inside_repo if not path.exists() and inside_repo.exists() else path
 
 
+def is_file_name(text: Any) -> bool:
+    """Whether it names something in a directory, and nothing outside it."""
+    return isinstance(text, str) and text not in ("", ".", "..") and not set(text) & set("/\\\0")
+
+
 def load_class(name: str, module: Any, setting: str) -> Any:
     """The class that a setting names: `ClassName`, a class of `module`, or `path/to/file.py:ClassName`.
 

@@ -14,7 +14,7 @@ from launch import settings
 from launch.settings import Config
 from modeling.weights import weights_digest
 from training import loop
-from utils import DIGESTS, REPO, UserError, damaged, damaged_files, module_name, resolve_path
+from utils import DIGESTS, REPO, UserError, damaged, damaged_files, is_file_name, module_name, resolve_path
 
 OURS = REPO / "config"
 OWN_DISTRIBUTION = ["++temperature=1.0", "++top_p=1.0", "++top_k=0"]  # of the policy: unbiased entropy, KL and means
@@ -133,6 +133,8 @@ def require_orders(path: Path, config: DictConfig, given: set[str]) -> None:
             file = resolve_path(value.rpartition(":")[0])
             if module_name(file) is None:
                 raise UserError(f"{path}: its {key} is code in {file}; to run it, give ++{key}={value} yourself")
+    if "exp_name" not in given and not is_file_name(str(config.exp_name)):
+        raise UserError(f"{path}: its exp_name={config.exp_name} is no name of a file; ++exp_name=NAME gives one")
     if "nproc" not in given:
         config.nproc = defaults.nproc
     run, home = run_of(path), Path(*(str(OmegaConf.select(config, key)) for key in ("cache_dir", "exp_name")))

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +20,13 @@ import utils
 from autoencoders.formats import load_sae, save_sae
 from autoencoders.training import SAETrainer
 from distributed.parallel import Stopped
-from launch import resuming
+from launch import completions, resuming
+from launch.policies import find_policy, read_config
+from launch.settings import typed
 from training import loop
 from training.checkpoint import Run
-from training.metrics import MetricAccumulator
-from utils import DIGESTS, Part, UserError, seal
+from training.metrics import MetricAccumulator, MetricsLog, start_wandb
+from utils import DIGESTS, Part, UserError, atomic_write, seal, sealed_folder
 
 # Three steps, with a state after each, exports after each, and evaluations before the first and after the last two.
 SFT = ["loss=sft", "++save_every=8", "++eval_every=16", "++intermediate_checkpoints=true", "++max_new_tokens=1"]
@@ -84,7 +88,7 @@ def files_of(path):
             own = ("seconds", "peak_rss_mb", "config")  # the configuration has the run's name
             content = {key: value for key, value in json.loads(content).items() if key not in own}
         if file.suffix == ".safetensors":  # the order of its metadata is random
-            content = {key: tensor.tolist() for key, tensor in load_file(file).items()}
+            content = {key: tensor.numpy().tobytes() for key, tensor in load_file(file).items()}
         if file.name == "metrics.jsonl":
             content = metrics(file.parent)
         apart = (DIGESTS, "manifest.json", "config.yaml", "report.html")
@@ -105,8 +109,7 @@ def test_killed_while_it_writes_a_run_leaves_what_an_undisturbed_one_does(folder
 
     monkeypatch.setattr(Part, "finish", dies)
     monkeypatch.setattr(Part, "close", lambda self: os.close(self.lock))
-    moments = [("step-000000002", True), ("step-16", False), ("step-000000003", True), ("step-24", True)]
-    for moment[:] in [*moments, ("summary.json", False)]:
+    for moment[:] in [("step-000000002", True), ("step-000000003", True), ("step-24", True), ("summary.json", False)]:
         with pytest.raises((Killed, UserError)):  # UserError: where the state is written by another thread
             run(folder, *SFT, "exp_name=killed")
     assert list((folder / "killed").rglob(f"*{utils.PART}"))
@@ -158,7 +161,7 @@ def test_a_step_draws_what_it_draws_whatever_came_before(tmp_path):
     for step in (0, 1, 0):
         torch.rand(step + 5)
         trainer.seed_step(step)
-        found.append(float(trainer.compute_loss(batch[0], "train", MetricAccumulator()).sum()))
+        found.append(trainer.compute_loss(batch[0], "train", MetricAccumulator()).sum().item())
     assert found[0] == found[2] != found[1]
 
 
@@ -175,10 +178,9 @@ def test_a_finished_run_says_so_and_stays_as_it_is(copied, capsys):
     assert {file: file.read_bytes() for file in path.glob("*.json*")} == before
 
 
-@pytest.mark.parametrize("lost", ["summary.json", "step-24"])
-def test_what_is_lost_of_a_finished_run_is_made_again(copied, folder, lost):
+def test_an_export_that_a_finished_run_has_lost_is_made_again(copied, folder):
     path = copied()
-    shutil.rmtree(path / lost) if lost == "step-24" else (path / lost).unlink()
+    shutil.rmtree(path / "step-24")
     assert again(path) == metrics(folder / "whole")
     assert weights(path) == weights(folder / "whole") and (path / "summary.json").is_file()
 
@@ -306,3 +308,160 @@ def test_files_that_changed_under_a_run_are_named(inputs, tmp_path, name):
     refused(inputs, name)
     shutil.rmtree(file) if file.is_dir() else file.unlink()
     shutil.move(kept, file)
+
+
+# ------------------------------------------------------------------------------------------------- damaged
+
+
+def flip(file):
+    """Flip a byte in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def test_damaged_caches_are_named_and_made_again(tmp_path, capsys):
+    options = ["loss=dpo", "do_first_eval=false", "++max_new_tokens=1"]
+    before = run(tmp_path, *options, "exp_name=one")
+    files = sorted(
+        (tmp_path / ".cache").rglob("*.arrow")
+    )  # of tokens and of the reference, to train on and to evaluate
+    kept = {file: file.read_bytes() for file in files}
+    for file, damage in zip(files, (flip, cut, flip, cut), strict=True):
+        damage(file)
+    capsys.readouterr()
+    assert run(tmp_path, *options, "exp_name=two") == before
+    said = capsys.readouterr().out
+    for file in files:
+        assert f"{file.parent} is damaged ({file.name}) and made again" in said
+    assert {file: file.read_bytes() for file in files} == kept
+
+
+def test_a_damaged_export_is_named(copied):
+    path = copied()
+    overrides = ["++mode=eval"]
+    policy = find_policy(path, typed(read_config(path, overrides)), overrides)
+    assert policy.run == path
+    flip(path / "step-24/policy.pt")
+    with pytest.raises(UserError, match=r"LATEST: damaged \(policy\.pt\)"):
+        find_policy(path, typed(read_config(path, overrides)), overrides)
+    flip(path / "step-24/model.safetensors")
+    for source in ("", "LATEST", "step-24"):
+        with pytest.raises(UserError, match=r"damaged \(model\.safetensors\).*remove digests\.json"):
+            run(path.parent, "loss=sft", f"++model.load_from={path}/{source}", "exp_name=from")
+    (path / "step-24/digests.json").write_text("{")
+    with pytest.raises(UserError, match=r"damaged \(digests\.json\)"):
+        run(path.parent, "loss=sft", f"++model.load_from={path}", "exp_name=from")
+
+
+def test_a_damaged_saes_file_is_named(tmp_path):
+    with sealed_folder(tmp_path / "step-8") as folder:
+        (folder / "layer_2/width_1k/average_l0_9").mkdir(parents=True)
+        shutil.copy(REPO / "assets/tiny-sae/params.npz", folder / "layer_2/width_1k/average_l0_9")
+    file = tmp_path / "step-8/layer_2/width_1k/average_l0_9/params.npz"
+    sae = load_sae(file)
+    sae.b_enc[0] += 1
+    save_sae(sae, file)
+    with pytest.raises(UserError, match=r"step-8: damaged \(params\.npz\)"):
+        run(tmp_path, "loss=fpo", f"sae.path={file}", "sae.layer=2")
+
+
+@pytest.mark.parametrize("what", ["as it was", "longer", "moved", "changed", "cut", "a link"])
+def test_a_log_goes_on_from_what_it_was(tmp_path, capsys, what):
+    tracked, log, before = Run(tmp_path), tmp_path / "metrics.jsonl", '{"step": 0}\n{"step": 1}\n'
+    tracked.state = tmp_path / "state"
+    tracked.state.mkdir()
+    (tracked.state / "metrics.jsonl").write_text(before)
+    (tmp_path / "other").write_text("mine")
+    there = {"as it was": before, "longer": before + '{"step": 2}\n', "changed": before.replace("1", "7"), "cut": "{"}
+    if what in there:
+        log.write_text(there[what])
+    elif what == "a link":
+        log.symlink_to(tmp_path / "other")
+    goes_on = MetricsLog(tracked, SimpleNamespace(log_to=[]), 1)
+    goes_on.write({"step": 2, "loss/train": 0.5})
+    goes_on.close()
+    assert log.read_text() == before + '{"step": 2, "loss/train": 0.5}\n'
+    told = f"{log} is not as the run wrote it: made again" in capsys.readouterr().out
+    assert told == (what not in ("as it was", "longer"))
+    assert (tmp_path / "other").read_text() == "mine"
+
+
+def test_damaged_completions_are_named(tmp_path, capsys):
+    (tmp_path / "completions.json").write_text("{")
+    assert completions.known_prompts(tmp_path / "completions.json") == []
+    assert "completions.json is damaged" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- what is not its own
+
+
+def test_starting_over_removes_what_the_run_wrote_and_nothing_else(copied, folder):
+    path = copied()
+    mine = ["notes.txt", "step-by-step/plan.txt", "step-99/policy.pt", "below/config.yaml", "below/state/step-1/a"]
+    of_the_run = ["eval.json", "features/report.html"]
+    for file in (path / name for name in mine + of_the_run):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("written by hand")
+    first = Run(path).id()
+    assert again(path, "resume=never", "++intermediate_checkpoints=false") == metrics(folder / "whole")
+    assert Run(path).id() != first
+    assert [name for name in mine + of_the_run if (path / name).exists()] == mine
+    assert sorted(export.name for export in path.glob("step-*")) == ["step-24", "step-99", "step-by-step"]
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("there", ["features/mine.txt", "step-8/mine.txt", "config.yaml"])
+def test_a_directory_that_is_no_run_is_left_alone(tmp_path, resume, there):
+    file = tmp_path / "work" / there
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match=rf"work holds {there.split('/')[0]}, and no manifest\.json"):
+        run(tmp_path, "loss=sft", "exp_name=work", f"resume={resume}")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("content", ["{", "[]", '{"id": "a", "files": ["../other"]}', '{"id": "a", "files": [".."]}'])
+def test_a_manifest_that_names_other_files_is_not_followed(tmp_path, content):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "work/manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json: does not list the files of a run"):
+        run(tmp_path, "loss=sft", "exp_name=work", "resume=never")
+    assert (tmp_path / "other").is_dir()
+
+
+def test_what_is_trained_is_not_replaced_for_want_of_a_state(copied):
+    path = copied(finished=False)
+    shutil.rmtree(path / "state")
+    with pytest.raises(UserError, match="holds what a run has trained, and no state"):
+        again(path)
+    assert weights(path)
+
+
+def test_only_litter_whose_writer_is_gone_is_removed(tmp_path):
+    (tmp_path / ".user.part").mkdir()
+    (tmp_path / f".dead.12345678{utils.PART}").mkdir()
+    with atomic_write(tmp_path / "a") as living:
+        with atomic_write(tmp_path / "b") as other:
+            other.write_text("b")
+        living.write_text("a")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".user.part", "a", "b"]
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(copied, monkeypatch):
+    path, begun = copied(), []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: begun.append(given), Settings=dict))
+    config = SimpleNamespace(exp_name="a", wandb=SimpleNamespace(project="p", entity=None), model_dump=dict)
+    for anew in (False, False, True):
+        tracked = Run(path)
+        tracked.begin(anew=anew)
+        start_wandb(tracked, config, 0)
+    first, second, third = (given["id"] for given in begun)
+    assert first == second != third and {given["resume"] for given in begun} == {"allow"}

@@ -41,6 +41,7 @@ from utils import (
     console,
     damaged_files,
     flush_to_disk,
+    is_file_name,
     remove_litter,
     seal,
     write_json,
@@ -118,8 +119,7 @@ class Run:
         path = self.folder / MANIFEST
         try:
             known = json.loads(path.read_text())
-            names = [*known["files"], known["id"]]
-            if all(isinstance(name, str) and Path(name).name == name for name in names):
+            if all(map(is_file_name, [known["id"], *known["files"]])):
                 return dict(known)
         except FileNotFoundError:
             return None
