@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TextIO, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from rich.console import Console
@@ -162,11 +162,11 @@ class Part:
 
 
 def locked(folder: Path, *, wait: bool) -> int:
-    """A descriptor of a directory, which locks it until it is closed; -1 if the directory is gone, or if another
+    """A descriptor of a directory, which locks it until it is closed; -1 if there is no such directory, or if another
     process locks it and this one does not `wait`."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
         return -1
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -268,6 +268,11 @@ def damaged(folder: Path, files: Iterable[str]) -> UserError:
         f"{folder}: damaged ({', '.join(files)}): not what was written there. Make it again; or, if the change is "
         f"yours, remove {DIGESTS} there"
     )
+
+
+def open_in_place(path: Path) -> TextIO:
+    """A file to be added to, made if it is not there. Raises OSError for a link, which may lead anywhere."""
+    return open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def write_text(path: Path, text: str) -> None:

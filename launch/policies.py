@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -121,23 +120,21 @@ def changed(config: DictConfig, overrides: list[str]) -> DictConfig:
 def require_orders(path: Path, config: DictConfig, given: set[str]) -> None:
     """Set what only the command line may say to its default where a file said it. Raises UserError where the command
     would do something else without it."""
-    defaults: Any = OmegaConf.load(OURS / "config.yaml")
+    values, defaults = settings.plain(config), OmegaConf.load(OURS / "config.yaml")
     for key in ("backend", "base_url", "served_model", "samples_dir"):
-        if key not in given and config[key] != defaults[key]:
+        if key not in given and values[key] != defaults[key]:
             raise UserError(
-                f"{path}: its {key}={config[key]} is not followed; to go there, give ++{key}={config[key]} yourself"
+                f"{path}: its {key}={values[key]} is not followed; to go there, give ++{key}={values[key]} yourself"
             )
     for key in ("loss.trainer", "loss.dataloader"):
-        value = OmegaConf.select(config, key)
-        if key not in given and isinstance(value, str) and ":" in value:
-            file = resolve_path(value.rpartition(":")[0])
-            if module_name(file) is None:
-                raise UserError(f"{path}: its {key} is code in {file}; to run it, give ++{key}={value} yourself")
-    if "exp_name" not in given and not is_file_name(str(config.exp_name)):
-        raise UserError(f"{path}: its exp_name={config.exp_name} is no name of a file; ++exp_name=NAME gives one")
+        value = str(OmegaConf.select(config, key))
+        if key not in given and ":" in value and module_name(file := resolve_path(value.rpartition(":")[0])) is None:
+            raise UserError(f"{path}: its {key} is code in {file}; to run it, give ++{key}={value} yourself")
+    if "exp_name" not in given and not is_file_name(str(values["exp_name"])):
+        raise UserError(f"{path}: its exp_name={values['exp_name']} is no name of a file; ++exp_name=NAME gives one")
     if "nproc" not in given:
         config.nproc = defaults.nproc
-    run, home = run_of(path), Path(*(str(OmegaConf.select(config, key)) for key in ("cache_dir", "exp_name")))
+    run, home = run_of(path), Path(str(values["cache_dir"]), str(values["exp_name"]))
     if run is None and config.mode in ("eval", "features"):
         raise UserError(f"mode={config.mode} writes into the run, so name that: --config-path={home}")
     if run is not None and run.resolve() != home.resolve() and "cache_dir" not in given:
@@ -170,6 +167,8 @@ def find_policy(path: Path, config: Config, overrides: list[str]) -> Policy:
         raise UserError(
             f"{what}; has the run finished? (++model.load_from=... or ++model.name_or_path=... samples another model)"
         )
+    if (run / "features").is_symlink():
+        raise UserError(f"{run / 'features'} is a link, and could lead anywhere; reports are written into a directory")
     parallel.from_rank_zero(lambda: require_undamaged(latest))
     return Policy(latest, latest, run=run)
 

@@ -275,8 +275,9 @@ def read_saved(file: Path) -> DictConfig:
     """A configuration from a file, as data (`as_text`). Raises UserError where there is none in it."""
     try:
         loaded = OmegaConf.load(file)
-        assert isinstance(loaded, DictConfig), "not a list"
-        return OmegaConf.create(as_text(OmegaConf.to_container(loaded)))
+        values = as_text(OmegaConf.to_container(loaded))
+        assert isinstance(values, dict) and values.keys() & Config.model_fields.keys(), "it has no key of one"
+        return OmegaConf.create(values)
     except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{file}: not a configuration ({' '.join(str(error).split())})") from error
 

@@ -15,7 +15,6 @@ be trusted: safetensors, JSON, and a policy.pt of plain tensors that `torch.load
 import contextlib
 import fcntl
 import json
-import os
 import re
 import secrets
 import shutil
@@ -42,6 +41,7 @@ from utils import (
     damaged_files,
     flush_to_disk,
     is_file_name,
+    open_in_place,
     remove_litter,
     seal,
     write_json,
@@ -339,11 +339,6 @@ class Run:
         exports = [name for name in (self.manifest() or {"files": []})["files"] if EXPORT.fullmatch(name)]
         if not keep_others:
             self.remove([name for name in exports if name != target.name])
-
-
-def open_in_place(path: Path) -> TextIO:
-    """A file to be added to, made if it is not there. Raises OSError for a link, which may lead anywhere."""
-    return open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def new_part(target: Path, held: list[Part]) -> Path:

@@ -15,9 +15,9 @@ from rich.table import Table
 from torch import Tensor
 
 from distributed import parallel
-from training.checkpoint import LOG, Run, open_in_place
+from training.checkpoint import LOG, Run
 from training.settings import TrainingSettings
-from utils import SIDES, UserError, console, write_text
+from utils import SIDES, UserError, console, open_in_place, write_text
 
 SECONDS_BETWEEN_LINES = 30.0
 
