@@ -120,7 +120,7 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     trainer.read_export(policy.folder)
     values = trainer.evaluate()
     log: Any = nullcontext()
-    if policy.writes_text(config):
+    if policy.writes_text():
         records = samples.records_to_sample(config)
         template = tokenise.template_name(config, trainer.tokenizer)
         identity = samples.identity_of(config, decoding, records, policy.digest(), template)
