@@ -219,7 +219,9 @@ def fetch(source: str, patterns: list[str], setting: str) -> Path:
     try:
         return download(source, patterns)
     except UserError as error:
-        raise UserError(f"{setting}: there is no local directory {source}, and {error}") from error
+        raise UserError(
+            f"{setting}: there is no local directory {source}, and {error}. Offline, point {setting} at a local copy"
+        ) from error
 
 
 def start_weights(settings: ModelSettings) -> tuple[Path, str | None]:

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import models
 from autoencoders.formats import sae_sections
+from data import tokenise
 from data.batch import batches_by_length
 from dataloader import DataLoader
 from distributed import parallel
@@ -406,7 +407,8 @@ def sampled_texts(
     with contextlib.ExitStack() as logs:
         for kind, run in runs.items():
             if run is not None:
-                identity = samples.identity_of(config, decoding, records, run.policy.digest())
+                template = tokenise.template_name(config, subject.tokenizer)
+                identity = samples.identity_of(config, decoding, records, run.policy.digest(), template)
                 assert runs["sampled"] is not None and runs["sampled"].policy.run is not None
                 file = runs["sampled"].policy.run / f"features.{kind}"
                 opened = logs.enter_context(samples.sample_log(file, identity, parallel.rank() == 0))
