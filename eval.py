@@ -51,7 +51,7 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     if server:
         if control:
             raise UserError(f"backend=openai: loss={config.loss.name} needs its control tokens; use another back-end")
-        weights, template = f"{server.model} at {config.base_url}", config.template or "chat"
+        weights, template = f"{server.model} at {config.base_url}", str(config.template or "chat")
     else:
         policy = find_policy(path, config, overrides)
         require_language_model(config, policy)
