@@ -8,13 +8,13 @@
 To add a data set, write `get_<name>(split)` below; `datasets=[<name>]` finds it.
 """
 
-import errno
 import hashlib
 import inspect
 import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -49,7 +49,18 @@ from data.rows import (
     value_of,
 )
 from data.settings import DataSettings
-from utils import Message, Share, UserError, atomic_write, console, digest_of, fingerprint, suggest
+from utils import (
+    Message,
+    Share,
+    UserError,
+    console,
+    damaged_files,
+    digest_of,
+    fingerprint,
+    remove_litter,
+    sealed_folder,
+    suggest,
+)
 
 FILE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "score", "messages", "tools")
 FILE_LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
@@ -556,7 +567,8 @@ def load_tokens(
     """
     records: list[dict[str, Any]] = []
     bad: dict[str, Any] = {}  # by data set
-    arguments = {**_named_by(loader_class.records, {"seed": settings.seed}), **(options or {})}
+    named = {"seed": settings.seed, "train_on": settings.train_on}
+    arguments = {**_named_by(loader_class.records, named), **(options or {})}
     for data in load_datasets(settings, split_name):
         found = loader_class.records(data, **arguments)
         if not found:
@@ -572,6 +584,10 @@ def load_tokens(
     digest = tokenise.tokenizer_digest(tokenizer)
     name = fingerprint(tokenise.VERSION, digest_of(records), bad, digest, template.identity(), limits)
     path = Path(settings.cache_dir) / ".cache" / "tokens" / name
+    if path.exists() and (bad_files := damaged_files(path)):
+        console.print(f"{path} is damaged ({', '.join(bad_files)}) and made again", style="yellow", markup=False)
+        shutil.rmtree(path)
+    remove_litter(path.parent)
     if path.exists():
         console.print(f"Tokens ({split_name}): found in {path}", markup=False)
     else:
@@ -598,20 +614,15 @@ def _write_tokens(
     """The tokens, a table at a time, and beside them a report: the bad rows by data set and reason, and the tally's
     remarks."""
     tally = tokenise.Tally()
-    try:
-        with atomic_write(path) as part:
-            part.mkdir()
-            with hf_datasets.arrow_writer.ArrowWriter(
-                path=str(part / "tokens.arrow"), features=tokenise.FEATURES
-            ) as writer:
-                for table in tokenise.tables(records, tokenizer, template, tally, **limits):
-                    writer.write_table(table)
-                writer.finalize()
-            report = {"left_out": {**bad, "tokenising": tally.left_out.report()}, "remarks": tally.remarks(**limits)}
-            (part / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those mean that another run has written the same
-            raise
+    with sealed_folder(path) as part:
+        with hf_datasets.arrow_writer.ArrowWriter(
+            path=str(part / "tokens.arrow"), features=tokenise.FEATURES
+        ) as writer:
+            for table in tokenise.tables(records, tokenizer, template, tally, **limits):
+                writer.write_table(table)
+            writer.finalize()
+        report = {"left_out": {**bad, "tokenising": tally.left_out.report()}, "remarks": tally.remarks(**limits)}
+        (part / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- from tokens to batches
@@ -683,6 +694,11 @@ class DataLoader:
     def records_in(self, step: int) -> int:
         """The records of one optimiser step, over all ranks."""
         return len(self.indices(step))
+
+    def examples_before(self, step: int) -> int:
+        """The records of all steps before one."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return min(epochs * len(self.rows) + rest * self.batch_size, self.total)
 
     def indices(self, step: int) -> list[int]:
         """The rows of one optimiser step, over all ranks."""
@@ -782,13 +798,15 @@ class MismatchedRecords:
 
 
 class SFTDataLoader(DataLoader):
-    """One completion a record: the demonstration."""
+    """One completion a record: the demonstration, or each that there is."""
 
     needs = "demonstrations"
 
     @staticmethod
-    def records(data: Dataset) -> list[dict[str, Any]]:
-        """A record for each target of each prompt."""
+    def records(data: Dataset, train_on: str = "targets") -> list[dict[str, Any]]:
+        """A record for each target of each prompt, or with train_on="all" for each completion."""
+        if train_on == "all":
+            return [example.record(i) for example in data for i in range(len(example.generations))]
         return [example.record(target) for example in data for target in example.targets()]
 
 

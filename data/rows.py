@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow
-from huggingface_hub import snapshot_download
 from pyarrow import parquet
 
+from data.hub import download
 from utils import Message, UserError, console
 
 ROLES = ("system", "user", "assistant")
@@ -422,12 +422,9 @@ def hub_files(repo: str, patterns: Sequence[str], split: str, data_dir: str | No
     wanted, any_split = ([pattern.format(split=name) for pattern in patterns] for name in (split, "*"))
     if data_dir is None:
         try:
-            root = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=wanted))
-        except OSError as error:  # from the network, or the Hub's refusal
-            raise UserError(
-                f"The data set {repo} cannot be fetched from the Hugging Face hub: {str(error).splitlines()[0]}\n"
-                "Log in with `hf auth login` if it asks for that, or point data_dir at a folder with a local copy."
-            ) from error
+            root = download(repo, wanted, data_set=True)
+        except UserError as error:
+            raise UserError(f"{error}\ndata_dir= names a folder with a local copy.") from error
     else:
         base = Path(data_dir).expanduser()
         tried = [base / repo, base / repo.split("/")[1], *([base / folder] if folder else []), base]

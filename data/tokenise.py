@@ -106,9 +106,14 @@ class ChatTemplate:
 Template = PrefixTemplate | ChatTemplate
 
 
+def template_name(settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template that the settings name, `tulu` or `chat`; if they name none, the tokenizer's own, if it has one."""
+    return settings.template or ("chat" if tokenizer.chat_template else "tulu")
+
+
 def make_template(settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template that the settings name: `tulu` (their four prefixes and suffixes) or `chat`."""
-    if settings.template == "tulu":
+    """The template that `template_name` gives: the settings' four prefixes and suffixes, or the tokenizer's own."""
+    if template_name(settings, tokenizer) == "tulu":
         return prefix_template(settings)
     if not tokenizer.chat_template:
         raise UserError(f"template=chat: {tokenizer.name_or_path!r} has no chat template; use template=tulu")

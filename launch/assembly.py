@@ -5,6 +5,7 @@ comes first, the weights last.
 """
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ from training.checkpoint import Run
 from training.loop import BasicTrainer, Setup, Subject
 from training.quantities import Binding
 from training.reference import LiveReference, Records, Reference, load_or_build
-from utils import UserError, fingerprint
+from utils import UserError, console, fingerprint, written
+
+SHOWN_TOKENS = 60  # at each end of a text, by `show_tokens`
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,34 @@ class Reading:
         return models.make_tap(model, self.places, block_name)
 
 
+@dataclass(frozen=True)
+class Data:
+    """The data tokenised, and what its batches are for."""
+
+    tokenizer: Tokenizer
+    implementation: str  # of attention
+    tokens: dict[str, TokenisedData]  # "train" and "eval"
+    loaders: dict[str, DataLoader]
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something that a run is trained from."""
+
+    digest: str
+    source: str  # for messages
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is trained from, as far as it can be had without reading weights into memory."""
+
+    data: Data
+    reading: Reading | None
+    binding: Binding
+    digests: dict[str, Input]  # by names for messages
+
+
 def prepare(
     config: Config, classes: RunClasses, paths: RunPaths, run: Run, cached: Sequence[str] = ("train", "eval")
 ) -> BasicTrainer:
@@ -51,18 +82,54 @@ def prepare(
 
     `cached` names the splits whose records the loss will see, and so have to be in the reference cache.
     """
-    reading = read_saes(config, paths) if paths.saes else None
-    binding = classes.binding
+    return build_trainer(config, classes, paths, run, read_inputs(config, classes, paths), cached)
+
+
+def read_inputs(config: Config, classes: RunClasses, paths: RunPaths) -> Inputs:
+    """Read the SAEs and the data, and find the digests of all that a run is trained from."""
+    reading, binding = read_saes(config, paths) if paths.saes else None, classes.binding
+    digests: dict[str, Input] = {}
     if reading is not None and "feature_drift" in binding.options:
-        options = drift_options(reading.sae, **binding.options["feature_drift"])
+        given = binding.options["feature_drift"]
+        options = drift_options(reading.sae, **given)
         binding = binding.with_options("feature_drift", options)
-    subject, data = load_subject(config, classes, paths, reading)
-    references = make_references(config, binding, paths, data, subject, reading, cached)
+        if (weights := options["feature_weights"]) is not None:
+            digests["loss.feature_weights"] = Input(fingerprint(weights.tolist()), written(given["feature_weights"]))
+    data, model = load_data(config, classes, paths), config.model
+    for loader in data.loaders.values():
+        classes.trainer.check_data(binding, loader)
+    digests |= {
+        "the training data": Input(data.tokens["train"].fingerprint, written(config.datasets)),
+        "the evaluation data": Input(data.tokens["eval"].fingerprint, written(config.eval_datasets or config.datasets)),
+        "the start weights": Input(weights_digest(*models.start_weights(model)), model.load_from or model.name_or_path),
+    }
+    if model.reference_path and binding.needs & {"reference", "live_reference"}:
+        digests["the reference"] = Input(weights_digest(*models.reference_weights(model)), model.reference_path)
+    for source in paths.saes:
+        digests[f"the SAE of {source.where}"] = Input(fingerprint(source.identity()), str(source.path))
+    for key, weights_of_key in classes.trainer.other_weights(binding).items():
+        digests[key] = Input(weights_digest(paths.model, weights_of_key), weights_of_key)
+    return Inputs(data, reading, binding, digests)
+
+
+def build_trainer(
+    config: Config,
+    classes: RunClasses,
+    paths: RunPaths,
+    run: Run,
+    inputs: Inputs,
+    cached: Sequence[str] = ("train", "eval"),
+) -> BasicTrainer:
+    """Read the weights, compute the reference where it is not cached, and make the trainer."""
+    data, binding = inputs.data, inputs.binding
+    subject = load_subject(config, classes, data, inputs.reading)
+    references = make_references(config, binding, paths, data.tokens, subject, inputs.reading, cached)
     setup = Setup(
         **vars(subject),
         config=config,
         binding=binding,
         run=run,
+        inputs={name: own.digest for name, own in inputs.digests.items()},
         references=references,
         on_evaluation=RunPage(run.folder).update,
     )
@@ -82,15 +149,8 @@ def read_saes(config: Config, paths: RunPaths, folder: Path | None = None) -> Re
     return reading
 
 
-def load_subject(
-    config: Config,
-    classes: RunClasses,
-    paths: RunPaths,
-    reading: Reading | None,
-    splits: Sequence[str] = ("train", "eval"),
-) -> tuple[Subject, dict[str, TokenisedData]]:
-    """The policy with its tokenizer, the loaders of some splits and, where there is an SAE, a tap on it; and the tokens
-    that the loaders batch."""
+def load_data(config: Config, classes: RunClasses, paths: RunPaths, splits: Sequence[str] = ("train", "eval")) -> Data:
+    """The tokens of some splits, and the loaders that batch them as the model here reads them best."""
     model, architecture = config.model, models.load_config(paths.model)
     tokenizer = models.load_tokenizer(paths.tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": list(classes.trainer.control_tokens)})
@@ -98,16 +158,23 @@ def load_subject(
     implementation, layout = models.choose_attention(model, architecture, pairs=pairs)
     if parallel.device().type == "cpu" and layout != "padded":  # padded rows need tensors too large to use again
         parallel.keep_freed_memory()
-    data = {split: tokenise_split(config, classes, tokenizer, split) for split in splits}
-    loaders = {split: make_loader(config, classes, tokenizer, layout, split, tokens) for split, tokens in data.items()}
+    tokens = {split: tokenise_split(config, classes, tokenizer, split) for split in splits}
+    if "train" in tokens:
+        print_tokens(tokens["train"].rows, tokenizer, config.show_tokens)
+    loaders = {split: make_loader(config, classes, tokenizer, layout, split, own) for split, own in tokens.items()}
+    return Data(tokenizer, implementation, tokens, loaders)
 
-    load = functools.partial(build_model, model, implementation, len(tokenizer))
-    directory = models.fetch(model.name_or_path, models.WEIGHT_FILES, "model.name_or_path")
-    policy = load(directory, model.load_from, reward=classes.trainer.is_reward)
-    subject = Subject(policy=policy, tokenizer=tokenizer, loaders=loaders, load=load)
+
+def load_subject(config: Config, classes: RunClasses, data: Data, reading: Reading | None) -> Subject:
+    """The policy with its tokenizer, the loaders and, where there is an SAE, a tap on it."""
+    model = config.model
+    load = functools.partial(build_model, model, data.implementation, len(data.tokenizer))
+    directory, load_from = models.start_weights(model)
+    policy = load(directory, load_from, reward=classes.trainer.is_reward)
+    subject = Subject(policy=policy, tokenizer=data.tokenizer, loaders=data.loaders, load=load)
     if reading is not None:
         subject.sae, subject.tap = reading.sae.to(parallel.device()), reading.tap(policy, model.block_name)
-    return subject, data
+    return subject
 
 
 def tokenise_split(config: Config, classes: RunClasses, tokenizer: Tokenizer, split: str) -> TokenisedData:
@@ -123,6 +190,20 @@ def tokenise_split(config: Config, classes: RunClasses, tokenizer: Tokenizer, sp
             options=classes.binding.options["loader"],
         )
     )
+
+
+def print_tokens(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, count: int) -> None:
+    """Show the first examples as the model reads them: each token between bars."""
+    for number in range(min(count, len(rows))):
+        row = rows[number]
+        texts = {"prompt": row["prompt_ids"]}
+        texts |= {f"completion {n}": ids for n, ids in enumerate(row["completion_ids"], 1)}
+        console.print(f"example {number + 1}, token by token:", markup=False)
+        for name, ids in texts.items():
+            pieces = [json.dumps(tokenizer.decode([token]), ensure_ascii=False)[1:-1] for token in ids]
+            if len(pieces) > 2 * SHOWN_TOKENS:
+                pieces[SHOWN_TOKENS:-SHOWN_TOKENS] = [f" ... {len(pieces) - 2 * SHOWN_TOKENS} more ... "]
+            console.print(f"  {name}: |{'|'.join(pieces)}|", markup=False)
 
 
 def make_loader(

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import dataloader
-from data import rows, tokenise
+from data import hub, rows, tokenise
 from data.batch import Batch, collate
 from data.rows import BadRow
 from data.settings import DataSettings
@@ -83,6 +83,7 @@ def make_config(tmp_path: Path, **changes: Any) -> DataSettings:
         "held_out": 0.05,
         "max_bad_rows": 0.01,
         "max_row_mb": 16,
+        "train_on": "targets",
         "seed": 1,
         "cache_dir": str(tmp_path / "cache"),
         "template": "tulu",
@@ -359,17 +360,15 @@ def test_the_hub_is_asked_for_one_split_and_its_refusal_is_explained(
         asked.append((repo, options))
         return str(tmp_path)
 
-    monkeypatch.setattr(rows, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert len(dataloader.get_hh_helpful("test")) == 1
     assert asked == [("Anthropic/hh-rlhf", {"repo_type": "dataset", "allow_patterns": ["helpful-base/test.jsonl.gz"]})]
 
     def refuse(repo: str, **options: Any) -> str:
         raise ConnectionError(f"no route to {repo} {options}")
 
-    monkeypatch.setattr(rows, "snapshot_download", refuse)
-    with pytest.raises(
-        UserError, match=r"Anthropic/hh-rlhf cannot be fetched.*no route(.|\n)*hf auth login(.|\n)*data_dir"
-    ):
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"Anthropic/hh-rlhf cannot be fetched.*no route(.|\n)*data_dir"):
         dataloader.get_hh_helpful("test")
 
 
