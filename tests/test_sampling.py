@@ -447,7 +447,7 @@ def test_a_later_turn_follows_the_earlier_answers(tiny):
     turn = samples.next_turn(talk)
     config = settings.typed(read_config(TINY, []))
     (request,) = LocalPrompts(config, tokenizer, ()).requests([turn], [0.0], 0)
-    expected = f"\n<|user|>\n{TOY[0]}\n<|assistant|>\nAn answer.\n<|user|>\n{TOY[1]}\n<|assistant|>\n"
+    expected = f"<bos>\n<|user|>\n{TOY[0]}\n<|assistant|>\nAn answer.\n<|user|>\n{TOY[1]}\n<|assistant|>\n"
     assert request.prompt == expected
     config = settings.typed(read_config(TINY, ["++model.max_prompt_length=12"]))
     (request,) = LocalPrompts(config, tokenizer, ()).requests([turn], [0.0], 0)
