@@ -24,10 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from transformers.utils import logging as transformers_logging
 
-from utils import UserError, console
+from utils import UserError, console, end_with_parent
 
 T = TypeVar("T")
 GRACE_SECONDS = 10.0  # once a rank has failed, the others have this long to end by themselves
@@ -237,6 +236,7 @@ def start_ranks(count: int) -> int:
             env={**shared, "RANK": str(number), "LOCAL_RANK": str(number)},
             stdin=subprocess.DEVNULL,
             process_group=0,  # so that Ctrl-C reaches the ranks once, through this process
+            preexec_fn=end_with_parent,
         )
         for number in range(count)
     ]
@@ -256,10 +256,10 @@ def wait_for_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     Returns the exit status: the largest among the ranks that were not killed here. It is 128 + n for a rank that
     signal n ended.
     """
-    while any(process.poll() is None for process in ranks) and not any(process.returncode for process in ranks):
-        time.sleep(0.05)
-    deadline = time.monotonic() + GRACE_SECONDS
-    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+    deadline = float("inf")
+    while None in (statuses := [process.poll() for process in ranks]) and time.monotonic() < deadline:
+        if any(statuses):
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         time.sleep(0.05)
     killed = {number for number, process in enumerate(ranks) if process.poll() is None}
     for number in killed:
@@ -268,7 +268,7 @@ def wait_for_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     ended = {number: process.returncode for number, process in enumerate(ranks) if number not in killed}
     for number, code in ended.items():
         if code < 0:
-            console.print(f"rank {number} was ended by {signal.Signals(-code).name}", style="red")
+            console.print(f"rank {number} was ended by {signal.Signals(-code).name}, so all are ended", style="red")
     return max(code if code >= 0 else 128 - code for code in ended.values())
 
 
@@ -284,13 +284,14 @@ def run_as_rank(place: dict[str, int], work: Callable[[], None]) -> int:
     `place` holds RANK, WORLD_SIZE and LOCAL_RANK.
     """
     alone = place["WORLD_SIZE"] == 1
+    if not alone:
+        end_with_parent()  # before it waits for others
     if torch.cuda.is_available():
         torch.cuda.set_device(place["LOCAL_RANK"])
     store: Any = None
     if not alone:
         os.environ |= {name: str(value) for name, value in place.items()}  # torch reads them there
         store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-        _prctl_pr_set_pdeathsig(signal.SIGKILL)  # Linux: a rank ends when the process that started it ends
     init_process_group(place["RANK"], place["WORLD_SIZE"], store or dist.HashStore())
     if place["RANK"]:
         console.quiet = True
@@ -329,7 +330,17 @@ def report_error(error: BaseException, number: int | None = None, store: Any = N
         console.print(str(error), style="red", markup=False)
     elif isinstance(error, KeyboardInterrupt):
         console.print("interrupted", style="red")
+    elif number is not None and is_lost_connection(error):
+        console.print(f"rank {number} has lost the connection to another rank", style="red")
     else:
         prefix = "" if number is None else f"rank {number}: "
         sys.stderr.write(prefix + "".join(traceback.format_exception(error)))
     return status
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone, or cannot be reached; why that is so, only the other knows."""
+    known = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in known)
+    )
