@@ -30,6 +30,7 @@ from utils import UserError, console, end_with_parent
 
 T = TypeVar("T")
 GRACE_SECONDS = 10.0  # once a rank has failed, the others have this long to end by themselves
+BEAT_SECONDS, BEATS = 5.0, 12  # a rank of another host that was silent for so many beats is gone
 TIMEOUT = timedelta(hours=6)  # how long a rank waits for another: long, since rank 0 may tokenise a large data set
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM can send SIGUSR1 before a time limit
 
@@ -293,6 +294,7 @@ def run_as_rank(place: dict[str, int], work: Callable[[], None]) -> int:
         os.environ |= {name: str(value) for name, value in place.items()}  # torch reads them there
         store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     init_process_group(place["RANK"], place["WORLD_SIZE"], store or dist.HashStore())
+    heart = Heart() if ranks_per_node() < place["WORLD_SIZE"] else None
     if place["RANK"]:
         console.quiet = True
         transformers_logging.set_verbosity_error()
@@ -305,10 +307,47 @@ def run_as_rank(place: dict[str, int], work: Callable[[], None]) -> int:
         sys.stderr.flush()
         os._exit(status)  # no clean-up that could wait for other ranks: they may be gone
     wait_for_all()
+    if heart:
+        heart.stop()
     gc.collect()  # the end of the process group sometimes aborts if tensors still hold it
     dist.destroy_process_group()
     gc.collect()
     return 0
+
+
+class Heart:
+    """Lets a run on several hosts end when one of them is cut off, which closes no connection.
+
+    A thread of each rank counts beats in the store, and watches those of the next rank. It counts its own beats and
+    not the time, so that a run that is suspended as a whole goes on.
+    """
+
+    def __init__(self) -> None:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        silence = timedelta(seconds=BEATS * BEAT_SECONDS)
+        self.store = dist.TCPStore(*address, is_master=False, timeout=silence)  # a connection of its own
+        self.stopped = threading.Event()
+        threading.Thread(target=self.beat, daemon=True).start()
+
+    def beat(self) -> None:
+        next_rank, heard, silent = (rank() + 1) % world_size(), 0, 0
+        why = f"rank {rank()} has not heard from rank {next_rank} for {BEATS * BEAT_SECONDS:.0f} seconds"
+        while silent < BEATS and not self.stopped.wait(BEAT_SECONDS):
+            try:
+                self.store.add(f"beats of {rank()}", 1)
+                now = self.store.add(f"beats of {next_rank}", 0)
+            except (RuntimeError, dist.DistError):
+                why, silent = f"rank {rank()} has lost the host of rank 0", BEATS
+            else:
+                silent, heard = (silent + 1 if now == heard else 0), now
+        if not self.stopped.is_set():
+            console.quiet = False
+            console.print(f"{why}: that host is down or cut off, so this one ends too", style="red")
+            sys.stdout.flush()
+            os._exit(1)
+
+    def stop(self) -> None:
+        self.stopped.set()
 
 
 def report_error(error: BaseException, number: int | None = None, store: Any = None) -> int:
