@@ -67,10 +67,8 @@ def kinds() -> list[Kind]:
     judged = f"-f samples/run.json -mc 48 -bk chosen -ck policy -j judge --base_url http://127.0.0.1:{PORT}/v1"
     return [
         *found,
-        Kind("sampling", "eval.py", f"--config-path=out/run ++samples_dir=samples {SAMPLE}", starts_from=run),
-        Kind(
-            "measuring", "eval.py", f"--config-path=out/run ++mode=eval ++samples_dir=samples {SAMPLE}", starts_from=run
-        ),
+        Kind("sampling", "eval.py", f"--config-path=out/run {SAMPLE}", starts_from=run),
+        Kind("measuring", "eval.py", f"--config-path=out/run ++mode=eval {SAMPLE}", starts_from=run),
         Kind("judging", "compare.py", f"{judged} -r results.jsonl --concurrency 2", starts_from=samples),
     ]
 
