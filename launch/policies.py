@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -120,7 +121,8 @@ def changed(config: DictConfig, overrides: list[str]) -> DictConfig:
 def require_orders(path: Path, config: DictConfig, given: set[str]) -> None:
     """Set what only the command line may say to its default where a file said it. Raises UserError where the command
     would do something else without it."""
-    values, defaults = settings.plain(config), OmegaConf.load(OURS / "config.yaml")
+    values = settings.plain(config)
+    defaults: Any = OmegaConf.load(OURS / "config.yaml")
     for key in ("backend", "base_url", "served_model", "samples_dir"):
         if key not in given and values[key] != defaults[key]:
             raise UserError(
