@@ -25,9 +25,11 @@ from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import dataloader
 import models
+from data import tokenise
 from distributed import parallel
 from features import measure, probe, report
 from launch import assembly, settings
@@ -49,20 +51,21 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     if server:
         if control:
             raise UserError(f"backend=openai: loss={config.loss.name} needs its control tokens; use another back-end")
-        weights = f"{server.model} at {config.base_url}"
+        weights, template = f"{server.model} at {config.base_url}", str(config.template or "chat")
     else:
         policy = find_policy(path, config, overrides)
         require_language_model(config, policy)
-        weights = policy.digest()
+        tokenizer = models.load_tokenizer(policy.tokenizer)
+        weights, template = policy.digest(), tokenise.template_name(config, tokenizer)
     records = samples.records_to_sample(config, every=config.mode != "sample")
     name = config.exp_name if config.mode == "sample" else f"{config.exp_name}-{config.mode}"
     target = Path(config.samples_dir) / f"{name}.json"
-    identity = samples.identity_of(config, decoding, records, weights)
+    identity = samples.identity_of(config, decoding, records, weights, template)
     if is_there(target, identity):
         console.print(f"{target}: these samples are there already; delete the file to draw them again", markup=False)
         return
     with samples.sample_log(target, identity, writes) as log:
-        backend = server or local_backend(config, policy, control)
+        backend = server or local_backend(config, policy, tokenizer, control)
         conversations = samples.converse(config, decoding, records, backend, log)
         judged = f"-f {target}"
         if writes:
@@ -95,9 +98,8 @@ def is_there(target: Path, identity: dict[str, Any]) -> bool:
         return False
 
 
-def local_backend(config: Config, policy: Policy, control: tuple[str, ...]) -> backends.Backend:
+def local_backend(config: Config, policy: Policy, tokenizer: Tokenizer, control: tuple[str, ...]) -> backends.Backend:
     """The back-end that has the policy's weights in this process. Raises UserError where it cannot have them."""
-    tokenizer = models.load_tokenizer(policy.tokenizer)
     if config.backend == "vllm":
         if policy.load_from:
             raise UserError(f"backend=vllm reads the Hub's format: --config-path={policy.load_from}, if it is in it")
@@ -120,7 +122,8 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     log: Any = nullcontext()
     if policy.writes_text():
         records = samples.records_to_sample(config)
-        identity = samples.identity_of(config, decoding, records, policy.digest())
+        template = tokenise.template_name(config, trainer.tokenizer)
+        identity = samples.identity_of(config, decoding, records, policy.digest(), template)
         log = samples.sample_log(policy.run / "eval.json", identity, parallel.rank() == 0)
     with log as opened:
         if opened:

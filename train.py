@@ -40,7 +40,7 @@ def train(raw: DictConfig) -> None:
         return
     run = Run(Path(config.cache_dir) / config.exp_name)
     with run.writing():
-        finished = resuming.begin(run, config, classes.trainer)
+        config, finished = resuming.begin(run, config, classes.trainer, paths)
         torch.manual_seed(config.seed)
         inputs = assembly.read_inputs(config, classes, paths)
         digests, loader = assembly.digests(config, classes, paths, inputs), inputs.data.loaders["train"]

@@ -35,10 +35,16 @@ FIGURE_NAMES = {  # of summary.json, in order; a run has those that apply to it
     "toy_score_after": "toy score after",
     "win_rate": "win rate against the start",
     "feature_drift": "feature drift",
+    "l0": "L0, active latents a token",
+    "fvu": "FVU, attention sinks apart",
+    "ce_recovered": "cross-entropy recovered, share",
+    "dead": "dead latents, share",
+    "left_out": "tokens left out, share",
     "kl": "KL to the reference, nats a completion",
     "seconds": "seconds",
     "peak_rss_mb": "peak memory, MB",
 }
+SAE_FIGURES = ("l0", "fvu", "ce_recovered", "dead", "left_out")  # of loss=sae; of several layers `layer_<n>/l0`, ...
 # Titles and notes of the charts, in their order on the page. A metric that is not here has a chart too, under its own
 # name: first those that belong to data, then the rest.
 CHARTS = {
@@ -54,6 +60,7 @@ CHARTS = {
     "sae/fvu": ("FVU", "squared error over the variance"),
     "sae/dead": ("Dead latents", "share of all latents"),
     "sae/ce_recovered": ("Cross-entropy recovered", "share of what zeroing the layer costs"),
+    "sae/left_out": ("Tokens left out", "share of the text tokens: attention sinks, first tokens without BOS"),
     "sae/ce": ("Cross-entropy", "nats a token: the layer as it is, reconstructed, zeroed"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "lr": ("Learning rate", ""),
@@ -62,7 +69,7 @@ CHARTS = {
     "peak_memory_gb": ("Peak memory", "GB, of the fullest rank"),
     "mfu": ("MFU", "share of the GPUs' arithmetic"),
 }
-SHARES = ("accuracies", "dead", "ce_recovered", "mfu")  # shown from 0 to 100 %
+SHARES = ("accuracies", "dead", "ce_recovered", "left_out", "mfu")  # shown from 0 to 100 %
 CURVES_TOGETHER = {"chosen": "", "rejected": "", "ce_clean": "ce", "ce_sae": "ce", "ce_zero": "ce"}  # in one chart
 UNDRAWN = ("step", "examples", "seconds")
 OUTCOME = ("loss", "logps/accuracies", "rewards/accuracies", "sae/fvu")  # the first sentence has those that are there
@@ -110,16 +117,20 @@ def show_summary(folder: Path, *, finished_before: bool = False) -> None:
     if finished_before:
         console.print(f"{folder} is finished; resume=never starts over and replaces it", markup=False)
     table = Table("figure", "value", title=escape_markup(folder.name))
-    for key, name in FIGURE_NAMES.items():
-        if key in figures:
+    for last, name in FIGURE_NAMES.items():
+        for key in (key for key in figures if key.rpartition("/")[2] == last):
             value = f"{figures[key]:.4g}"
             if key == "win_rate":
                 value += f" (95 % interval {figures['win_rate_low']:.4g} to {figures['win_rate_high']:.4g})"
-            table.add_row(name, value)
+            layer = key.rpartition("/")[0].replace("_", " ")  # of several
+            table.add_row(", ".join(filter(None, [name, layer])), value)
     console.print(table)
-    latest = folder / "LATEST"
-    holds = "policy.pt and Hub format" if (latest / "policy.pt").is_file() else "the SAEs"
+    saes = list((folder / "LATEST").glob("layer_*"))
+    holds = "the SAEs" if saes else "policy.pt and Hub format"
     console.print(f"{folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
+    if saes:
+        one = " ++sae.layer=N" if len(saes) > 1 else ""
+        console.print(f"loss=fpo on the same model reads it with ++sae.path={folder}{one}", markup=False)
     console.print(f"curves, completions and settings, to look at in a browser: {page}", markup=False)
 
 
@@ -283,7 +294,7 @@ def facts_table(lines: Lines, summary: dict[str, Any]) -> str:
     """Figures of the whole run, beside those of its evaluations."""
     paced = [line for line in lines if "tokens_per_second" in line and "seconds" in line]
     seconds = sum(line["seconds"] for line in paced)
-    evaluated = ("loss_before", "loss_after", "accuracy_before", "accuracy_after", "feature_drift")
+    evaluated = ("loss_before", "loss_after", "accuracy_before", "accuracy_after", "feature_drift", *SAE_FIGURES)
     facts = {}
     for key, name in FIGURE_NAMES.items():
         if key in summary and key not in evaluated:

@@ -12,7 +12,7 @@ from dataloader import DataLoader
 from distributed import parallel
 from launch import settings
 from launch.assembly import Input
-from launch.settings import Config
+from launch.settings import Config, RunPaths
 from training.checkpoint import Run
 from training.loop import BasicTrainer
 from training.settings import TrainingSettings
@@ -34,17 +34,21 @@ LENGTH = frozenset({"n_epochs", "n_examples"})
 AT_THE_END = frozenset({*LENGTH, "n_eval_examples", "toy_comparison"})  # what a finished run has to do again
 
 
-def begin(run: Run, config: Config, trainer: type[BasicTrainer]) -> bool:
-    """Find what there is to go on from. Gives whether the run is finished. For all ranks to call.
+def begin(run: Run, config: Config, trainer: type[BasicTrainer], paths: RunPaths) -> tuple[Config, bool]:
+    """Find what there is to go on from. Gives the configuration with its defaults, and whether the run is finished. For
+    all ranks to call.
 
     Raises UserError where what is there is no run, or a run with a configuration that gives other steps.
     """
     parallel.from_rank_zero(run.require_own)
     if config.resume == "never":
-        return False
+        return settings.with_defaults(config, paths, None), False
     run.find_state()
+    saved = None
     if run.place:
         saved = settings.typed(settings.completed(OmegaConf.create(settings.as_text(run.place["config"]))))
+    config = settings.with_defaults(config, paths, saved)
+    if saved is not None:
         changed = {key: values for key, values in differences(saved, config).items() if not may_change(key, trainer)}
         if changed:
             raise UserError(
@@ -53,7 +57,7 @@ def begin(run: Run, config: Config, trainer: type[BasicTrainer]) -> bool:
                 + "\nUse another exp_name, or resume=never to start over and replace it."
             )
     if parallel.from_rank_zero(lambda: is_finished(run, config)):
-        return True
+        return config, True
     if not run.place and parallel.from_rank_zero(run.saved):
         raise UserError(f"{run.states}: every state there is damaged; resume=never starts over")
     if not run.place and (run.folder / "LATEST").is_symlink():
@@ -61,7 +65,7 @@ def begin(run: Run, config: Config, trainer: type[BasicTrainer]) -> bool:
             f"{run.folder} holds what a run has trained, and no state that it could go on from. Use another exp_name, "
             "or resume=never to start over and replace it"
         )
-    return False
+    return config, False
 
 
 def may_change(key: str, trainer: type[BasicTrainer]) -> bool:
@@ -77,7 +81,10 @@ def is_finished(run: Run, config: Config) -> bool:
         return False
     if saved is None or not (run.folder / "summary.json").is_file() or not (run.folder / "LATEST").exists():
         return False
-    return not any(key in AT_THE_END or not may_change(key, BasicTrainer) for key in differences(saved, config))
+    differ = {
+        key for key, (old, _) in differences(saved, config).items() if key not in settings.LEFT_OPEN or old is not None
+    }
+    return not any(key in AT_THE_END or not may_change(key, BasicTrainer) for key in differ)
 
 
 def require_same_inputs(run: Run, inputs: dict[str, Input], loader: DataLoader, *, can_grow: bool) -> None:

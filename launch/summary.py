@@ -1,7 +1,9 @@
 """The figures that a run ends with: `summary.json`."""
 
 import json
+import math
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,11 +13,12 @@ from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
 from launch.completions import draw, prompts_of, write_completions
+from launch.report import SAE_FIGURES
 from launch.settings import Config
 from sampling.diversity import log_likelihoods
 from sampling.generate import Decoding, Request, Sample
 from training.loop import BasicTrainer
-from utils import write_json
+from utils import console, write_json
 
 
 def write_summary(trainer: BasicTrainer, config: Config, start_weights: Path) -> None:
@@ -30,13 +33,39 @@ def write_summary(trainer: BasicTrainer, config: Config, start_weights: Path) ->
     figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if parallel.rank() == 0:
         write_json(trainer.run.folder / "summary.json", figures)
+        evaluations = evaluations_in(trainer.run.folder / "metrics.jsonl")
+        if learnt_little(evaluations, len(trainer.loaders["eval"].used())):
+            console.print(
+                "The held-out loss and accuracies moved less than noise: this run learnt next to nothing. "
+                f"What matters most is lr (here {config.lr:g}) and how much it trains on (n_epochs, n_examples).",
+                style="yellow",
+            )
+
+
+def evaluations_in(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl that are evaluations."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if "loss/eval" in line]
+
+
+def learnt_little(evaluations: Sequence[dict[str, float]], records: int) -> bool:
+    """Whether a run's evaluations, each of so many records, differ by less than noise: the loss by less than 1 %, the
+    accuracies by less than two standard errors (of the rewards: from 1/2, for at the start they are equal)."""
+    if len(evaluations) < 2 or evaluations[0]["step"] != 0:
+        return False
+    first, last = evaluations[0], evaluations[-1]
+    moved = abs(last["loss/eval"] - first["loss/eval"]) >= 0.01 * abs(first["loss/eval"])
+    for name, value in last.items():
+        if name.endswith("/accuracies"):
+            start = 0.5 if name.startswith("rewards") else first[name]
+            moved |= abs(value - start) >= 2 * math.sqrt(0.25 / records)
+    return not moved
 
 
 def from_metrics(path: Path) -> dict[str, float]:
-    """What the first and the last evaluation say. Accuracy: the share of pairs whose chosen completion the policy
-    itself finds likelier per token. Drift: the mean over chosen and rejected completions."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    evaluations = [line for line in lines if "loss/eval" in line]
+    """What the first and the last evaluation say; of SAEs, the last. Accuracy: the share of pairs whose chosen
+    completion the policy itself finds likelier per token. Drift: the mean over chosen and rejected completions."""
+    evaluations = evaluations_in(path)
     if not evaluations:
         return {}
     figures = {"loss_after": evaluations[-1]["loss/eval"]}
@@ -49,6 +78,11 @@ def from_metrics(path: Path) -> dict[str, float]:
     drifts = [value for key, value in evaluations[-1].items() if key.startswith("feature_drift_eval/")]
     if drifts:
         figures["feature_drift"] = sum(drifts) / len(drifts)
+    of_saes = {
+        key.removeprefix("sae_eval/"): value for key, value in evaluations[-1].items() if key.startswith("sae_eval/")
+    }
+    if len(of_saes) > 1:  # FPO has one: the share of tokens left out
+        figures |= {key: value for key, value in of_saes.items() if key.rpartition("/")[2] in SAE_FIGURES}
     return figures
 
 

@@ -156,8 +156,8 @@ class VLLMBackend(LocalPrompts):
 class ServerBackend:
     """A server that speaks OpenAI's protocol, `model.eval_batch_size` requests at a time.
 
-    With template=chat it is sent the conversation (/chat/completions), which it renders and cuts itself; else the
-    prompt as text (/completions).
+    With template=tulu it is sent the prompt as text (/completions); else the conversation (/chat/completions), which it
+    renders and cuts itself.
     """
 
     def __init__(self, config: SamplingSettings, timeout: float = 600) -> None:
@@ -170,7 +170,7 @@ class ServerBackend:
 
     def requests(self, records: Sequence[dict[str, Any]], temperatures: Sequence[float], draw: int) -> list[Request]:
         """Prompts as text and as conversations; how many tokens they are, the server knows."""
-        config, chat = self.config, self.config.template == "chat"
+        config, chat = self.config, self.config.template != "tulu"
         prompts = [record["prompt"] for record in records]
         template = tokenise.prefix_template(config)
         texts = ["\n\n".join(turn["content"] for turn in p) if chat else template.prompt(p) for p in prompts]
@@ -221,7 +221,7 @@ class ServerBackend:
             **({"extra_body": {"top_k": settings.top_k}} if settings.top_k else {}),
         }
         try:
-            if self.config.template == "chat":
+            if self.config.template != "tulu":
                 choice: Any = self._server.chat(body | {"messages": messages}, optional(body)).choices[0]
                 text = choice.message.content
             else:

@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def run(name: str, folder: Path) -> None:
-    overrides = [*COMMANDS[name].split(), f"exp_name=old_{name}", f"cache_dir={folder}"]
+    overrides = [*COMMANDS[name].split(), "template=tulu", f"exp_name=old_{name}", f"cache_dir={folder}"]
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         train.train(compose("config", overrides=overrides))
 

@@ -234,7 +234,7 @@ def test_what_changes_no_step_may_differ(copied, folder):
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
-    "change", ["++seed=2", "++model.batch_size=4", "~sae", "++lr_schedule=linear", "template=chat"]
+    "change", ["++seed=2", "++model.batch_size=4", "~sae", "++lr_schedule=linear", "template=tulu"]
 )
 def test_what_changes_steps_may_not(copied, change):
     with pytest.raises(UserError, match="holds a run with another configuration"):

@@ -96,7 +96,7 @@ def test_ppo_takes_its_rewards_from_labels_scores_or_a_model(tmp_path, plain_run
 
 def test_rows_without_a_score_are_told_before_a_weight_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_model", None)
-    with pytest.raises(UserError, match=r"loss\.reward=score: 48 of 48 rows lack one .*train\.jsonl:1"):
+    with pytest.raises(UserError, match=r"loss\.reward=score: 48 of 48 rows have none .*train\.jsonl:1"):
         run(tmp_path, "loss=ppo", "loss.reward=score")
 
 
