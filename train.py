@@ -43,8 +43,10 @@ def train(raw: DictConfig) -> None:
         config, finished = resuming.begin(run, config, classes.trainer, paths)
         torch.manual_seed(config.seed)
         inputs = assembly.read_inputs(config, classes, paths)
-        resuming.require_same_inputs(run, inputs, can_grow=classes.trainer.can_grow)
+        digests, loader = assembly.digests(config, classes, paths, inputs), inputs.data.loaders["train"]
+        resuming.require_same_inputs(run, digests, loader, can_grow=classes.trainer.can_grow)
         if not finished:
+            parallel.from_rank_zero(lambda: run.start(config))
             trainer = assembly.build_trainer(config, classes, paths, run, inputs)
             trainer.began = started
             completions.write_completions(trainer, config, "before")

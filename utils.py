@@ -1,6 +1,7 @@
 """Small helpers that at least two modules use."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import gc
@@ -11,6 +12,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +44,13 @@ def collect_garbage_rarely() -> None:
     """Make Python search for reference cycles less often. Its default, every 700 new objects, takes a fifth of the time
     of the imports and more of the time of tokenising, so call this before the large imports."""
     gc.set_threshold(100_000)
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it ends, however that ends. Only Linux does that."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from transformers.utils import logging as transformers_logging
 
-from utils import UserError, console
+from utils import UserError, console, end_with_parent
 
 T = TypeVar("T")
 GRACE_SECONDS = 10.0  # once a rank has failed, the others have this long to end by themselves
+BEAT_SECONDS, BEATS = 5.0, 12  # a rank of another host that was silent for so many beats is gone
 TIMEOUT = timedelta(hours=6)  # how long a rank waits for another: long, since rank 0 may tokenise a large data set
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM can send SIGUSR1 before a time limit
 
@@ -237,6 +237,7 @@ def start_ranks(count: int) -> int:
             env={**shared, "RANK": str(number), "LOCAL_RANK": str(number)},
             stdin=subprocess.DEVNULL,
             process_group=0,  # so that Ctrl-C reaches the ranks once, through this process
+            preexec_fn=end_with_parent,
         )
         for number in range(count)
     ]
@@ -256,10 +257,10 @@ def wait_for_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     Returns the exit status: the largest among the ranks that were not killed here. It is 128 + n for a rank that
     signal n ended.
     """
-    while any(process.poll() is None for process in ranks) and not any(process.returncode for process in ranks):
-        time.sleep(0.05)
-    deadline = time.monotonic() + GRACE_SECONDS
-    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+    deadline = float("inf")
+    while None in (statuses := [process.poll() for process in ranks]) and time.monotonic() < deadline:
+        if any(statuses):
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         time.sleep(0.05)
     killed = {number for number, process in enumerate(ranks) if process.poll() is None}
     for number in killed:
@@ -268,7 +269,7 @@ def wait_for_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     ended = {number: process.returncode for number, process in enumerate(ranks) if number not in killed}
     for number, code in ended.items():
         if code < 0:
-            console.print(f"rank {number} was ended by {signal.Signals(-code).name}", style="red")
+            console.print(f"rank {number} was ended by {signal.Signals(-code).name}, so all are ended", style="red")
     return max(code if code >= 0 else 128 - code for code in ended.values())
 
 
@@ -284,14 +285,16 @@ def run_as_rank(place: dict[str, int], work: Callable[[], None]) -> int:
     `place` holds RANK, WORLD_SIZE and LOCAL_RANK.
     """
     alone = place["WORLD_SIZE"] == 1
+    if not alone:
+        end_with_parent()  # before it waits for others
     if torch.cuda.is_available():
         torch.cuda.set_device(place["LOCAL_RANK"])
     store: Any = None
     if not alone:
         os.environ |= {name: str(value) for name, value in place.items()}  # torch reads them there
         store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-        _prctl_pr_set_pdeathsig(signal.SIGKILL)  # Linux: a rank ends when the process that started it ends
     init_process_group(place["RANK"], place["WORLD_SIZE"], store or dist.HashStore())
+    heart = Heart() if ranks_per_node() < place["WORLD_SIZE"] else None
     if place["RANK"]:
         console.quiet = True
         transformers_logging.set_verbosity_error()
@@ -304,10 +307,47 @@ def run_as_rank(place: dict[str, int], work: Callable[[], None]) -> int:
         sys.stderr.flush()
         os._exit(status)  # no clean-up that could wait for other ranks: they may be gone
     wait_for_all()
+    if heart:
+        heart.stop()
     gc.collect()  # the end of the process group sometimes aborts if tensors still hold it
     dist.destroy_process_group()
     gc.collect()
     return 0
+
+
+class Heart:
+    """Lets a run on several hosts end when one of them is cut off, which closes no connection.
+
+    A thread of each rank counts beats in the store, and watches those of the next rank. It counts its own beats and
+    not the time, so that a run that is suspended as a whole goes on.
+    """
+
+    def __init__(self) -> None:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        silence = timedelta(seconds=BEATS * BEAT_SECONDS)
+        self.store = dist.TCPStore(*address, is_master=False, timeout=silence)  # a connection of its own
+        self.stopped = threading.Event()
+        threading.Thread(target=self.beat, daemon=True).start()
+
+    def beat(self) -> None:
+        next_rank, heard, silent = (rank() + 1) % world_size(), 0, 0
+        why = f"rank {rank()} has not heard from rank {next_rank} for {BEATS * BEAT_SECONDS:.0f} seconds"
+        while silent < BEATS and not self.stopped.wait(BEAT_SECONDS):
+            try:
+                self.store.add(f"beats of {rank()}", 1)
+                now = self.store.add(f"beats of {next_rank}", 0)
+            except (RuntimeError, dist.DistError):
+                why, silent = f"rank {rank()} has lost the host of rank 0", BEATS
+            else:
+                silent, heard = (silent + 1 if now == heard else 0), now
+        if not self.stopped.is_set():
+            console.quiet = False
+            console.print(f"{why}: that host is down or cut off, so this one ends too", style="red")
+            sys.stdout.flush()
+            os._exit(1)
+
+    def stop(self) -> None:
+        self.stopped.set()
 
 
 def report_error(error: BaseException, number: int | None = None, store: Any = None) -> int:
@@ -329,7 +369,17 @@ def report_error(error: BaseException, number: int | None = None, store: Any = N
         console.print(str(error), style="red", markup=False)
     elif isinstance(error, KeyboardInterrupt):
         console.print("interrupted", style="red")
+    elif number is not None and is_lost_connection(error):
+        console.print(f"rank {number} has lost the connection to another rank", style="red")
     else:
         prefix = "" if number is None else f"rank {number}: "
         sys.stderr.write(prefix + "".join(traceback.format_exception(error)))
     return status
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone, or cannot be reached; why that is so, only the other knows."""
+    known = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in known)
+    )

@@ -67,12 +67,11 @@ class Input:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is trained from, as far as it can be had without reading weights into memory."""
+    """What a run is trained from, but for the weights."""
 
     data: Data
     reading: Reading | None
-    binding: Binding
-    digests: dict[str, Input]  # by names for messages
+    binding: Binding  # with the feature weights read
 
 
 def prepare(
@@ -86,30 +85,36 @@ def prepare(
 
 
 def read_inputs(config: Config, classes: RunClasses, paths: RunPaths) -> Inputs:
-    """Read the SAEs and the data, and find the digests of all that a run is trained from."""
+    """Read the SAEs and the data. Raises UserError where the trainer cannot work with them."""
     reading, binding = read_saes(config, paths) if paths.saes else None, classes.binding
-    digests: dict[str, Input] = {}
     if reading is not None and "feature_drift" in binding.options:
-        given = binding.options["feature_drift"]
-        options = drift_options(reading.sae, **given)
+        options = drift_options(reading.sae, **binding.options["feature_drift"])
         binding = binding.with_options("feature_drift", options)
-        if (weights := options["feature_weights"]) is not None:
-            digests["loss.feature_weights"] = Input(fingerprint(weights.tolist()), written(given["feature_weights"]))
-    data, model = load_data(config, classes, paths), config.model
+    data = load_data(config, classes, paths)
     for loader in data.loaders.values():
         classes.trainer.check_data(binding, loader)
-    digests |= {
-        "the training data": Input(data.tokens["train"].fingerprint, written(config.datasets)),
-        "the evaluation data": Input(data.tokens["eval"].fingerprint, written(config.eval_datasets or config.datasets)),
+    return Inputs(data, reading, binding)
+
+
+def digests(config: Config, classes: RunClasses, paths: RunPaths, inputs: Inputs) -> dict[str, Input]:
+    """The digests of all that a run is trained from, weights too, by names for messages."""
+    model, binding, tokens = config.model, inputs.binding, inputs.data.tokens
+    found = {
+        "the training data": Input(tokens["train"].fingerprint, written(config.datasets)),
+        "the evaluation data": Input(tokens["eval"].fingerprint, written(config.eval_datasets or config.datasets)),
         "the start weights": Input(weights_digest(*models.start_weights(model)), model.load_from or model.name_or_path),
     }
     if model.reference_path and binding.needs & {"reference", "live_reference"}:
-        digests["the reference"] = Input(weights_digest(*models.reference_weights(model)), model.reference_path)
+        found["the reference"] = Input(weights_digest(*models.reference_weights(model)), model.reference_path)
     for source in paths.saes:
-        digests[f"the SAE of {source.where}"] = Input(fingerprint(source.identity()), str(source.path))
-    for key, weights_of_key in classes.trainer.other_weights(binding).items():
-        digests[key] = Input(weights_digest(paths.model, weights_of_key), weights_of_key)
-    return Inputs(data, reading, binding, digests)
+        found[f"the SAE of {source.where}"] = Input(fingerprint(source.identity()), str(source.path))
+    weights = binding.options.get("feature_drift", {}).get("feature_weights")
+    if weights is not None:
+        given = classes.binding.options["feature_drift"]["feature_weights"]
+        found["loss.feature_weights"] = Input(fingerprint(weights.tolist()), written(given))
+    for key, named in classes.trainer.other_weights(binding).items():
+        found[key] = Input(weights_digest(paths.model, named), named)
+    return found
 
 
 def build_trainer(
@@ -129,7 +134,6 @@ def build_trainer(
         config=config,
         binding=binding,
         run=run,
-        inputs={name: own.digest for name, own in inputs.digests.items()},
         references=references,
         on_evaluation=RunPage(run.folder).update,
     )

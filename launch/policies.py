@@ -121,7 +121,7 @@ def changed(config: DictConfig, overrides: list[str]) -> DictConfig:
 def require_orders(path: Path, config: DictConfig, given: set[str]) -> None:
     """Set what only the command line may say to its default where a file said it. Raises UserError where the command
     would do something else without it."""
-    values: dict[str, Any] = settings.plain(config)
+    values = settings.plain(config)
     defaults: Any = OmegaConf.load(OURS / "config.yaml")
     for key in ("backend", "base_url", "served_model", "samples_dir"):
         if key not in given and values[key] != defaults[key]:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from dataloader import DataLoader
 from distributed import parallel
 from launch import settings
-from launch.assembly import Inputs
+from launch.assembly import Input
 from launch.settings import Config, RunPaths
 from training.checkpoint import Run
 from training.loop import BasicTrainer
@@ -35,12 +35,15 @@ AT_THE_END = frozenset({*LENGTH, "n_eval_examples", "toy_comparison"})  # what a
 
 
 def begin(run: Run, config: Config, trainer: type[BasicTrainer], paths: RunPaths) -> tuple[Config, bool]:
-    """Take the run's directory and find what there is to go on from. Gives the configuration with its defaults, and
-    whether the run is finished. For all ranks to call.
+    """Find what there is to go on from. Gives the configuration with its defaults, and whether the run is finished. For
+    all ranks to call.
 
     Raises UserError where what is there is no run, or a run with a configuration that gives other steps.
     """
-    run.begin(anew=config.resume == "never")
+    parallel.from_rank_zero(run.require_own)
+    if config.resume == "never":
+        return settings.with_defaults(config, paths, None), False
+    run.find_state()
     saved = None
     if run.place:
         saved = settings.typed(settings.completed(OmegaConf.create(settings.as_text(run.place["config"]))))
@@ -53,17 +56,16 @@ def begin(run: Run, config: Config, trainer: type[BasicTrainer], paths: RunPaths
                 + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
                 + "\nUse another exp_name, or resume=never to start over and replace it."
             )
-    finished = parallel.from_rank_zero(lambda: is_finished(run, config))
-    if not finished:
-        if not run.place and parallel.from_rank_zero(run.saved):
-            raise UserError(f"{run.states}: every state there is damaged; resume=never starts over")
-        if not run.place and (run.folder / "LATEST").is_symlink():
-            raise UserError(
-                f"{run.folder} holds what a run has trained, and no state that it could go on from. Use another "
-                "exp_name, or resume=never to start over and replace it"
-            )
-        parallel.from_rank_zero(lambda: run.start(config))
-    return config, finished
+    if parallel.from_rank_zero(lambda: is_finished(run, config)):
+        return config, True
+    if not run.place and parallel.from_rank_zero(run.saved):
+        raise UserError(f"{run.states}: every state there is damaged; resume=never starts over")
+    if not run.place and (run.folder / "LATEST").is_symlink():
+        raise UserError(
+            f"{run.folder} holds what a run has trained, and no state that it could go on from. Use another exp_name, "
+            "or resume=never to start over and replace it"
+        )
+    return config, False
 
 
 def may_change(key: str, trainer: type[BasicTrainer]) -> bool:
@@ -85,16 +87,17 @@ def is_finished(run: Run, config: Config) -> bool:
     return not any(key in AT_THE_END or not may_change(key, BasicTrainer) for key in differ)
 
 
-def require_same_inputs(run: Run, inputs: Inputs, *, can_grow: bool) -> None:
-    """Raises UserError where a run that goes on would be trained from something else than before, or is longer already
-    than it is to be. For all ranks to call.
+def require_same_inputs(run: Run, inputs: dict[str, Input], loader: DataLoader, *, can_grow: bool) -> None:
+    """Note what the run is trained from. Raises UserError where a run that goes on was trained from something else, or
+    is longer already than it is to be. For all ranks to call.
 
     A state whose last step a longer run would not have taken so is passed over.
     """
+    run.inputs = {name: own.digest for name, own in inputs.items()}
     if not run.place:
         return
-    known, loader = run.place["inputs"], inputs.data.loaders["train"]
-    changed = [f"  {name} ({own.source})" for name, own in inputs.digests.items() if known.get(name) != own.digest]
+    known = run.place["inputs"]
+    changed = [f"  {name} ({own.source})" for name, own in inputs.items() if known.get(name) != own.digest]
     if changed:
         raise UserError(
             f"{run.folder} holds a run that was trained from other inputs than are there now:\n"

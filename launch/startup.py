@@ -1,11 +1,13 @@
-"""What train.py and eval.py do before their slow imports: answer --help, and keep the start from wasting time."""
+"""What train.py and eval.py do before their slow imports: answer --help, end with the launcher that started them, and
+keep the start from wasting time."""
 
+import os
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
 
-from utils import REPO, collect_garbage_rarely
+from utils import REPO, collect_garbage_rarely, end_with_parent
 
 WIDTH = 100
 
@@ -13,6 +15,8 @@ WIDTH = 100
 def begin(usage: str, sections: Sequence[str], *, groups: Sequence[str] = ()) -> None:
     """Print the help and end, where the command line asks for it: the usage, what the groups offer, and the keys in
     some sections of config.yaml and, as `model`, of model/base.yaml."""
+    if "RANK" in os.environ:
+        end_with_parent()
     collect_garbage_rarely()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage.strip(), *map(choices, groups), *map(keys, sections), sep="\n\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import REPO, command, metrics, on_ranks
 from forks import Fork
 from safetensors.torch import load_file, save_file
@@ -194,8 +195,55 @@ def test_a_killed_rank_ends_the_run_and_nothing_is_lost(data, undisturbed, tmp_p
     output = process.communicate(timeout=60)[0]
     assert time.monotonic() - killed < 30
     assert process.returncode == 128 + signal.SIGKILL and "rank 1 was ended by SIGKILL" in output
+    assert "Traceback" not in output
     on_ranks(2, REPO / "train.py", *arguments)
     assert_same_run(metrics(tmp_path / "long"), undisturbed)
+
+
+def test_a_dead_rank_is_noticed_whatever_its_number(monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "GRACE_SECONDS", 0.2)
+    ranks = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    ranks[2].kill()
+    assert parallel.wait_for_ranks(ranks) == 128 + signal.SIGKILL
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL] * 3  # not by themselves
+    assert capsys.readouterr().out.splitlines() == ["rank 2 was ended by SIGKILL, so all are ended"]
+
+
+def test_ranks_end_with_the_launcher_also_while_they_start(tmp_path):
+    script = tmp_path / "slow_start.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "if 'RANK' in os.environ:\n"
+        "    Path(os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+        f"sys.path.insert(0, {str(REPO)!r})\n"
+        "from distributed import parallel\n"
+        "parallel.run(lambda: None, 2)\n"
+    )
+    launcher = Fork(script, cwd=tmp_path)
+    wait_until(lambda: all((tmp_path / rank).is_file() and (tmp_path / rank).read_text() for rank in "01"))
+    launcher.process.kill()
+    launcher.result()
+    wait_until(lambda: not any(Path("/proc", (tmp_path / rank).read_text(), "cmdline").exists() for rank in "01"))
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_lost_connection_is_told_in_one_line(capfd):
+    store = dist.HashStore()
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5"
+    assert parallel.report_error(RuntimeError(gloo), 0, store) == 1
+    assert parallel.report_error(RuntimeError(gloo), 1, store) == 1  # the first has said it
+    out, err = capfd.readouterr()
+    assert out.splitlines() == ["rank 0 has lost the connection to another rank"] and not err
+    assert parallel.report_error(RuntimeError("of its own"), 0, dist.HashStore()) == 1
+    assert "rank 0: " in (said := capfd.readouterr().err) and "RuntimeError: of its own" in said
 
 
 @pytest.mark.slow

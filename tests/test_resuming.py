@@ -461,7 +461,7 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(copied, monkeypatch):
     config = SimpleNamespace(exp_name="a", wandb=SimpleNamespace(project="p", entity=None), model_dump=dict)
     for anew in (False, False, True):
         tracked = Run(path)
-        tracked.begin(anew=anew)
+        tracked.start(SimpleNamespace(resume="never" if anew else "auto", keep_checkpoints=2, model_dump=dict))
         start_wandb(tracked, config, 0)
     first, second, third = (given["id"] for given in begun)
     assert first == second != third and {given["resume"] for given in begun} == {"allow"}

@@ -76,6 +76,7 @@ class Run:
         self.states = folder / "state"
         self.state: Path | None = None  # that the run goes on from,
         self.place: dict[str, Any] = {}  # and where it stood
+        self.inputs: dict[str, str] = {}  # digests of all that it is trained from
         self.pending: Future[Any] | None = None  # the state being written, by another thread
         self.group: dist.ProcessGroup | None = None  # of its own, for that thread
 
@@ -127,25 +128,17 @@ class Run:
             pass
         raise UserError(f"{path}: does not list the files of a run; move {self.folder} away, or use another exp_name")
 
-    def claim(self, *, anew: bool) -> None:
-        """On rank 0: make this the directory of a run. With `anew`, remove what the run of this name left.
-
-        Raises UserError where files of other origin have the names that a run gives.
-        """
-        known = self.manifest()
-        if known is None:
-            taken = sorted(
-                path.name for path in self.folder.iterdir() if path.name in FILES or EXPORT.fullmatch(path.name)
+    def require_own(self) -> None:
+        """On rank 0: raises UserError where files of other origin have the names that a run gives."""
+        if self.manifest() is not None:
+            return
+        there = sorted(path.name for path in self.folder.iterdir())
+        taken = [name for name in there if name in FILES or EXPORT.fullmatch(name)]
+        if taken:
+            raise UserError(
+                f"{self.folder} holds {', '.join(taken)}, and no {MANIFEST} that says that a run wrote them. "
+                "Use another exp_name, or move them"
             )
-            if taken:
-                raise UserError(
-                    f"{self.folder} holds {', '.join(taken)}, and no {MANIFEST} that says that a run wrote them. "
-                    "Use another exp_name, or move them"
-                )
-        if known is None or anew:
-            names = list(dict.fromkeys([*(known["files"] if known else ()), *FILES]))
-            write_json(self.folder / MANIFEST, {"id": secrets.token_hex(4), "files": names})
-            self.remove(names)
 
     def list_export(self, name: str) -> None:
         """On rank 0: enter an export into the manifest, before it is written."""
@@ -170,17 +163,15 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ its beginning
 
-    def begin(self, *, anew: bool) -> None:
-        """Claim the directory and find the state that the run goes on from; with `anew`, the run of this name is
-        removed first. For all ranks to call. Raises UserError as `claim` does."""
-        parallel.from_rank_zero(lambda: self.claim(anew=anew))
-        self.find_state()
-
     def start(self, config: TrainingSettings) -> None:
-        """On rank 0: write the configuration of what is done now. What a killed run came not to is done: the summary of
-        an earlier end goes, and older states."""
-        self.remove(["summary.json"])
-        self.remove_old_states(config.keep_checkpoints)
+        """On rank 0: make the directory that of a run with this configuration. With `resume: never` what the run of
+        this name left goes; else the summary of an earlier end, and older states that a killed run has not removed."""
+        known, anew = self.manifest(), config.resume == "never"
+        names = list(dict.fromkeys([*(known["files"] if known else ()), *FILES]))
+        if known is None or anew:
+            write_json(self.folder / MANIFEST, {"id": secrets.token_hex(4), "files": names})
+        self.remove(names if anew else ["summary.json"])
+        self.remove_old_states(config.keep_checkpoints, self.state)
         text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
         write_text(self.folder / "config.yaml", text)
 
@@ -255,9 +246,10 @@ class Run:
             part.close()
         self.remove_old_states(keep)
 
-    def remove_old_states(self, keep: int) -> None:
+    def remove_old_states(self, keep: int, needed: Path | None = None) -> None:
         for old in self.saved()[keep:]:
-            shutil.rmtree(old)
+            if old != needed:
+                shutil.rmtree(old)
 
     def finish_saving(self) -> None:
         """Wait until the last state is written. For all ranks to call.

@@ -72,7 +72,6 @@ class Setup(Subject):
     config: TrainingSettings
     binding: Binding
     run: Run
-    inputs: dict[str, str] = field(default_factory=dict)  # digests of all that it trains from, which a state keeps
     references: dict[str, Reference] = field(default_factory=dict)  # of "train", "eval", "train/mismatched", ...
     on_evaluation: Callable[[], None] = lambda: None  # called on rank 0 when the metrics of one are written
 
@@ -136,11 +135,10 @@ class BasicTrainer:
         self.value_head: nn.Module | None = None
         self.module = self.trained_module()
         reshard(self.module)  # the reference pass has left some of it gathered
-        self.inputs = setup.inputs
         self.stopping = StopRequest()
         self.step, self.examples = 0, 0  # that are done
         self.saved_step = 0  # when the state was saved
-        self.earlier_end: int | None = None  # the last step of the run before it was made longer
+        self.earlier_end: int | None = None  # the last step, before the run was made longer
         self.last_evaluation: dict[str, float] = {}
         self.evaluated_step: int | None = None  # when that was
         self.began, self.seconds_before = time.monotonic(), 0.0  # of this process, and of those before it
@@ -267,17 +265,18 @@ class BasicTrainer:
         place, total = self.run.place, len(self.loaders["train"])
         if place:
             self.run.load_state(self.module, self.optimizer)
-            self.step, self.examples, self.earlier_end = place["step"], place["examples"], place["end"]
+            self.step, self.examples, end = place["step"], place["examples"], place["end"]
             self.saved_step, self.seconds_before = self.step, place["seconds"]
+            self.earlier_end = end if end == self.step else None
             self.last_evaluation, self.evaluated_step = place["evaluation"], place["evaluated_step"]
             self.schedule = make_schedule(self.config, self.optimizer, total, done=self.step)
             console.print(
                 f"resuming after {self.step:,} of {total:,} steps ({self.examples:,} examples) from {self.run.state}"
             )
-            if total != self.earlier_end and self.config.lr_schedule != "constant":
+            if total != end and self.config.lr_schedule != "constant":
                 console.print(
-                    f"lr_schedule={self.config.lr_schedule} ended with step {self.earlier_end:,} and ends with step "
-                    f"{total:,} now: the steps before had the learning rates of the other end",
+                    f"lr_schedule={self.config.lr_schedule} ended with step {end:,} and ends with step {total:,} now: "
+                    "the steps before had the learning rates of the other end",
                     style="yellow",
                 )
         self.metrics = MetricsLog(self.run, self.config, self.step)
@@ -459,7 +458,7 @@ class BasicTrainer:
             "evaluated_step": self.evaluated_step,
             # A run that is made longer keeps its warm-up.
             "config": {**self.config.model_dump(), "warmup_steps": warmup_of(self.config, len(self.loaders["train"]))},
-            "inputs": self.inputs,
+            "inputs": self.run.inputs,
         }
         keep, log = self.config.keep_checkpoints, self.metrics.content()
         self.run.save_state(self.module, self.optimizer, place, keep=keep, log=log)
