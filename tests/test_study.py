@@ -11,7 +11,7 @@ import pytest
 from conftest import REPO
 from scipy import stats
 
-sys.path.insert(0, str(REPO / "benchmarks"))
+sys.path.append(str(REPO / "benchmarks"))  # not first: it has a sae.py of its own
 
 import study as studies
 import study_report
@@ -112,8 +112,8 @@ def test_tried_runs_are_kept_until_the_choice():
     assert not set(choice.uses) & set(studies.unneeded(plan(DEFAULT, results), results))
     results[choice.name] = {"kind": "choose", "best": 5e-5}
     old = studies.unneeded(plan(DEFAULT, results), results)
-    assert {"alpaca-dpo-lr5e-06-seed1"} == {name for name in old if "-dpo-" in name}  # 1.5e-05 comes later
-    assert "start" not in old and "alpaca-dpo-lr5e-05-seed1" not in old
+    assert {name for name in old if "-dpo-" in name} == {"alpaca-dpo-lr5e-06-seed1", "alpaca-dpo-lr1.5e-05-seed1"}
+    assert "start" not in old
 
 
 def test_prompts_have_one_split_and_splits_their_share():
@@ -148,9 +148,7 @@ def test_a_study_goes_on_where_it_stopped(study, capsys):
     studies.run(study, lambda of, job: done.append(job.name) or made_up(of, job))
     names = [json.loads(line)["job"] for line in study.lines.read_text().splitlines()]
     assert names == before + done and len(names) == len(set(names))
-    assert names == [job.name for job in plan(SMALL, study.results())] or set(names) >= {
-        job.name for job in plan(SMALL, study.results())
-    }
+    assert {job.name for job in plan(SMALL, study.results())} <= set(names)
     assert " 0 jobs left" in capsys.readouterr().out
 
 
@@ -220,13 +218,13 @@ def test_win_rate_counts_ties_half_and_controls_length():
 
     draw = random.Random(1)
     start = line([0.0] * 400, [50.0] * 400)
-    longer = [draw.choice([-20.0, 20.0]) + 10 for _ in range(400)]
+    longer = [draw.choice([-20.0, 20.0, 20.0, 20.0]) for _ in range(400)]
     wins = [1.0 if extra > 0 else -1.0 for extra in longer]  # length alone decides
     wins[0] = 0.0
     group = study_report.Group("x", [line(wins, [50 + extra for extra in longer])], [], start, SMALL)
     raw, fair = group.interval("win"), group.length_controlled()
     assert raw.estimate == pytest.approx((wins.count(1.0) + 0.5) / 400)
-    assert fair is not None and abs(fair.estimate - 0.5) < abs(raw.estimate - 0.5) + 0.05
+    assert raw.estimate > 0.7 and fair is not None and fair.low < 0.5 < fair.high
     assert group.preferences(group.lines[0])[0] == 0.5
 
 
