@@ -322,11 +322,13 @@ def ranked(group: Group, others: Sequence[Group], name: str) -> str:
 
 
 def changes(group: Group, other: Group) -> str:
-    """`more KL to the start; level in win rate and entropy a token`."""
+    """`more KL to the start; no difference in win rate and entropy a token`."""
     names: dict[int, list[str]] = {1: [], -1: [], 0: []}
     for name in (name for name in WORDS if group.has(name)):
         names[direction(group.above(other, name))].append(WORDS[name])
-    words = {1: "more", -1: "less", 0: "level in"}
+    if not names[1] + names[-1]:
+        return f"no difference in {both(names[0])}"
+    words = {1: "more", -1: "less", 0: "no difference in"}
     return "; ".join(f"{words[way]} {both(own)}" for way, own in names.items() if own)
 
 
@@ -379,19 +381,16 @@ def in_short(groups: dict[str, Group], costs: dict[str, str]) -> list[str]:
         said.append(f"**What is preferred.** To the start's samples the reward model prefers those of {both(won)}.")
     peers = [groups[label] for label in PEERS if label in groups]
     names = [name for name in ("accuracy", "win") if start.has(name)]
-    said.append(
-        f"**FPO beside its peers.** {'; '.join(f'In {WORDS[name]}: {ranked(fpo, peers, name)}' for name in names)}."
-    )
+    level = [f"in {WORDS[name]} {ranked(fpo, peers, name)}" for name in names]
+    said.append(f"**FPO beside its peers.** It is {'; '.join(level)}.")
     if "LN-DPO" in groups:
+        plain = groups["LN-DPO"]
         said.append(
             "**What the constraint does.** FPO is length-normalised DPO (LN-DPO, FPO at alpha 0) with a constraint. "
-            f"Its weight of 0.5 gives: {changes(fpo, groups['LN-DPO'])}."
+            f"At alpha 0.5: {changes(fpo, plain)}."
         )
-        for label, group in groups.items():
-            if label.startswith("FPO, alpha"):
-                said[-1] += (
-                    f" A weight of {group.label.removeprefix('FPO, alpha ')}: {changes(group, groups['LN-DPO'])}."
-                )
+        others = [group for label, group in groups.items() if label.startswith("FPO, alpha")]
+        said[-1] += "".join(f" At {group.label.removeprefix('FPO, ')}: {changes(group, plain)}." for group in others)
     return [*said, f"**What it costs.** FPO takes {costs_beside(groups, costs)}."]
 
 
@@ -523,7 +522,7 @@ def page(scale: Scale, results: Results, groups: dict[str, dict[str, Group]]) ->
         **{key: machine[key] for key in ("device", "threads", "dtype")},
         "flag": "" if scale.name == "default" else f" --{scale.name}",
         "hours": f"{sum(line['seconds'] for line in results.values()) / 3600:.1f}",
-        "in_short": "\n".join(f"- {sentence}" for sentence in in_short(alpaca, costs)),
+        "in_short": "\n".join(bullet(sentence) for sentence in in_short(alpaca, costs)),
         "claims": claims(alpaca, scale, costs),
         "differences": difference_table(alpaca),
         "main": main_table(alpaca),
@@ -547,6 +546,10 @@ def page(scale: Scale, results: Results, groups: dict[str, dict[str, Group]]) ->
     }
     text = (Path(__file__).parent / "study_page.md").read_text().format(**places)
     return "\n\n".join(map(wrapped, re.sub(r"\n{3,}", "\n\n", text).strip().split("\n\n"))) + "\n"
+
+
+def bullet(sentence: str) -> str:
+    return textwrap.fill(f"- {sentence}", 120, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def wrapped(paragraph: str) -> str:
