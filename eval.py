@@ -51,7 +51,7 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     if server:
         if control:
             raise UserError(f"backend=openai: loss={config.loss.name} needs its control tokens; use another back-end")
-        weights, template = f"{server.model} at {config.base_url}", config.template or "chat"
+        weights, template = f"{server.model} at {config.base_url}", str(config.template or "chat")
     else:
         policy = find_policy(path, config, overrides)
         require_language_model(config, policy)
@@ -120,7 +120,7 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     trainer.read_export(policy.folder)
     values = trainer.evaluate()
     log: Any = nullcontext()
-    if policy.writes_text(config):
+    if policy.writes_text():
         records = samples.records_to_sample(config)
         template = tokenise.template_name(config, trainer.tokenizer)
         identity = samples.identity_of(config, decoding, records, policy.digest(), template)

@@ -13,8 +13,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import (
@@ -31,6 +29,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from data.batch import Batch
+from data.hub import download
 from distributed import parallel
 from distributed.sharding import allocate_parameters, backbone
 from modeling.attention import choose, mask_inputs
@@ -218,21 +217,24 @@ def fetch(source: str, patterns: list[str], setting: str) -> Path:
     if (local := resolve_path(source)).is_dir():
         return local
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        return download(source, patterns)
+    except UserError as error:
         raise UserError(
-            f"{setting}: {source} is not a local path, and it cannot be fetched from the Hub "
-            f"({str(error).splitlines()[0]}). "
-            f"If it is gated or private, run `hf auth login`; offline, point {setting} at a local copy."
+            f"{setting}: there is no local directory {source}, and {error}. Offline, point {setting} at a local copy"
         ) from error
+
+
+def start_weights(settings: ModelSettings) -> tuple[Path, str | None]:
+    """The weights that training starts from, as `open_weights` takes them."""
+    return fetch(settings.name_or_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.name_or_path"), settings.load_from
 
 
 def reference_weights(settings: ModelSettings) -> tuple[Path, str | None]:
     """The weights of the reference, as `open_weights` takes them: those that training starts from, or those of
     `model.reference_path`."""
-    if settings.reference_path:
-        return fetch(settings.reference_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.reference_path"), None
-    return fetch(settings.name_or_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.name_or_path"), settings.load_from
+    if not settings.reference_path:
+        return start_weights(settings)
+    return fetch(settings.reference_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.reference_path"), None
 
 
 def choose_attention(settings: ModelSettings, architecture: PretrainedConfig, *, pairs: bool) -> tuple[str, str]:
@@ -247,6 +249,20 @@ def load_config(directory: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no usable config.json ({str(error).splitlines()[0]})") from error
+
+
+def load_generation_config(directory: Path) -> GenerationConfig | None:
+    """The model's defaults for generating, which an export holds too; None if it has none. Raises UserError if they
+    cannot be used."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        found = GenerationConfig.from_pretrained(directory)
+        found.validate(strict=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: cannot be used ({' '.join(str(error).split())})") from error
+    return found
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -295,9 +311,8 @@ def load_model(
             tokens = model.get_input_embeddings().num_embeddings + new_tokens
             model.resize_token_embeddings(tokens, mean_resizing=False)
     model.tie_weights()
-    model.config.architectures = [type(model).__name__]
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    if (generation := load_generation_config(directory)) is not None:
+        model.generation_config = generation
     if shape is not None:
         shape(model)
     allocate_parameters(model, device, offload=offload)

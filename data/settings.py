@@ -27,6 +27,6 @@ class DataSettings(TemplateSettings):
     eval_split: str
     held_out: Annotated[float, Field(gt=0, lt=1)]
     max_bad_rows: Share
-    show_tokens: Natural
+    train_on: Literal["targets", "all"]
     cache_dir: str
     seed: Natural

@@ -18,7 +18,10 @@ from urllib.parse import quote
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.markup import escape as escape_markup
+from rich.table import Table
 
+from launch.settings import read_saved
 from training.metrics import MetricName, clock
 from utils import REPO, SIDES, UserError, console, flat, html_page, write_text, written
 
@@ -32,10 +35,16 @@ FIGURE_NAMES = {  # of summary.json, in order; a run has those that apply to it
     "toy_score_after": "toy score after",
     "win_rate": "win rate against the start",
     "feature_drift": "feature drift",
+    "l0": "L0, active latents a token",
+    "fvu": "FVU, attention sinks apart",
+    "ce_recovered": "cross-entropy recovered, share",
+    "dead": "dead latents, share",
+    "left_out": "tokens left out, share",
     "kl": "KL to the reference, nats a completion",
     "seconds": "seconds",
     "peak_rss_mb": "peak memory, MB",
 }
+SAE_FIGURES = ("l0", "fvu", "ce_recovered", "dead", "left_out")  # of loss=sae; of several layers `layer_<n>/l0`, ...
 # Titles and notes of the charts, in their order on the page. A metric that is not here has a chart too, under its own
 # name: first those that belong to data, then the rest.
 CHARTS = {
@@ -51,6 +60,7 @@ CHARTS = {
     "sae/fvu": ("FVU", "squared error over the variance"),
     "sae/dead": ("Dead latents", "share of all latents"),
     "sae/ce_recovered": ("Cross-entropy recovered", "share of what zeroing the layer costs"),
+    "sae/left_out": ("Tokens left out", "share of the text tokens: attention sinks, first tokens without BOS"),
     "sae/ce": ("Cross-entropy", "nats a token: the layer as it is, reconstructed, zeroed"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "lr": ("Learning rate", ""),
@@ -59,7 +69,7 @@ CHARTS = {
     "peak_memory_gb": ("Peak memory", "GB, of the fullest rank"),
     "mfu": ("MFU", "share of the GPUs' arithmetic"),
 }
-SHARES = ("accuracies", "dead", "ce_recovered", "mfu")  # shown from 0 to 100 %
+SHARES = ("accuracies", "dead", "ce_recovered", "left_out", "mfu")  # shown from 0 to 100 %
 CURVES_TOGETHER = {"chosen": "", "rejected": "", "ce_clean": "ce", "ce_sae": "ce", "ce_zero": "ce"}  # in one chart
 UNDRAWN = ("step", "examples", "seconds")
 OUTCOME = ("loss", "logps/accuracies", "rewards/accuracies", "sae/fvu")  # the first sentence has those that are there
@@ -93,6 +103,35 @@ def write_run_page(folder: Path) -> Path:
     page = folder / "report.html"
     write_text(page, run_page(folder, lines))
     return page
+
+
+def show_summary(folder: Path, *, finished_before: bool = False) -> None:
+    """Complete the page of a finished run, and print its figures and the names of the files that it wrote.
+
+    Raises UserError where summary.json cannot be read.
+    """
+    figures = json_of(folder / "summary.json")
+    if not isinstance(figures, dict):
+        raise UserError(f"{folder / 'summary.json'}: cannot be read; remove it, and the same command makes it again")
+    page = write_run_page(folder)
+    if finished_before:
+        console.print(f"{folder} is finished; resume=never starts over and replaces it", markup=False)
+    table = Table("figure", "value", title=escape_markup(folder.name))
+    for last, name in FIGURE_NAMES.items():
+        for key in (key for key in figures if key.rpartition("/")[2] == last):
+            value = f"{figures[key]:.4g}"
+            if key == "win_rate":
+                value += f" (95 % interval {figures['win_rate_low']:.4g} to {figures['win_rate_high']:.4g})"
+            layer = key.rpartition("/")[0].replace("_", " ")  # of several
+            table.add_row(", ".join(filter(None, [name, layer])), value)
+    console.print(table)
+    saes = list((folder / "LATEST").glob("layer_*"))
+    holds = "the SAEs" if saes else "policy.pt and Hub format"
+    console.print(f"{folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
+    if saes:
+        one = " ++sae.layer=N" if len(saes) > 1 else ""
+        console.print(f"loss=fpo on the same model reads it with ++sae.path={folder}{one}", markup=False)
+    console.print(f"curves, completions and settings, to look at in a browser: {page}", markup=False)
 
 
 def read_lines(path: Path) -> Lines:
@@ -140,12 +179,8 @@ def json_of(path: Path) -> Any:
 
 def config_of(folder: Path) -> DictConfig:
     """The run's saved configuration; empty where there is none."""
-    try:
-        config = OmegaConf.load(folder / "config.yaml")
-    except OSError:
-        return OmegaConf.create()
-    assert isinstance(config, DictConfig)
-    return config
+    file = folder / "config.yaml"
+    return read_saved(file) if file.is_file() else OmegaConf.create()
 
 
 # ---------------------------------------------------------------------------------------------------- the curves
@@ -259,7 +294,7 @@ def facts_table(lines: Lines, summary: dict[str, Any]) -> str:
     """Figures of the whole run, beside those of its evaluations."""
     paced = [line for line in lines if "tokens_per_second" in line and "seconds" in line]
     seconds = sum(line["seconds"] for line in paced)
-    evaluated = ("loss_before", "loss_after", "accuracy_before", "accuracy_after", "feature_drift")
+    evaluated = ("loss_before", "loss_after", "accuracy_before", "accuracy_after", "feature_drift", *SAE_FIGURES)
     facts = {}
     for key, name in FIGURE_NAMES.items():
         if key in summary and key not in evaluated:

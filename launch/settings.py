@@ -5,6 +5,7 @@ All that can be found wrong without reading a weight is found here, and said at 
 
 import contextlib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
+from yaml import YAMLError
 
 import dataloader
 import models
@@ -27,7 +29,7 @@ from autoencoders.settings import SAESection
 from data import tokenise
 from data.settings import DataSettings
 from modeling.weights import find_weights
-from models import CONFIG_FILES, fetch, load_config
+from models import CONFIG_FILES, fetch, load_config, load_generation_config
 from sampling.settings import SamplingSettings
 from training import loop
 from training.metrics import check_trackers
@@ -156,8 +158,14 @@ def any_model(source: str) -> list[str]:
 
 
 def translate_arguments(arguments: Sequence[str]) -> list[str]:
-    """`translate_argument` of each."""
-    return [translated for argument in arguments for translated in translate_argument(argument)]
+    """`translate_argument` of each. With another `sae.path` the model's own YAML of an SAE says nothing about layer,
+    hook and format any more: the file does, or the YAML that `sae=` names."""
+    translated = [found for argument in arguments for found in translate_argument(argument)]
+    given = {argument.lstrip("+").partition("=")[0] for argument in translated}
+    unsaid = {"name": "null", "format": "auto", "layer": "null", "hook": "null"}
+    if "sae.path" in given and not given & {"sae", "~sae"}:
+        translated += [f"++sae.{key}={value}" for key, value in unsaid.items() if f"sae.{key}" not in given]
+    return translated
 
 
 def checked_arguments(arguments: Sequence[str]) -> list[str]:
@@ -283,14 +291,31 @@ def completed(saved: DictConfig) -> DictConfig:
     return merged
 
 
+def as_text(values: Any) -> Any:
+    """Nested values in which `${...}` is text. What was saved refers to nothing: not to other keys, which were resolved
+    before, and not to the environment, whose secrets are nobody's who wrote the file."""
+    if isinstance(values, dict):
+        return {key: as_text(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [as_text(value) for value in values]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", values) if isinstance(values, str) else values
+
+
+def read_saved(file: Path) -> DictConfig:
+    """A configuration from a file, as data (`as_text`). Raises UserError where there is none in it."""
+    try:
+        loaded = OmegaConf.load(file)
+        values = as_text(OmegaConf.to_container(loaded))
+        assert isinstance(values, dict) and values.keys() & Config.model_fields.keys(), "it has no key of one"
+        return OmegaConf.create(values)
+    except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{file}: not a configuration ({' '.join(str(error).split())})") from error
+
+
 def saved_config(run: Path) -> Config | None:
     """The configuration that a run directory was last started with; None where there is none."""
     file = run / "config.yaml"
-    if not file.is_file():
-        return None
-    saved = OmegaConf.load(file)
-    assert isinstance(saved, DictConfig)
-    return typed(completed(saved))
+    return typed(completed(read_saved(file))) if file.is_file() else None
 
 
 def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Config, RunClasses]:
@@ -318,6 +343,11 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
         problems.expect(not missing, f"model.{key} needs the package {package}: pip install -e '.[peft]'")
     problems.expect(
         config.model.use_peft or not config.model.load_in_4bit, "model.load_in_4bit needs model.use_peft=true as well"
+    )
+    takes = "train_on" in inspect.signature(classes.loader.records).parameters
+    problems.expect(
+        takes or config.train_on == "targets",
+        f"train_on={config.train_on}: loss={config.loss.name} does not read single completions, as sft and sae do",
     )
     with problems.collected():
         check_trackers(config.log_to)
@@ -415,6 +445,8 @@ def find_paths(config: Config, needs: frozenset[str]) -> RunPaths:
         with problems.collected():
             find_weights(model.load_from)
     if found["model"] is not None:
+        with problems.collected():
+            load_generation_config(found["model"])
         with problems.collected():
             layers = load_config(found["model"]).get_text_config().num_hidden_layers
             for sae in saes:

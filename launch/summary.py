@@ -1,22 +1,19 @@
-"""The figures that a run ends with: `summary.json` and a table."""
+"""The figures that a run ends with: `summary.json`."""
 
 import json
 import math
 import resource
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-from rich.table import Table
 
 from data import toy
 from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
 from launch.completions import draw, prompts_of, write_completions
-from launch.report import FIGURE_NAMES, write_run_page
+from launch.report import SAE_FIGURES
 from launch.settings import Config
 from sampling.diversity import log_likelihoods
 from sampling.generate import Decoding, Request, Sample
@@ -24,38 +21,25 @@ from training.loop import BasicTrainer
 from utils import console, write_json
 
 
-def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, started: float) -> None:
-    """Write summary.json and print it, with the names of the files that the run wrote; complete the run page."""
-    run = trainer.run
+def write_summary(trainer: BasicTrainer, config: Config, start_weights: Path) -> None:
+    """Write summary.json, a run's last file but for its page."""
+    trainer.stop_if_asked()
     write_completions(trainer, config, "after")
-    figures = from_metrics(run.folder / "metrics.jsonl")
+    figures = from_metrics(trainer.run.folder / "metrics.jsonl")
     if config.toy_comparison:
+        trainer.stop_if_asked()
         figures |= against_start(trainer, config, start_weights)
-    figures["seconds"] = time.monotonic() - started
+    figures["seconds"] = trainer.seconds()
     figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if parallel.rank() != 0:
-        return
-    write_json(run.folder / "summary.json", figures)
-    page = write_run_page(run.folder)
-
-    table = Table("figure", "value", title=str(config.exp_name))
-    for key, name in FIGURE_NAMES.items():
-        if key in figures:
-            value = f"{figures[key]:.4g}"
-            if key == "win_rate":
-                value += f" (95 % interval {figures['win_rate_low']:.4g} to {figures['win_rate_high']:.4g})"
-            table.add_row(name, value)
-    console.print(table)
-    latest = run.folder / "LATEST"
-    holds = "policy.pt and Hub format" if (latest / "policy.pt").is_file() else "the SAEs"
-    console.print(f"{run.folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
-    console.print(f"curves, completions and settings, to look at in a browser: {page}")
-    if learnt_little(evaluations_in(run.folder / "metrics.jsonl"), len(trainer.loaders["eval"].used())):
-        console.print(
-            "The held-out loss and accuracies moved less than noise: this run learnt next to nothing. "
-            f"What matters most is lr (here {config.lr:g}) and how much it trains on (n_epochs, n_examples).",
-            style="yellow",
-        )
+    if parallel.rank() == 0:
+        write_json(trainer.run.folder / "summary.json", figures)
+        evaluations = evaluations_in(trainer.run.folder / "metrics.jsonl")
+        if learnt_little(evaluations, len(trainer.loaders["eval"].used())):
+            console.print(
+                "The held-out loss and accuracies moved less than noise: this run learnt next to nothing. "
+                f"What matters most is lr (here {config.lr:g}) and how much it trains on (n_epochs, n_examples).",
+                style="yellow",
+            )
 
 
 def evaluations_in(path: Path) -> list[dict[str, float]]:
@@ -79,8 +63,8 @@ def learnt_little(evaluations: Sequence[dict[str, float]], records: int) -> bool
 
 
 def from_metrics(path: Path) -> dict[str, float]:
-    """What the first and the last evaluation say. Accuracy: the share of pairs whose chosen completion the policy
-    itself finds likelier per token. Drift: the mean over chosen and rejected completions."""
+    """What the first and the last evaluation say; of SAEs, the last. Accuracy: the share of pairs whose chosen
+    completion the policy itself finds likelier per token. Drift: the mean over chosen and rejected completions."""
     evaluations = evaluations_in(path)
     if not evaluations:
         return {}
@@ -94,6 +78,11 @@ def from_metrics(path: Path) -> dict[str, float]:
     drifts = [value for key, value in evaluations[-1].items() if key.startswith("feature_drift_eval/")]
     if drifts:
         figures["feature_drift"] = sum(drifts) / len(drifts)
+    of_saes = {
+        key.removeprefix("sae_eval/"): value for key, value in evaluations[-1].items() if key.startswith("sae_eval/")
+    }
+    if len(of_saes) > 1:  # FPO has one: the share of tokens left out
+        figures |= {key: value for key, value in of_saes.items() if key.rpartition("/")[2] in SAE_FIGURES}
     return figures
 
 

@@ -19,7 +19,7 @@ import dataloader
 from sampling.backends import Backend
 from sampling.generate import Decoding, Request, Sample
 from sampling.settings import SamplingSettings
-from utils import Message, UserError, fingerprint, progress_bar
+from utils import Message, UserError, fingerprint, open_in_place, progress_bar
 
 Key = tuple[int, int, int]  # prompt, draw, turn
 
@@ -96,7 +96,7 @@ class SampleLog:
         self.path = path
         self.samples: dict[Key, Sample] = {}
         self.sampled_at = datetime.now().astimezone().isoformat(timespec="seconds")
-        self.file: TextIO = (path if writes else Path(os.devnull)).open("a")
+        self.file: TextIO = open_in_place(path if writes else Path(os.devnull))
         try:
             if writes:  # closing the file, or the end of the process, unlocks it
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)

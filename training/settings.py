@@ -39,6 +39,7 @@ class TrainingSettings(DataSettings):
     resume: Literal["auto", "never"]
     n_epochs: Count | None
     n_examples: Count | None
+    show_tokens: Natural
     optimizer: str
     optimizer_options: dict[str, Any]
     lr: NonNegative | None
