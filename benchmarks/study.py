@@ -388,10 +388,6 @@ class Study:
     def dtype(self) -> str:
         return str(self.results()["machine"]["dtype"])
 
-    def sae(self, layer: int) -> Path:
-        (found,) = (self.folder / "saes" / "LATEST").glob(f"layer_{layer}/*/*/params.npz")
-        return found
-
     def limits(self) -> list[str]:
         """What all runs on pairs have in common."""
         scale = self.scale
@@ -434,7 +430,7 @@ class Study:
         own += [f"n_eval_examples={scale.batch_size}"]  # what is reported is measured by a job of its own
         if variant.is_fpo:
             layer = scale.layers[-1] if variant.layer is None else variant.layer
-            own += [f"++sae.path={self.sae(layer)}", f"++sae.layer={layer}", f"loss.beta={setting.beta:g}"]
+            own += [f"++sae.path={self.folder / 'saes'}", f"++sae.layer={layer}", f"loss.beta={setting.beta:g}"]
             own += [] if variant.alpha is None else [f"loss.alpha={variant.alpha:g}"]
         return [*found, *own]
 

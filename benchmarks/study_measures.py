@@ -25,7 +25,7 @@ from distributed import parallel
 from launch import assembly, settings
 from launch.settings import Config
 from modeling.weights import find_weights
-from sae import SAE, drift_by_feature, pooled_features
+from sae import SAE, attention_sinks, drift_by_feature, pooled_features
 from sampling import diversity, samples
 from sampling.backends import TransformersBackend
 from training.checkpoint import Run
@@ -151,7 +151,7 @@ def measure_pairs(study: "Study", file: Path, run: Path) -> dict[str, list[float
 def measure(study: "Study", file: Path, run: Path | None, reward_model: Path | None) -> dict[str, Any]:
     """Figures of a run's policy (None: the start): `pairs` and `samples`, per prompt, and `saes`, by layer."""
     scale = study.scale
-    saes = [f"++sae.parts.layer_{n}.path={study.sae(n)}" for n in scale.layers]
+    saes = [f"++sae.parts.layer_{n}.path={study.folder / 'saes'}" for n in scale.layers]
     saes += [f"++sae.parts.layer_{n}.layer={n}" for n in scale.layers]
     drawn = [f"n_samples={scale.prompts}", f"samples={scale.draws}", f"max_new_tokens={scale.new_tokens}"]
     drawn += ["temperature=1.0", "top_p=1.0", "top_k=0"]  # the policy's own distribution
@@ -168,7 +168,7 @@ def measure(study: "Study", file: Path, run: Path | None, reward_model: Path | N
             scale.layers, rebuilt, scores.residual.split(widths, 1), batch.reference["features"].split(latents, 1)
         )
         for layer, own, x, before in parts:
-            own.add(x)
+            own.add(x[~attention_sinks(x, batch.content_lengths)])
             pooled = pooled_features(own.sae, x, batch.content_lengths)
             drift = drift_by_feature(own.sae, pooled, before, **DRIFT).sum(1).unflatten(0, (2, -1))
             figures |= {f"drift_{layer}_{side}": value for side, value in zip(("chosen", "rejected"), drift)}
