@@ -417,9 +417,14 @@ class DataSource:
 
     def check(self) -> None:
         """Raises UserError when there is no such data set, or no such file."""
-        known = sorted(named_loaders())
-        if self.is_file and not Path(self.entry).expanduser().is_file():
-            raise UserError(f"The data file {self.entry} does not exist (looked for from {Path.cwd()})")
+        known, path = sorted(named_loaders()), Path(self.entry)
+        if self.is_file and path.is_dir():
+            raise UserError(f"The data set {self.entry} is a folder; name a file ({', '.join(SUFFIXES)})")
+        if self.is_file and not path.is_file():
+            raise UserError(
+                f"The data set {self.entry} is no file here (looked for from {Path.cwd()}); "
+                f"of the Hub's only these are known, by name: {', '.join(known)}"
+            )
         if self.is_file and not self.entry.endswith(SUFFIXES):
             raise UserError(f"The data file {self.entry} is of no known kind; known are {', '.join(SUFFIXES)}")
         if not self.is_file and self.entry not in known:
@@ -432,7 +437,7 @@ class DataSource:
         """The examples. A `get_<name>` function is given the configuration keys that its parameters name."""
         self.check()
         if self.is_file:
-            data = read_file(Path(self.entry).expanduser())
+            data = read_file(Path(self.entry))
         else:
             loader = named_loaders()[self.entry]
             data = loader(self.split, **_named_by(loader, dict(settings)))
@@ -464,6 +469,8 @@ def sources(settings: DataSettings, split_name: str) -> list[DataSource]:
 def check_datasets(settings: DataSettings) -> None:
     """Raises UserError for a data set that does not exist, before any is loaded; warns when tests see training rows."""
     train, test = sources(settings, "train"), sources(settings, "test")
+    if not train:
+        raise UserError(f"datasets is empty; known are {', '.join(sorted(named_loaders()))}, and the paths of files")
     for source in [*train, *test]:
         source.check()
     for source in test:

@@ -15,7 +15,7 @@ import pyarrow
 from huggingface_hub import snapshot_download
 from pyarrow import parquet
 
-from utils import Message, UserError, console
+from utils import Message, UserError, console, json_lines
 
 ROLES = ("system", "user", "assistant")
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
@@ -109,15 +109,7 @@ def _parse(file: Path) -> Iterator[tuple[str, Any]]:
             if is_list:
                 yield from ((f"{file} row {n}", row) for n, row in enumerate(json.load(stream), 1))
             else:
-                yield from ((f"{file}:{n}", _json(line)) for n, line in enumerate(stream, 1) if line.strip())
-
-
-def _json(line: bytes) -> Any:
-    """The value on one line, or None if it is not JSON."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+                yield from ((f"{file}:{n}", row) for n, row in json_lines(stream))
 
 
 def value_of(row: dict[str, Any], name: str) -> Any:
@@ -222,7 +214,7 @@ def hub_files(repo: str, patterns: Sequence[str], split: str, data_dir: str | No
                 "Log in with `hf auth login` if it asks for that, or point data_dir at a folder with a local copy."
             ) from error
     else:
-        base = Path(data_dir).expanduser()
+        base = Path(data_dir)
         tried = [base / repo, base / repo.split("/")[1], *([base / folder] if folder else []), base]
         copies = [folder for folder in tried if any(list(folder.glob(pattern)) for pattern in any_split)]
         if not copies:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from utils import Natural, Settings, Share
+from utils import Natural, PathName, Settings, Share
 
 
 class TemplateSettings(Settings):
@@ -20,12 +20,12 @@ class TemplateSettings(Settings):
 class DataSettings(TemplateSettings):
     """Which data is read, and which part of it."""
 
-    datasets: str | list[str]
-    eval_datasets: str | list[str] | None
-    data_dir: str | None
+    datasets: PathName | list[PathName]
+    eval_datasets: PathName | list[PathName] | None
+    data_dir: PathName | None
     train_split: str
     eval_split: str
     held_out: Annotated[float, Field(gt=0, lt=1)]
     max_bad_rows: Share
-    cache_dir: str
+    cache_dir: PathName
     seed: Natural

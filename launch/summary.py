@@ -14,7 +14,7 @@ from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
 from launch.completions import draw, prompts_of, write_completions
-from launch.report import FIGURE_NAMES, write_run_page
+from launch.report import FIGURE_NAMES, read_lines, write_run_page
 from launch.settings import Config
 from sampling.diversity import log_likelihoods
 from sampling.generate import Decoding, Request, Sample
@@ -53,8 +53,7 @@ def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, starte
 def from_metrics(path: Path) -> dict[str, float]:
     """What the first and the last evaluation say. Accuracy: the share of pairs whose chosen completion the policy
     itself finds likelier per token. Drift: the mean over chosen and rejected completions."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    evaluations = [line for line in lines if "loss/eval" in line]
+    evaluations = [line for line in read_lines(path) if "loss/eval" in line]
     if not evaluations:
         return {}
     figures = {"loss_after": evaluations[-1]["loss/eval"]}

@@ -196,7 +196,7 @@ def test_the_key_is_never_printed_or_saved(
         run(samples, server, "-j", "another")
     out, err = capfd.readouterr()
     assert "bad key [key]" in out
-    assert "6 requests to the judge failed in a row" in err
+    assert "6 requests failed in a row" in err
     written = [out, err, *(path.read_text() for path in tmp_path.iterdir())]
     assert len(written) == 6
     assert not any(KEY in text for text in written)
@@ -732,7 +732,7 @@ def test_the_page_is_complete_and_loads_nothing(tmp_path: Path, server: FakeServ
     hostile = "</script><script>alert('good')</script> {{data}} <b>&amp;"
     samples = [{"messages": [{"role": "user", "content": hostile}], "policy": hostile, "chosen": "bad \u2028"}]
     path.write_text(json.dumps({"config": {"exp_name": "<i>run"}, "samples": samples}))
-    server.rule = lambda _: completion(f"Response 1 {hostile}")
+    server.rule = lambda _: completion(f"Response 1\n\n{hostile}")
     run(path, server, "-ck", "policy", "--both_orders")
     page = (tmp_path / "results.html").read_text()
     assert page.count("<script") == page.count("</script>") == 2  # the data, the code

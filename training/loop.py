@@ -254,7 +254,7 @@ class BasicTrainer:
         config, loader = self.config, self.loaders["train"]
         step, saved, flops = start, False, Flops.of(self.policy)
         means, pace, lines = MetricAccumulator(), ThroughputMeter(flops), StepLines(len(loader), step, self.headline)
-        with StopRequest() as stop, progress_bar("training", len(loader), step) as advance:
+        with StopRequest() as stop, progress_bar("training", len(loader), step, in_log=False) as advance:
             for micro_batches in self.steps("train", start):
                 if number := stop.on_any_rank():
                     self.stop(number, step, examples, saved=saved or step == start)

@@ -1,7 +1,6 @@
 """Metrics: averaged over steps, written to metrics.jsonl and to trackers, shown on the terminal."""
 
 import importlib.util
-import json
 import netrc
 import os
 import re
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from distributed import parallel
 from training.settings import TrainingSettings
-from utils import SIDES, UserError, console
+from utils import SIDES, UserError, console, write_json_lines
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -135,7 +134,7 @@ class MetricsLog:
         self.file, self.trackers = None, []
         if parallel.rank() == 0:
             path = folder / "metrics.jsonl"
-            self.file = path.open("a")
+            self.file = path.open("ab")
             os.truncate(path, size)
             self.file.seek(size)
             self.trackers = [TRACKERS[name](folder, config, step) for name in config.log_to]
@@ -144,8 +143,7 @@ class MetricsLog:
         """On rank 0; the others have nothing to write."""
         if self.file is None:
             return
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        write_json_lines(self.file, values)
         for tracker in self.trackers:
             tracker.log(values, step=values["step"])
 
