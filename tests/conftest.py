@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forks import Fork
+from hypothesis import settings
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from data import batch as batches
@@ -30,6 +31,8 @@ HH_100 = REPO / "tests" / "data" / "hh-100"
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 gc.set_threshold(100_000)  # as the commands do
+# A hypothesis test of this many random inputs; FPO_FUZZ=50000 tries more (docs/dev/testing.md).
+fuzzed = settings(max_examples=int(os.environ.get("FPO_FUZZ", "1000")), deadline=None)
 
 
 def tiny_gemma(seed: int = 0) -> Gemma2ForCausalLM:
