@@ -49,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         template = load_template(args)
         complete_settings(args, template)
-        check_places(args)
         compare(args, template)
     except (UserError, OSError) as error:
         error_console.print(str(error))
@@ -61,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare(args: argparse.Namespace, template: PromptTemplate) -> None:
     """Judge the answers, append the results to the results file, write the page, and print the results."""
+    check_places(args)
     if template.responses == 1:
         grade_answers(args, template)
     else:

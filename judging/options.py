@@ -124,7 +124,7 @@ def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
 def add_cost_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "cost and speed",
-        "Every reply is saved in <results_file>.verdicts.jsonl: a rerun sends only the\nmissing requests.",
+        "Every reply is saved beside the results, in <results>.verdicts.jsonl: a rerun\nsends only the missing requests.",
     ).add_argument
     add(
         "--dry_run",
@@ -171,7 +171,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         default=results,
         help="JSONL file to append the results to (default: %(default)s)",
     )
-    add("--page", **A_FILE, help="HTML page of results and verdicts (default: <results_file>.html)")
+    add("--page", **A_FILE, help="HTML page of results and verdicts (default: <results>.html)")
     add(
         "--official_lc",
         "--official-lc",

@@ -466,7 +466,8 @@ def test_a_file_without_a_usable_row_is_one_clear_error(tmp_path: Path, name: st
 def test_data_sets_are_checked_before_any_is_loaded(tmp_path: Path) -> None:
     for entry, message in {
         "ultrabim": "did you mean 'ultrabin'",
-        "missing/file.jsonl": "missing/file.jsonl does not exist",
+        "missing/file.jsonl": "missing/file.jsonl is no file here",
+        "./": "./ is a folder; name a file",
         str(Path(__file__)): "of no known kind; known are .json",
     }.items():
         for key in ("datasets", "eval_datasets"):

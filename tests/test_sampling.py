@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -22,8 +23,8 @@ from launch import settings
 from launch.policies import read_config
 from sampling import samples
 from sampling.backends import LocalPrompts, VLLMBackend
-from sampling.generate import Decoding, DrawTokens, Request, sample
-from utils import UserError
+from sampling.generate import Decoding, DrawTokens, Request, Sample, finished, sample
+from utils import UserError, flat
 
 TINY = REPO / "assets/tiny"
 FEW_ROWS = {"toy": {"test": 200}}  # all 2,000 take long to make
@@ -162,6 +163,32 @@ def test_stop_texts_end_a_completion(tiny):
         )
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "count"),
+    [
+        ("<s>", "dog cat", 3),
+        ("cat<s>", "dog", 3),
+        ("<s>!", "dog cat", 4),
+        ("at", "dog c", 2),
+        ("<s>?", "dog cat!", None),
+        ("catx", "dog cat!", None),
+    ],
+)
+def test_stop_texts_with_special_tokens(stop, text, count):
+    """Generation ends at them, and so do the tokens; the text does not show them."""
+
+    class Words:
+        words = ("", "", "<s>", "dog ", "cat", "!")
+        all_special_tokens: ClassVar = ["<s>"]
+
+        def decode(self, ids, skip_special_tokens):
+            return "".join(self.words[i] for i in ids if not (skip_special_tokens and i == 2))
+
+    ids = [3, 4, 2, 5]
+    drawn = finished([*ids, 0, 0], Words(), [1], Decoding(6, 0, stop=(stop,)))
+    assert drawn == Sample(text, [*ids, 0, 0] if count is None else ids[:count], "stop" if count else "length")
+
+
 def test_a_sample_that_is_cut_says_so(tiny):
     drawn = sample(*tiny, requests(tiny[1], TOY, 0.0), Decoding(3, 0), batch_size=24)
     assert {s.finish_reason for s in drawn} == {"length"} and all(len(s.ids) == 3 for s in drawn)
@@ -260,6 +287,83 @@ def test_killed_and_run_again_equals_uninterrupted(tmp_path, monkeypatch):
     assert len(drawn) == 14 and not partial.exists()
     assert resumed["sampled_at"] == json.loads(kept.splitlines()[0])["sampled_at"]
     assert resumed["samples"] == write(tmp_path / "whole", "++model.eval_batch_size=7")["samples"]
+
+
+ONE = {(0, 0, 0): samples.Sample("text", [1], "stop")}
+
+
+def opened(target, identity):
+    with samples.sample_log(target, identity) as log:
+        return log
+
+
+@pytest.mark.parametrize("content", [{"figure": 1}, {"sampling": {"a": 1}, "sampled_at": "now", "samples": []}])
+def test_killed_between_the_file_and_its_log(tmp_path, monkeypatch, content):
+    """The file is there, whole: what is left of the log is in nobody's way, whatever the next command draws."""
+    target, partial = tmp_path / "a.json", tmp_path / "a.json.partial.jsonl"
+    with samples.sample_log(target, {"a": 1}) as log:
+        log.add(ONE)
+        with monkeypatch.context() as killed:
+            killed.setattr(type(partial), "unlink", lambda _: None)
+            log.publish(content)
+    left = partial.read_bytes()
+    assert json.loads(target.read_text()) == content
+    for identity in ({"a": 1}, {"a": 2}):
+        partial.write_bytes(left)
+        log = opened(target, identity)
+        assert not log.samples and log.finished == (content.get("sampling") == identity)
+        assert not partial.exists()
+
+
+def test_killed_before_the_file(tmp_path, monkeypatch):
+    """All samples are in the log; an older file stands where the new one was to be."""
+    target = tmp_path / "a.json"
+    target.write_text('{"sampling": {"a": 0}}')
+    monkeypatch.setattr(samples, "write_text", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit), samples.sample_log(target, {"a": 1}) as log:
+        log.add(ONE)
+        log.publish({})
+    assert opened(target, {"a": 1}).samples == ONE
+    with pytest.raises(UserError, match="a: 1 there, 2 now"):
+        opened(target, {"a": 2})
+    assert opened(target, {"a": 0} | {"a": 1}).samples == ONE  # the refusal changed nothing
+
+
+def test_a_finished_file_does_not_touch_the_log_of_another_setting(tmp_path):
+    target = tmp_path / "a.json"
+    with samples.sample_log(target, {"a": 2}) as log:
+        log.add(ONE)
+    target.write_text(json.dumps({"sampling": {"a": 1, "samples": 1}, "sampled_at": "now", "samples": []}))
+    assert opened(target, {"a": 1, "samples": 1}).finished
+    assert opened(target, {"a": 2}).samples == ONE
+
+
+def test_a_command_that_draws_nothing_leaves_nothing(tmp_path):
+    opened(tmp_path / "a.json", {})
+    with pytest.raises(UserError, match="vLLM is not installed"):
+        write(tmp_path, "++backend=vllm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_place_of_the_benchmarks_file_is_tried_first(tmp_path):
+    (tmp_path / "alpaca_eval").write_text("")
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror/alpaca_eval.json").write_text('[{"instruction": "Hi", "output": "Ho"}]')
+    with pytest.raises(UserError, match=r"cannot write .*alpaca_eval/tiny/model_outputs.json"):
+        write(tmp_path, "++mode=alpacaeval", f"data_dir={tmp_path}/mirror")
+
+
+def test_the_home_directory_in_every_key_that_is_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ["cache_dir", "data_dir", "samples_dir", "compare_to", "model.name_or_path", "model.load_from"]
+    paths += ["model.tokenizer_name_or_path", "model.reference_path", "sae.path", "probe"]
+    overrides = [f'++{key}="~/x"' for key in paths] + ['datasets=["~/a.jsonl"]', 'eval_datasets="~/b.jsonl"']
+    values = flat(settings.typed(read_config(TINY, overrides)).model_dump())
+    assert {values[key] for key in paths} == {"/home/me/x"}
+    assert (values["datasets"], values["eval_datasets"]) == (["/home/me/a.jsonl"], "/home/me/b.jsonl")
+    (data,) = dataloader.sources(settings.typed(read_config(TINY, overrides)), "test")
+    with pytest.raises(UserError, match=r"The data set /home/me/b.jsonl is no file here"):
+        data.check()
 
 
 def test_two_processes_do_not_share_a_file(tmp_path):
