@@ -47,7 +47,7 @@ from data.rows import (
     value_of,
 )
 from data.settings import DataSettings
-from utils import Message, Share, UserError, atomic_write, console, digest_of, fingerprint, suggest
+from utils import Message, Share, UserError, as_json, atomic_write, console, digest_of, fingerprint, suggest
 
 FILE_LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
 hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
@@ -569,7 +569,7 @@ def _write_tokens(
             bad["tokenising"] = {}
             for source, reason in left_out:
                 bad["tokenising"].setdefault(reason, []).append(source)
-            (part / "report.json").write_text(json.dumps(bad, indent=2, ensure_ascii=False) + "\n")
+            (part / "report.json").write_text(as_json(bad, indent=2) + "\n")
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those mean that another run has written the same
             raise

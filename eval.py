@@ -55,8 +55,8 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     name = config.exp_name if config.mode == "sample" else f"{config.exp_name}-{config.mode}"
     target = Path(config.samples_dir) / f"{name}.json"
     handed = benchmark_files.path_of(config.mode, config.exp_name, target.parent)
-    if writes and handed:
-        require_writable(handed)
+    if writes:
+        require_writable(*filter(None, (target, handed)))
     identity = samples.identity_of(config, decoding, records, weights)
     with samples.sample_log(target, identity, writes) as log:
         if log.finished:

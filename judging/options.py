@@ -124,7 +124,7 @@ def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
 def add_cost_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "cost and speed",
-        "Every reply is saved beside the results, in <results>.verdicts.jsonl: a rerun\nsends only the missing requests.",
+        "Every reply is saved in <results>.verdicts.jsonl: a rerun sends only the\nmissing requests.",
     ).add_argument
     add(
         "--dry_run",

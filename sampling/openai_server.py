@@ -30,8 +30,8 @@ TIMED_OUT = (408, 504, 524)  # a gateway no longer waits for the server, which m
 WORDS = ("error", "errors", "message", "detail", "msg", "metadata", "raw")  # where a server says what is wrong
 MOST_WORDS = 500  # characters of it
 REFUSES = re.compile(
-    r"not? (?:longer )?(?:support|permit|allow|accept)|unsupported|unrecogni[sz]ed|unknown|unexpected|extra|deprecated"
-    r"|cannot both|only the default"
+    r"not? (?:longer )?(?:support|permit|allow|accept|recogni[sz])|unsupported|unrecogni[sz]ed|unknown|unexpected|extra"
+    r"|deprecated|cannot both|only the default|(?:invalid|not a valid) (?:parameter|argument|field)"
 )
 CUT = ("length", "max_tokens", "max_output_tokens", "max_completion_tokens", "token_limit")
 WITHHELD = ("content_filter", "safety", "recitation", "blocklist", "prohibited_content", "refusal", "sensitive")

@@ -176,6 +176,7 @@ REFUSALS = [
     ("temperature", 400, {"error": {"message": "Unsupported value: 'temperature' does not support 0.5."}}),
     ("max_tokens", 400, {"error": {"message": "Unsupported parameter: 'max_tokens' is not supported here."}}),
     ("stop", 400, {"detail": "Unknown parameter: stop"}),
+    ("seed", 400, {"error": "Invalid parameter: seed"}),
     ("top_k", 422, {"detail": [{"loc": ["body", "top_k"], "msg": "extra fields not permitted"}]}),
     ("top_k", 200, {"error": {"message": "unexpected keyword top_k", "code": 400}}),
 ]  # fmt: skip
