@@ -15,7 +15,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice, pairwise
@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 
 import datasets as hf_datasets
 import numpy as np
-import pyarrow
 import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -522,8 +521,9 @@ def load_tokens(
     They are kept in <cache_dir>/.cache/tokens and found there by the next run.
     """
     records: list[dict[str, Any]] = []
-    bad: dict[str, dict[str, list[str]]] = {}
-    arguments = {**_named_by(loader_class.records, {"seed": settings.seed}), **(options or {})}
+    bad: dict[str, Any] = {}  # by data set
+    named = {"seed": settings.seed, "train_on": settings.train_on}
+    arguments = {**_named_by(loader_class.records, named), **(options or {})}
     for data in load_datasets(settings, split_name):
         found = loader_class.records(data, **arguments)
         if not found:
@@ -532,7 +532,7 @@ def load_tokens(
                 f"which {loader_class.__name__} works on"
             )
         records += found
-        bad[data.name] = data.bad.places
+        bad[data.name] = data.bad.report()
 
     template = tokenise.make_template(settings, tokenizer)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
@@ -542,34 +542,40 @@ def load_tokens(
     if path.exists():
         console.print(f"Tokens ({split_name}): found in {path}", markup=False)
     else:
-        left_out: list[tuple[str, str]] = []
-        _write_tokens(path, tokenise.tables(records, tokenizer, template, left_out, **limits), bad, left_out)
-    cut = BadRows(f"tokenising ({split_name})", total=len(records))
-    cut.places = json.loads((path / "report.json").read_text())["tokenising"]
-    cut.check(settings.max_bad_rows)
+        _write_tokens(path, records, tokenizer, template, bad, limits)
+    report = json.loads((path / "report.json").read_text())
+    left_out = BadRows.from_report(f"tokenising ({split_name})", len(records), report["left_out"]["tokenising"])
+    left_out.check(settings.max_bad_rows)
     tokens = hf_datasets.Dataset.from_file(str(path / "tokens.arrow"))
     if not len(tokens):
-        raise UserError(cut.summary())
+        raise UserError(left_out.summary())
+    if report["cut"]:
+        console.print(f"Tokens ({split_name}): {report['cut']}", style="yellow", markup=False)
     return TokenisedData(tokens, name, path)
 
 
 def _write_tokens(
-    path: Path, tables: Iterable[pyarrow.Table], bad: dict[str, dict[str, list[str]]], left_out: list[tuple[str, str]]
+    path: Path,
+    records: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: tokenise.Template,
+    bad: dict[str, Any],
+    limits: dict[str, int],
 ) -> None:
-    """The tokens, a table at a time, and beside them all bad rows by data set and reason."""
+    """The tokens, a table at a time, and beside them a report: all bad rows by data set and reason, and what was
+    cut."""
+    tally = tokenise.Tally()
     try:
         with atomic_write(path) as part:
             part.mkdir()
             with hf_datasets.arrow_writer.ArrowWriter(
                 path=str(part / "tokens.arrow"), features=tokenise.FEATURES
             ) as writer:
-                for table in tables:
+                for table in tokenise.tables(records, tokenizer, template, tally, **limits):
                     writer.write_table(table)
                 writer.finalize()
-            bad["tokenising"] = {}
-            for source, reason in left_out:
-                bad["tokenising"].setdefault(reason, []).append(source)
-            (part / "report.json").write_text(as_json(bad, indent=2) + "\n")
+            report = {"left_out": {**bad, "tokenising": tally.left_out.report()}, "cut": tally.cuts(**limits)}
+            (part / "report.json").write_text(as_json(report, indent=2) + "\n")
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those mean that another run has written the same
             raise
@@ -743,13 +749,15 @@ class MismatchedRecords:
 
 
 class SFTDataLoader(DataLoader):
-    """One completion a record: the demonstration."""
+    """One completion a record: the demonstration, or each that there is."""
 
     needs = "demonstrations"
 
     @staticmethod
-    def records(data: Dataset) -> list[dict[str, Any]]:
-        """A record for each target of each prompt."""
+    def records(data: Dataset, train_on: str = "targets") -> list[dict[str, Any]]:
+        """A record for each target of each prompt, or with train_on="all" for each completion."""
+        if train_on == "all":
+            return [example.record(i) for example in data for i in range(len(example.generations))]
         return [example.record(target) for example in data for target in example.targets()]
 
 

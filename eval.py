@@ -22,9 +22,11 @@ from pathlib import Path
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import dataloader
 import models
+from data import tokenise
 from distributed import parallel
 from features import measure, probe, report
 from launch import assembly, settings
@@ -47,22 +49,23 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     records = samples.records_to_sample(config, every=config.mode != "sample")
     server = backends.ServerBackend(config, len(records)) if config.backend == "openai" else None
     if server:
-        weights = f"{server.model} at {config.base_url}"
+        weights, template = f"{server.model} at {config.base_url}", config.template or "chat"
     else:
         policy = find_policy(path, config, overrides)
         require_language_model(config, policy)
-        weights = policy.digest()
+        tokenizer = models.load_tokenizer(policy.tokenizer)
+        weights, template = policy.digest(), tokenise.template_name(config, tokenizer)
     name = config.exp_name if config.mode == "sample" else f"{config.exp_name}-{config.mode}"
     target = Path(config.samples_dir) / f"{name}.json"
     handed = benchmark_files.path_of(config.mode, config.exp_name, target.parent)
     if writes:
         require_writable(*filter(None, (target, handed)))
-    identity = samples.identity_of(config, decoding, records, weights)
+    identity = samples.identity_of(config, decoding, records, weights, template)
     with samples.sample_log(target, identity, writes) as log:
         if log.finished:
             console.print(f"{target}: these samples are there already; delete the file to draw them again")
             return
-        backend = server or local_backend(config, policy, control)
+        backend = server or local_backend(config, policy, tokenizer, control)
         conversations = samples.converse(config, decoding, records, backend, log)
         if writes and handed:
             benchmark_files.write_benchmark_file(config.mode, handed, config.exp_name, conversations, log.sampled_at)
@@ -91,9 +94,8 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     console.print(f"judge them: python compare.py {judged}{judge}")
 
 
-def local_backend(config: Config, policy: Policy, control: tuple[str, ...]) -> backends.Backend:
+def local_backend(config: Config, policy: Policy, tokenizer: Tokenizer, control: tuple[str, ...]) -> backends.Backend:
     """The back-end that has the policy's weights in this process. Raises UserError where it cannot have them."""
-    tokenizer = models.load_tokenizer(policy.tokenizer)
     if config.backend == "vllm":
         if policy.load_from:
             raise UserError(f"backend=vllm reads the Hub's format: --config-path={policy.load_from}, if it is in it")
@@ -115,7 +117,8 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     values = trainer.evaluate()
     if policy.writes_text(config):
         records = samples.records_to_sample(config)
-        identity = samples.identity_of(config, decoding, records, policy.digest())
+        template = tokenise.template_name(config, trainer.tokenizer)
+        identity = samples.identity_of(config, decoding, records, policy.digest(), template)
         with samples.sample_log(policy.run / "eval.json", identity, parallel.rank() == 0) as log:
             backend = backends.TransformersBackend(config, trainer.policy, trainer.tokenizer, trainer.control_tokens)
             talks = samples.converse(config, decoding, records, backend, log)

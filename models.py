@@ -13,8 +13,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import (
@@ -31,6 +29,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from data.batch import Batch
+from data.hub import download
 from distributed import parallel
 from distributed.sharding import allocate_parameters, backbone
 from modeling.attention import choose, mask_inputs
@@ -218,13 +217,9 @@ def fetch(source: str, patterns: list[str], setting: str) -> Path:
     if (local := resolve_path(source)).is_dir():
         return local
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise UserError(
-            f"{setting}: {source} is not a local path, and it cannot be fetched from the Hub "
-            f"({str(error).splitlines()[0]}). "
-            f"If it is gated or private, run `hf auth login`; offline, point {setting} at a local copy."
-        ) from error
+        return download(source, patterns)
+    except UserError as error:
+        raise UserError(f"{setting}: there is no local directory {source}, and {error}") from error
 
 
 def reference_weights(settings: ModelSettings) -> tuple[Path, str | None]:
@@ -295,7 +290,6 @@ def load_model(
             tokens = model.get_input_embeddings().num_embeddings + new_tokens
             model.resize_token_embeddings(tokens, mean_resizing=False)
     model.tie_weights()
-    model.config.architectures = [type(model).__name__]
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     if shape is not None:

@@ -18,6 +18,7 @@ from utils import UserError, resolve_path
 ENCODE_ELEMENTS = 1 << 24  # feature activations in memory at once while encoding: 64 MiB in fp32
 OTHER_FEATURES = "others"  # an index in feature weights that stands for all features that are not listed
 SHARE_FLOOR = 1e-6  # added to every share in the KL drift, so that it stays finite when a feature becomes inactive
+SINK_NORM = 10.0  # an attention sink's norm is more than this many times the median of its sequence
 
 
 @contextlib.contextmanager
@@ -80,6 +81,10 @@ class SAE(nn.Module):
         """The weight of each member's drift. They sum to 1."""
         return [1.0]
 
+    def vectors(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The vectors [..., d_in] of each member, from x [..., D]."""
+        return x.split([member.d_in for member in self.members], dim=-1)
+
     def encode(self, x: Tensor) -> Tensor:
         """Features [..., F] of vectors x [..., D], in fp32."""
         features = self._jump_relu(x, self.W_enc, self.b_enc, self.threshold)
@@ -139,8 +144,7 @@ class JointSAE(SAE):
         return sum(member.d_sae for member in self.members)
 
     def encode(self, x: Tensor) -> Tensor:
-        vectors = x.split([member.d_in for member in self.members], dim=-1)
-        return torch.cat([member.encode(part) for member, part in zip(self.members, vectors)], dim=-1)
+        return torch.cat([member.encode(part) for member, part in zip(self.members, self.vectors(x))], dim=-1)
 
     def decode(self, features: Tensor) -> Tensor:
         parts = features.split([member.d_sae for member in self.members], dim=-1)
@@ -228,31 +232,72 @@ def active(features: Tensor) -> Tensor:
     return (features > 0).float()
 
 
+def owners(lengths: Sequence[int]) -> Tensor:
+    """The number [M] of the sequence that each token belongs to, where sequences of these lengths follow each other."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+
+
 @torch.no_grad()
-def pooled_features(
+def attention_sinks(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Which vectors [M] are of attention sinks: their norm is more than SINK_NORM times the median of their sequence.
+
+    A few tokens of a text, its first one above all, draw attention without meaning (Xiao et al. 2023, 2309.17453), with
+    norms of a hundred times the others' (Sun et al. 2024, 2402.17762). `x` [M, D] holds the sequences one after the
+    other, `lengths` [S] are their numbers of tokens. What a vector is depends on its own sequence alone, so not on the
+    batch or the ranks. The lower of two middle norms is the median. A vector that is not finite is no sink.
+    """
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    sequence = owners(lengths)  # on the host, so that the CPU does not wait for the device
+    first = torch.tensor([0, *lengths[:-1]], dtype=torch.long).cumsum(0)
+    place = torch.arange(len(sequence)) - first[sequence]
+    sequence, place = (index.to(x.device, non_blocking=True) for index in (sequence, place))
+    table = norms.new_full((len(lengths), max([1, *lengths])), float("nan"))
+    table[sequence, place] = norms
+    return norms.isfinite() & (norms > SINK_NORM * table.nanmedian(dim=1).values[sequence])
+
+
+@torch.no_grad()
+def summed_features(
     sae: SAE, residual: Tensor, lengths: Sequence[int], transform: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """Mean feature activations [S, F] over the tokens of each sequence, without gradient.
+) -> tuple[Tensor, Tensor]:
+    """Sums [S, F] of feature activations over the tokens of each sequence that are no attention sinks, and how many
+    tokens that are, [S, F] too (sinks differ from place to place). Without gradient.
 
     `residual` [M, D] holds the sequences one after the other; `lengths` [S] are their numbers of tokens. `transform`,
-    if given, is applied to the activations before the mean. They are encoded in chunks, so a tensor [M, F] never
-    exists. A sequence without tokens has zeros.
+    if given, is applied to the activations before the sum. They are encoded in chunks, so a tensor [M, F] never exists.
     """
-    counts = torch.tensor(lengths, dtype=torch.long)  # on the host, so that the CPU does not wait for the device
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), counts, output_size=len(residual))
-    sequence = sequence.to(residual.device, non_blocking=True)
-    sums = residual.new_zeros(len(lengths), sae.d_sae, dtype=torch.float32)
+    if len(sae.members) > 1:
+        parts = zip(sae.members, sae.vectors(residual))
+        of_each = [summed_features(member, x, lengths, transform) for member, x in parts]
+        return torch.cat([own for own, _ in of_each], dim=1), torch.cat([own for _, own in of_each], dim=1)
+    sequence = owners(lengths).to(residual.device, non_blocking=True)
+    sequence = sequence.masked_fill(attention_sinks(residual, lengths), len(lengths))  # to a row that is left out
+    sums = residual.new_zeros(len(lengths) + 1, sae.d_sae, dtype=torch.float32)
+    counts = sums.new_zeros(len(lengths) + 1).index_add_(0, sequence, sums.new_ones(len(sequence)))
     chunk = max(1, ENCODE_ELEMENTS // sae.d_sae)
     for part, owner in zip(residual.split(chunk), sequence.split(chunk)):
         features = sae.encode(part)
         sums.index_add_(0, owner, features if transform is None else transform(features))
-    return sums / counts.clamp(min=1).unsqueeze(1).to(residual.device, non_blocking=True)
+    return sums[:-1], counts[:-1].unsqueeze(1).expand(-1, sae.d_sae)
+
+
+def pooled_features(sae: SAE, residual: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mean feature activations [S, F] of each sequence, without gradient: see `summed_features`.
+
+    A sequence without tokens has zeros.
+    """
+    sums, counts = summed_features(sae, residual, lengths)
+    return sums / counts.clamp(min=1)
 
 
 def selected_features(sae: SAE, residual: Tensor, lengths: Sequence[int], latents: Tensor) -> Tensor:
-    """Mean activations [S, K] of the latents [S, K] of each sequence, with gradient into `residual` [M, D]."""
-    parts = residual.split(list(lengths))
-    return torch.stack([sae.encode_latents(x, indices).sum(0) / max(1, len(x)) for x, indices in zip(parts, latents)])
+    """Mean activations [S, K] of the latents [S, K] of each sequence, over the tokens that are no attention sinks, with
+    gradient into `residual` [M, D]."""
+    kept = (~attention_sinks(residual, lengths)).float().unsqueeze(1)  # [M, 1]
+    means = []
+    for x, own, indices in zip(residual.split(list(lengths)), kept.split(list(lengths)), latents):
+        means.append((sae.encode_latents(x, indices) * own).sum(0) / own.sum().clamp(min=1))
+    return torch.stack(means)
 
 
 def compared_latents(policy: Tensor, reference: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -318,11 +363,10 @@ def compute_feature_drift(
     """
     if not lengths:  # a batch without records
         return residual.new_zeros(0)
-    vectors = residual.split([member.d_in for member in sae.members], dim=1)
     widths = [member.d_sae for member in sae.members]
     scales = [None] * len(widths) if feature_weights is None else feature_weights.split(widths)
     drifts = []
-    for member, x, before, scale in zip(sae.members, vectors, reference.split(widths, dim=1), scales):
+    for member, x, before, scale in zip(sae.members, sae.vectors(residual), reference.split(widths, dim=1), scales):
         pooled = pooled_features(member, x, lengths)
         latents, is_member = compared_latents(pooled, before, k)
         policy = selected_features(member, x, lengths, latents) if x.requires_grad else pooled.gather(1, latents)

@@ -41,6 +41,7 @@ def train(raw: DictConfig) -> None:
     run = Run(Path(config.cache_dir) / config.exp_name)
     with run.writing():
         saved = None if config.resume == "never" else settings.saved_config(run.folder)
+        config = settings.with_defaults(config, paths, saved)
         parallel.from_rank_zero(lambda: run.start(config, saved))
         torch.manual_seed(config.seed)
         trainer = assembly.prepare(config, classes, paths, run)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from data.batch import PAD, Batch
 from dataloader import DataLoader
+from distributed import parallel
 from utils import UserError
 
 
@@ -38,6 +39,7 @@ class Activations:
     x: Tensor  # [M, D] this rank's vectors, in the model's dtype
     rows: np.ndarray  # [M] of the records that they come from
     tokens: int  # of the step, over all ranks
+    left_out: int  # this rank's text tokens that would belong to the step but are not trained on
 
     @property
     def index(self) -> list[int]:
@@ -66,14 +68,15 @@ class ActivationLoader:
     def __init__(
         self,
         loader: DataLoader,
-        read: Callable[[Batch], Tensor],
+        read: Callable[[Batch], tuple[Tensor, Tensor]],
         *,
         special: Sequence[int],
         batch_tokens: int,
         buffer_tokens: int,
     ) -> None:
         """`read` gives the vectors [M, D] at a batch's text tokens, in the order of its records: all tokens but
-        padding and the `special` ids. Raises UserError for data that has not one completion a record, or no text."""
+        padding and the `special` ids; and which of them [M] are trained on. Raises UserError for data that has not one
+        completion a record, or no text."""
         self.loader, self.read, self.rows = loader, read, loader.rows
         self.lengths = text_lengths(loader.rows, special)
         self.blocks = list(self._cut(batch_tokens, buffer_tokens))
@@ -83,9 +86,11 @@ class ActivationLoader:
         self.tokens = sum(block.tokens for block in self.blocks)
         self.filled: int | None = None  # the number of the block in the buffer
         self.buffer = torch.empty(0)  # [M, D] of this rank's records
-        self.order = np.empty(0)  # [M] in which its vectors are taken
-        self.place = np.empty(0)  # [M] in that order, of each among the block's of all ranks
-        self.source = np.empty(0)  # [M] in that order, the record that each comes from
+        self.order = np.empty(0)  # in which its vectors are taken: those that are trained on
+        self.place = np.empty(0)  # in that order, of each among the block's of all ranks
+        self.source = np.empty(0)  # in that order, the record that each comes from
+        self.counts: list[int] = []  # of each step of the block, the tokens that are trained on, over all ranks
+        self.left_out: list[int] = []  # of each step, this rank's tokens that are not
 
     def _cut(self, batch_tokens: int, buffer_tokens: int) -> Iterator[BufferBlock]:
         """Blocks of like size: a small one at the end would make a poor last step."""
@@ -131,10 +136,9 @@ class ActivationLoader:
         """What a step of the block in the buffer takes."""
         assert self.filled is not None
         block = self.blocks[self.filled]
-        low, high = block.part(block.tokens, step), block.part(block.tokens, step + 1)
-        taken = slice(*np.searchsorted(self.place, [low, high]))
+        taken = slice(*np.searchsorted(self.place, [block.part(block.tokens, n) for n in (step, step + 1)]))
         x = self.buffer[torch.from_numpy(self.order[taken]).to(self.buffer.device)]
-        return Activations(x, self.source[taken], high - low)
+        return Activations(x, self.source[taken], self.counts[step], self.left_out[step])
 
     def fill(self, number: int) -> Tensor:
         """This rank's vectors [M, D] of a block: the model runs, unless they are in the buffer already."""
@@ -150,22 +154,31 @@ class ActivationLoader:
             for row in (row for batch in own for row in batch.index):
                 tokens.append(first[row] + np.arange(self.lengths[row]))
                 sources.append(np.full(self.lengths[row], row))
-        self._read(batches, sum(map(len, tokens)))
+        kept = self._read(batches, sum(map(len, tokens)))
         none = np.arange(0)  # a rank may have no records
         place = np.random.default_rng([self.loader.seed, number]).permutation(block.tokens)
         place, source = place[np.concatenate([none, *tokens])], np.concatenate([none, *sources])
+        starts = [block.part(block.tokens, step) for step in range(block.steps + 1)]
         self.order = place.argsort()
+        read = np.diff(np.searchsorted(place[self.order], starts))
+        self.order = self.order[kept[self.order]]
         self.place, self.source, self.filled = place[self.order], source[self.order], number
+        trained_on = np.diff(np.searchsorted(self.place, starts))
+        self.left_out = (read - trained_on).tolist()
+        self.counts = parallel.sum_over_ranks(torch.from_numpy(trained_on)).tolist()
         return self.buffer
 
-    def _read(self, batches: list[Batch], tokens: int) -> None:
-        filled = 0
+    def _read(self, batches: list[Batch], tokens: int) -> np.ndarray:
+        """Fill the buffer; gives which of its vectors [M] are trained on."""
+        kept, filled = np.zeros(tokens, dtype=bool), 0
         for batch in batches:
-            x = self.read(batch)
+            x, own = self.read(batch)
             if not filled:
                 self.buffer = x.new_empty(tokens, x.shape[1])
             self.buffer[filled : filled + len(x)] = x
+            kept[filled : filled + len(x)] = own.numpy(force=True)
             filled += len(x)
+        return kept
 
 
 def text_positions(batch: Batch, special: Sequence[int]) -> Tensor:

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from autoencoders.settings import SAESection, SAESettings
 from models import fetch
-from sae import SAE, JointSAE
+from sae import SAE, SINK_NORM, JointSAE
 from utils import UserError, as_json, atomic_write, console, file_digest, resolve_path, suggest
 
+LISTED = 10  # SAEs of a directory, in an error, at most
 Location = tuple[int | None, str | None]  # the layer and the hook that an SAE reads; None if its files do not say
 
 
@@ -283,7 +284,8 @@ def read_sparsify(arrays: WeightsFile, config: ConfigFile) -> SAE:
 
 
 def locate_sparsify(path: Path, _: ConfigFile) -> Location:
-    return location_of(path.parent.name, path) if path.parent.name.startswith("layers.") else (None, None)
+    name = path.parent.name
+    return location_of(name, path) if re.search(r"\b(layers|h|blocks)\.\d", name) else (None, None)
 
 
 def read_saelens(arrays: WeightsFile, config: ConfigFile) -> SAE:
@@ -358,7 +360,13 @@ def locate_qwen_scope(path: Path, config: ConfigFile) -> Location:
 
 
 def read_dictionary_learning(arrays: WeightsFile, config: ConfigFile) -> SAE:
-    """dictionary_learning: what `encode` and `decode` compute in the class that the config names."""
+    """dictionary_learning: what `encode` and `decode` compute in the class that the config names.
+
+    Until January 2025 those of Gated and JumpReLU multiplied features by the norms of decoder rows. Since the end of
+    December 2024 their trainers write `sparsity_warmup_steps` into the config, by which files are told apart. A
+    standard AutoEncoder has its decoder rows scaled to norm 1 when the library loads it.
+    """
+    by_norm = "sparsity_warmup_steps" not in config.get("trainer", {})
     d, f = config.number("trainer.activation_dim"), config.number("trainer.dict_size")
     kind = config.expect(
         "trainer.dict_class",
@@ -375,19 +383,19 @@ def read_dictionary_learning(arrays: WeightsFile, config: ConfigFile) -> SAE:
         W_enc, W_dec, b_enc = arrays.take("W_enc", d, f), arrays.take("W_dec", f, d), arrays.take("b_enc", f)
         b_dec = arrays.take("b_dec", d)
         if kind == "JumpReluAutoEncoder":
-            return make_sae(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold", f), by_norm=True)
+            return make_sae(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold", f), by_norm=by_norm)
         return make_sae(W_enc, b_enc, W_dec, b_dec, threshold=arrays.take("threshold"), centred=True)
     W_enc, W_dec = arrays.take("encoder.weight", f, d).T, arrays.take("decoder.weight", d, f).T
     if kind == "GatedAutoEncoder":
         biases = (arrays.take(name, f) for name in ("gate_bias", "mag_bias", "r_mag"))
         W_enc, b_enc, threshold = gated_to_jump_relu(W_enc, *biases)
         b_dec = arrays.take("decoder_bias", d)
-        return make_sae(W_enc, b_enc, W_dec, b_dec, threshold=threshold, centred=True, by_norm=True)
+        return make_sae(W_enc, b_enc, W_dec, b_dec, threshold=threshold, centred=True, by_norm=by_norm)
     b_enc = arrays.take("encoder.bias", f)
     if kind == "AutoEncoderNew":
         return make_sae(W_enc, b_enc, W_dec, arrays.take("decoder.bias", d))
     if kind == "AutoEncoder":
-        return make_sae(W_enc, b_enc, W_dec, arrays.take("bias", d), centred=True)
+        return make_sae(W_enc, b_enc, W_dec, arrays.take("bias", d), centred=True, by_norm=True)
     b_dec = arrays.take("b_dec", d)
     if kind == "AutoEncoderTopK":
         return make_sae(W_enc, b_enc, W_dec, b_dec, k=int(arrays.take("k")), centred=True)
@@ -396,20 +404,23 @@ def read_dictionary_learning(arrays: WeightsFile, config: ConfigFile) -> SAE:
 
 def locate_dictionary_learning(_: Path, config: ConfigFile) -> Location:
     module = str(config.get("trainer.submodule_name", "resid_post"))
-    if not module.startswith("resid_post"):
-        raise UserError(f"{config.path}: trainer.submodule_name={module}: not resid_post, where this format is read")
-    return config.get("trainer.layer"), "residual"
+    if module.startswith("resid_post"):
+        return config.get("trainer.layer"), "residual"
+    assert config.path is not None
+    return location_of(module, config.path)
 
 
 def location_of(point: str, source: Path) -> Location:
-    """The layer and hook of a TransformerLens hook point or a module name. Raises UserError for other places."""
+    """The layer and hook of a TransformerLens hook point, or of a module's name in transformers, such as
+    `gpt_neox.layers.3`, `transformer.h.3.mlp` or `model.language_model.layers.3`. Raises UserError for other places."""
+    module = r"(?:(?:base_model|model|language_model|decoder|transformer|gpt_neox)\.)*(?:layers|h|blocks)\.(\d+)"
     patterns = {
         r"blocks\.(\d+)\.hook_resid_post": (0, "residual"),
         r"blocks\.(\d+)\.hook_resid_pre": (-1, "residual"),  # the output of the block before
         r"blocks\.(\d+)\.hook_mlp_out": (0, "mlp"),
-        r"(?:model\.)?layers\.(\d+)(?:\.output)?": (0, "residual"),
-        r"(?:model\.)?layers\.(\d+)\.mlp(?:\.output)?": (0, "mlp"),
-        r"(?:model\.)?layers\.(\d+)\.post_feedforward_layernorm\.output": (0, "mlp"),
+        rf"{module}(?:\.output)?": (0, "residual"),
+        rf"{module}\.mlp(?:\.output)?": (0, "mlp"),
+        rf"{module}\.post_feedforward_layernorm(?:\.output)?": (0, "mlp"),
     }
     for pattern, (shift, hook) in patterns.items():
         found = re.fullmatch(pattern, point)
@@ -477,7 +488,7 @@ class SAESource:
     def identity(self) -> list[Any]:
         """Everything that its features depend on, for a fingerprint."""
         digests = [file_digest(path) for path in (self.files.weights, self.files.config) if path]
-        return [self.files.format, *digests, self.layer, self.hook]
+        return [self.files.format, *digests, self.layer, self.hook, SINK_NORM]
 
 
 def sae_sections(settings: SAESection) -> dict[str, SAESettings]:
@@ -508,7 +519,8 @@ def find_sae(section: SAESettings, where: str) -> SAESource:
         hint = suggest(section.format, known)
         raise UserError(f"{where}.format={section.format}: not one of {', '.join(known)}{hint}")
     assert section.path is not None
-    files = detect_format(fetch_sae(section.path, f"{where}.path"), section.format)
+    path = one_of_many(fetch_sae(section.path, f"{where}.path"), section.layer, where)
+    files = detect_format(path, section.format)
     layer, hook = SAE_FORMATS[files.format].locate(files.weights, files.config_file())
     for key, value in (("layer", layer), ("hook", hook)):
         asked = getattr(section, key)
@@ -518,6 +530,25 @@ def find_sae(section: SAESettings, where: str) -> SAESource:
     if not isinstance(layer, int):
         raise UserError(f"{where}.layer={layer}: set it to the layer whose output is read, from 0; the file says none")
     return SAESource(where, files, layer, section.hook or hook or "residual", section.weight)
+
+
+def one_of_many(path: Path, layer: int | None, where: str) -> Path:
+    """The SAE in a run of loss=sae, in its LATEST or in another directory of Gemma Scope's layout; other paths as they
+    are. Raises UserError, with what is there, unless one SAE fits the layer that is asked for."""
+    is_run = (path / "metrics.jsonl").is_file()
+    folder = path / "LATEST" if is_run else path
+    names = ["layer_*", "width_*", "average_l0_*", "params.npz"]
+    found = [file for start in range(3) for file in folder.glob("/".join(names[start:]))]
+    if is_run and not found:
+        raise UserError(f"{where}.path={path}: a run without SAEs: of another loss, or not finished")
+    layers = {file: locate_gemma_scope(file.absolute(), ConfigFile(None))[0] for file in found}
+    fitting = [file for file in found if layer in (None, layers[file])] or found
+    if len(fitting) <= 1:
+        return fitting[0] if fitting else path
+    there = [str(file.parent) for file in sorted(fitting, key=lambda file: (layers[file] or 0, file))]
+    more = [f"and {len(there) - LISTED} more"] if len(there) > LISTED else []
+    listed = "\n  ".join(["", *there[:LISTED], *more])
+    raise UserError(f"{where}.path={path} holds several SAEs; name one, or its layer by {where}.layer=:{listed}")
 
 
 def fetch_sae(source: str, setting: str) -> Path:

@@ -22,8 +22,8 @@ from autoencoders.formats import load_sae, save_sae, save_saelens
 from data.batch import Batch
 from distributed import parallel
 from models import decoder_layers, final_hidden_states, make_tap, score
-from sae import ENCODE_ELEMENTS, SAE
-from training.loop import BasicTrainer, Setup
+from sae import ENCODE_ELEMENTS, SAE, attention_sinks
+from training.loop import BasicTrainer, Setup, warmup_of
 from training.metrics import MetricAccumulator
 from training.quantities import Binding
 from training.settings import TrainingSettings
@@ -178,7 +178,8 @@ class SAETrainer(BasicTrainer):
         self.batch_tokens, self.buffer_tokens = batch_tokens, buffer_tokens
         sizes = {"batch_tokens": batch_tokens, "buffer_tokens": buffer_tokens}
         self.stream = ActivationLoader(setup.loaders["train"], self.residuals, special=self.special, **sizes)
-        warmup, steps = setup.config.warmup_steps, len(self.stream)
+        steps = len(self.stream)
+        warmup = warmup_of(setup.config, steps)
         if 5 * warmup > 4 * steps:
             raise UserError(
                 f"warmup_steps={warmup}: the run has {steps:,} steps of about {batch_tokens:,} text tokens, and in the "
@@ -208,12 +209,23 @@ class SAETrainer(BasicTrainer):
     # ------------------------------------------------------------------------------------------------ reading
 
     @torch.no_grad()
-    def residuals(self, batch: Batch) -> Tensor:
-        """The residual stream [M, layers * D] at a batch's text tokens."""
+    def residuals(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The residual stream [M, layers * D] at a batch's text tokens, and which of them [M] are trained on."""
         batch = batch.to(self.device)
         with self.reader.reading():
             final_hidden_states(self.policy, batch)
-        return self.reader.take()[text_positions(batch, self.special)]
+        where = text_positions(batch, self.special)
+        x = self.reader.take()[where]
+        return x, self.kept(batch, where, x)
+
+    def kept(self, batch: Batch, where: Tensor, x: Tensor) -> Tensor:
+        """Which [M] of the vectors x [M, layers * D] at the text tokens `where` [R, T] are trained on and measured: all
+        but those of a text's first token, which without BOS is an attention sink, and of other sinks in any layer."""
+        sinks = batch.position_ids[where] == 0
+        lengths = batch.document[where].bincount().tolist()
+        for part in x.chunk(len(self.layers), dim=1):
+            sinks |= attention_sinks(part, lengths)
+        return ~sinks
 
     def by_layer(self, x: Tensor) -> Iterator[Tensor]:
         """The vectors [M, D] of each layer, in fp32."""
@@ -240,6 +252,9 @@ class SAETrainer(BasicTrainer):
             vectors, tokens = torch.cat([step.x for step in sample]), sum(step.tokens for step in sample)
             for own, x in zip(self.autoencoders, self.by_layer(vectors)):
                 own.start_from(x, tokens)
+            if left_out := sum(self.stream.left_out):
+                share = left_out / len(self.stream.buffer)
+                console.print(f"about {share:.2%} of them are left out: first tokens without BOS, and attention sinks")
         super().train()
 
     @torch.no_grad()
@@ -279,6 +294,8 @@ class SAETrainer(BasicTrainer):
             means.add(f"sae_{split}/{name}l0", active)
             means.add(f"sae_{split}/{name}fvu", squared, float((x - own.mean).square().sum()))
             means.add(f"sae_{split}/{name}dead", dead)
+        left_out = errors.new_tensor(batch.left_out)
+        means.add(f"sae_{split}/left_out", left_out, len(batch.x) + batch.left_out)
         means.add(f"loss/{split}", errors)
         return errors + auxiliary
 
@@ -311,10 +328,11 @@ class SAETrainer(BasicTrainer):
         """Of each frozen JumpReLU on the evaluation set: L0 (active latents a token), FVU (squared error over the
         variance around the mean of each dimension), CE recovered (how much of the loss between zeroing the residual
         stream and leaving it alone the reconstruction wins back) and the share of dead latents. The loss is the
-        squared error in units of the vectors' mean square, summed over layers."""
+        squared error in units of the vectors' mean square, summed over layers. All are of the tokens that `kept`
+        names; at the others the residual stream stays as it is."""
         self.set_thresholds()
         saes = self.exported or [own.frozen() for own in self.autoencoders]
-        clean = torch.zeros(3, dtype=torch.float64, device=self.device)  # text tokens, completion tokens, CE
+        clean = torch.zeros(4, dtype=torch.float64, device=self.device)  # tokens: text, kept, of completions; CE
         sums = torch.zeros(len(saes), 5, dtype=torch.float64, device=self.device)  # L0, error, squares, CEs: SAE, zero
         means = torch.zeros(len(saes), saes[0].d_in, dtype=torch.float64, device=self.device)
         for micro_batches in self.steps("eval"):
@@ -323,7 +341,9 @@ class SAETrainer(BasicTrainer):
                 with self.reader.reading():
                     own = self.cross_entropy(batch)
                 vectors = self.reader.take()[where]
-                clean += torch.stack([where.sum(), own.new_tensor(len(batch.target)), own])
+                kept = self.kept(batch, where, vectors)
+                clean += torch.stack([where.sum(), kept.sum(), own.new_tensor(len(batch.target)), own])
+                where, vectors = where.masked_scatter(where, kept), vectors[kept]
                 for n, x in enumerate(self.by_layer(vectors)):
                     rebuilt, active = reconstruct(saes[n], x)
                     values = [active, (x - rebuilt).square().sum(), x.square().sum()]
@@ -332,10 +352,11 @@ class SAETrainer(BasicTrainer):
                             values.append(self.cross_entropy(batch))
                     sums[n] += torch.stack(values)
                     means[n] += x.double().sum(0)
-        tokens, targets, ce_clean = parallel.sum_over_ranks(clean).tolist()
+        text, tokens, targets, ce_clean = parallel.sum_over_ranks(clean).tolist()
         parallel.sum_over_ranks(sums)
         variances = sums[:, 2] - parallel.sum_over_ranks(means).square().sum(1) / tokens
         found = {"loss/eval": float((sums[:, 1] / sums[:, 2]).sum()) * saes[0].d_in}
+        found["sae_eval/left_out"] = 1 - tokens / text
         for n, (trained, name) in enumerate(zip(self.autoencoders, self.names)):
             active, error, _, ce_sae, ce_zero = sums[n].tolist()
             figures = {

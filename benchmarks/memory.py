@@ -78,7 +78,7 @@ def peak(folder: Path, loss: str) -> float:
     command = [sys.executable, "train.py", f"loss={loss}", "model=tiny", f"model.name_or_path={folder}/model"]
     command += [f"datasets=[{folder}/pairs.jsonl]", f"eval_datasets=[{folder}/pairs.jsonl]", f"cache_dir={folder}/out"]
     command += ["model.batch_size=16", "model.eval_batch_size=4", "n_eval_examples=4", f"exp_name={loss}"]
-    command += [f"sae.path={folder}/params.npz"]
+    command += ["sae=tiny", f"sae.path={folder}/params.npz"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)

@@ -6,20 +6,22 @@ import json
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow
-from huggingface_hub import snapshot_download
 from pyarrow import parquet
 
+from data.hub import download
 from utils import Message, UserError, console, json_lines
 
 ROLES = ("system", "user", "assistant")
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
-PLACES_SHOWN = 3  # bad rows printed for each reason; the report on disk lists all of them
+PLACES_SHOWN, PLACES_KEPT = 3, 100  # bad rows of each reason that are printed, and that the report on disk names
+REASONS_KEPT = 50  # a reason may hold words of the data; further ones are counted together
 
 
 class BadRow(UserError):
@@ -32,31 +34,55 @@ class BadRows:
     def __init__(self, name: str, total: int = 0) -> None:
         self.name = name
         self.total = total
-        self.places: dict[str, list[str]] = {}  # by reason
+        self.counts: Counter[str] = Counter()  # by reason
+        self.places: dict[str, list[str]] = {}  # by reason, the first PLACES_KEPT
 
     def add(self, reason: str, place: str) -> None:
-        self.places.setdefault(reason, []).append(place)
+        if reason not in self.counts and len(self.counts) >= REASONS_KEPT:
+            reason = "other reasons"
+        self.counts[reason] += 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < PLACES_KEPT:
+            places.append(place)
 
     @contextmanager
-    def at(self, place: str) -> Iterator[None]:
-        """Count one row, and use it inside the `with` block. A BadRow raised there is recorded and not raised again."""
-        self.total += 1
+    def caught(self, place: str) -> Iterator[None]:
+        """A BadRow raised inside the `with` block is recorded and not raised again."""
         try:
             yield
         except BadRow as error:
             self.add(str(error), place)
 
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Count one row, and use it inside the `with` block, where a BadRow is `caught`."""
+        self.total += 1
+        with self.caught(place):
+            yield
+
+    @classmethod
+    def from_report(cls, name: str, total: int, report: dict[str, Any]) -> "BadRows":
+        """Those that `report` described."""
+        bad = cls(name, total)
+        bad.counts = Counter({reason: found["rows"] for reason, found in report.items()})
+        bad.places = {reason: found["first"] for reason, found in report.items()}
+        return bad
+
+    def report(self) -> dict[str, Any]:
+        """By reason, how many rows are bad and the first of their places, as JSON."""
+        return {reason: {"rows": count, "first": self.places[reason]} for reason, count in self.counts.items()}
+
     def summary(self) -> str:
         """How many rows are bad and, for each reason, how many and some of their places."""
-        lines = [f"{self.name}: {sum(map(len, self.places.values()))} of {self.total} rows cannot be used"]
-        for reason, places in self.places.items():
-            more = ", ..." if len(places) > PLACES_SHOWN else ""
-            lines.append(f"  {len(places)} x {reason}: {', '.join(places[:PLACES_SHOWN])}{more}")
+        lines = [f"{self.name}: {self.counts.total()} of {self.total} rows cannot be used"]
+        for reason, count in self.counts.items():
+            more = ", ..." if count > PLACES_SHOWN else ""
+            lines.append(f"  {count} x {reason}: {', '.join(self.places[reason][:PLACES_SHOWN])}{more}")
         return "\n".join(lines)
 
     def check(self, limit: float) -> None:
         """Print what is left out. Raises UserError if the bad rows are more than the share `limit` of all rows."""
-        count = sum(map(len, self.places.values()))
+        count = self.counts.total()
         if count > limit * self.total:
             allowed = f"max_bad_rows={limit} allows {limit:.2%} of them. Fix the data, or allow more: max_bad_rows=0.05"
             raise UserError(f"{self.summary()}\n{allowed}")
@@ -207,12 +233,9 @@ def hub_files(repo: str, patterns: Sequence[str], split: str, data_dir: str | No
     wanted, any_split = ([pattern.format(split=name) for pattern in patterns] for name in (split, "*"))
     if data_dir is None:
         try:
-            root = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=wanted))
-        except OSError as error:  # from the network, or the Hub's refusal
-            raise UserError(
-                f"The data set {repo} cannot be fetched from the Hugging Face hub: {str(error).splitlines()[0]}\n"
-                "Log in with `hf auth login` if it asks for that, or point data_dir at a folder with a local copy."
-            ) from error
+            root = download(repo, wanted, data_set=True)
+        except UserError as error:
+            raise UserError(f"{error}\ndata_dir= names a folder with a local copy.") from error
     else:
         base = Path(data_dir)
         tried = [base / repo, base / repo.split("/")[1], *([base / folder] if folder else []), base]

@@ -10,7 +10,7 @@ from utils import Natural, PathName, Settings, Share
 class TemplateSettings(Settings):
     """How a conversation becomes text."""
 
-    template: Literal["tulu", "chat"]
+    template: Literal["tulu", "chat"] | None
     human_prefix: str
     human_suffix: str
     assistant_prefix: str
@@ -27,5 +27,6 @@ class DataSettings(TemplateSettings):
     eval_split: str
     held_out: Annotated[float, Field(gt=0, lt=1)]
     max_bad_rows: Share
+    train_on: Literal["targets", "all"]
     cache_dir: PathName
     seed: Natural

@@ -36,7 +36,7 @@ from launch import assembly, settings
 from launch.policies import Policy, find_policy, read_config, require_language_model
 from launch.settings import Config, RunClasses, RunPaths
 from modeling.weights import PolicyFile, Weights, load_weights, open_weights, weights_digest
-from sae import ENCODE_ELEMENTS, SAE, active, drift_by_feature, pooled_features
+from sae import ENCODE_ELEMENTS, SAE, active, attention_sinks, drift_by_feature, summed_features
 from sampling import samples
 from sampling.backends import TransformersBackend
 from training.loop import Subject
@@ -241,25 +241,24 @@ class Reader:
 
         Raises UserError for features that are not finite.
         """
-        sums = {kind: torch.zeros(3, self.sae.d_sae, dtype=torch.float64, device=parallel.device()) for kind in kinds}
+        sums = {kind: torch.zeros(4, self.sae.d_sae, dtype=torch.float64, device=parallel.device()) for kind in kinds}
         pooled: Pooled = {}
         for kind, number, _, lengths, residual in self.read(what, kinds):
-            weight = residual.new_tensor(lengths, dtype=torch.float64).unsqueeze(1)  # [S, 1]
-            means = pooled_features(self.sae, residual, lengths)  # [S, F]
-            rates = pooled_features(self.sae, residual, lengths, transform=active)
-            sums[kind][0] += (means * weight).sum(0)
-            sums[kind][1] += (rates * weight).sum(0)
+            activations, counts = summed_features(self.sae, residual, lengths)  # [S, F]
+            means = activations / counts.clamp(min=1)
+            found = (activations, counts, summed_features(self.sae, residual, lengths, active)[0])
+            sums[kind][:3] += torch.stack([values.double().sum(0) for values in found])
             if reference is None:
                 pooled[kind, number] = means.to_sparse().cpu()
             else:
                 before = reference[kind, number].to(means.device).to_dense()
                 terms = drift_by_feature(self.sae, means, before, divergence=self.divergence, k=self.k)
-                sums[kind][2] += terms.double().sum(0)
+                sums[kind][3] += terms.double().sum(0)
         profile = {}
         for kind in kinds:
-            mean, rate, drift = parallel.sum_over_ranks(sums[kind]).numpy(force=True)
-            tokens = max(1, self.tokens[kind])
-            profile[kind] = Figures(mean / tokens, rate / tokens, drift / self.completions[kind])
+            total, tokens, active_tokens, drift = parallel.sum_over_ranks(sums[kind]).numpy(force=True)
+            tokens = tokens.clip(min=1)
+            profile[kind] = Figures(total / tokens, active_tokens / tokens, drift / self.completions[kind])
             if not np.isfinite(profile[kind].mean).all():
                 raise UserError(
                     f"{what}: features that are not finite; the weights, or model.policy_dtype, are at fault"
@@ -267,12 +266,15 @@ class Reader:
         return profile, pooled
 
     def activations(self, what: str, shown: dict[str, list[int]]) -> dict[int, Tensor]:
-        """For each of this rank's texts, the activations [M, K] of the features that the page shows for its kind."""
+        """For each of this rank's texts, the activations [M, K] of the features that the page shows for its kind; 0 at
+        attention sinks."""
         found: dict[int, Tensor] = {}
         for kind, _, own, lengths, residual in self.read(what, list(shown)):
             latents = torch.tensor(shown[kind], dtype=torch.long, device=residual.device)
             parts = residual.split(max(1, ENCODE_ELEMENTS // self.sae.d_sae))
+            sinks = torch.stack([attention_sinks(x, lengths) for x in self.sae.vectors(residual)]).any(0)
             values = torch.cat([self.sae.encode_latents(part, latents) for part in parts])
+            values = values.masked_fill(sinks.unsqueeze(1), 0)
             found |= dict(zip(own, values.cpu().split(lengths)))
         return found
 

@@ -5,6 +5,7 @@ comes first, the weights last.
 """
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ from training.checkpoint import Run
 from training.loop import BasicTrainer, Setup, Subject
 from training.quantities import Binding
 from training.reference import LiveReference, Records, Reference, load_or_build
-from utils import UserError, fingerprint
+from utils import UserError, console, fingerprint
+
+SHOWN_TOKENS = 60  # at each end of a text, by `show_tokens`
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def load_subject(
     if parallel.device().type == "cpu" and layout != "padded":  # padded rows need tensors too large to use again
         parallel.keep_freed_memory()
     data = {split: tokenise_split(config, classes, tokenizer, split) for split in splits}
+    if "train" in data:
+        print_tokens(data["train"].rows, tokenizer, config.show_tokens)
     loaders = {split: make_loader(config, classes, tokenizer, layout, split, tokens) for split, tokens in data.items()}
 
     load = functools.partial(build_model, model, implementation)
@@ -124,6 +129,20 @@ def tokenise_split(config: Config, classes: RunClasses, tokenizer: Tokenizer, sp
             options=classes.binding.options["loader"],
         )
     )
+
+
+def print_tokens(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, count: int) -> None:
+    """Show the first examples as the model reads them: each token between bars."""
+    for number in range(min(count, len(rows))):
+        row = rows[number]
+        texts = {"prompt": row["prompt_ids"]}
+        texts |= {f"completion {n}": ids for n, ids in enumerate(row["completion_ids"], 1)}
+        console.print(f"example {number + 1}, token by token:", markup=False)
+        for name, ids in texts.items():
+            pieces = [json.dumps(tokenizer.decode([token]), ensure_ascii=False)[1:-1] for token in ids]
+            if len(pieces) > 2 * SHOWN_TOKENS:
+                pieces[SHOWN_TOKENS:-SHOWN_TOKENS] = [f" ... {len(pieces) - 2 * SHOWN_TOKENS} more ... "]
+            console.print(f"  {name}: |{'|'.join(pieces)}|", markup=False)
 
 
 def make_loader(

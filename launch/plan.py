@@ -115,7 +115,7 @@ def optimizer_slots(config: Config) -> float:
     """How many numbers the optimiser keeps for each parameter: counted after a step of a small one."""
     parameter = torch.zeros(64, requires_grad=True)
     parameter.grad = torch.ones(64)
-    optimizer = make_optimizer(config, [parameter])
+    optimizer = make_optimizer(config, [parameter], lr=0.0)
     optimizer.step()
     kept = optimizer.state_dict()["state"].get(0, {})
     return sum(value.numel() for value in kept.values() if isinstance(value, Tensor) and value.numel() > 1) / 64

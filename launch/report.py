@@ -32,10 +32,16 @@ FIGURE_NAMES = {  # of summary.json, in order; a run has those that apply to it
     "toy_score_after": "toy score after",
     "win_rate": "win rate against the start",
     "feature_drift": "feature drift",
+    "l0": "L0, active latents a token",
+    "fvu": "FVU, attention sinks apart",
+    "ce_recovered": "cross-entropy recovered, share",
+    "dead": "dead latents, share",
+    "left_out": "tokens left out, share",
     "kl": "KL to the reference, nats a completion",
     "seconds": "seconds",
     "peak_rss_mb": "peak memory, MB",
 }
+SAE_FIGURES = ("l0", "fvu", "ce_recovered", "dead", "left_out")  # of loss=sae; of several layers `layer_<n>/l0`, ...
 # Titles and notes of the charts, in their order on the page. A metric that is not here has a chart too, under its own
 # name: first those that belong to data, then the rest.
 CHARTS = {
@@ -51,6 +57,7 @@ CHARTS = {
     "sae/fvu": ("FVU", "squared error over the variance"),
     "sae/dead": ("Dead latents", "share of all latents"),
     "sae/ce_recovered": ("Cross-entropy recovered", "share of what zeroing the layer costs"),
+    "sae/left_out": ("Tokens left out", "share of the text tokens: attention sinks, first tokens without BOS"),
     "sae/ce": ("Cross-entropy", "nats a token: the layer as it is, reconstructed, zeroed"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "lr": ("Learning rate", ""),
@@ -59,7 +66,7 @@ CHARTS = {
     "peak_memory_gb": ("Peak memory", "GB, of the fullest rank"),
     "mfu": ("MFU", "share of the GPUs' arithmetic"),
 }
-SHARES = ("accuracies", "dead", "ce_recovered", "mfu")  # shown from 0 to 100 %
+SHARES = ("accuracies", "dead", "ce_recovered", "left_out", "mfu")  # shown from 0 to 100 %
 CURVES_TOGETHER = {"chosen": "", "rejected": "", "ce_clean": "ce", "ce_sae": "ce", "ce_zero": "ce"}  # in one chart
 UNDRAWN = ("step", "examples", "seconds")
 OUTCOME = ("loss", "logps/accuracies", "rewards/accuracies", "sae/fvu")  # the first sentence has those that are there
@@ -255,7 +262,7 @@ def facts_table(lines: Lines, summary: dict[str, Any]) -> str:
     """Figures of the whole run, beside those of its evaluations."""
     paced = [line for line in lines if "tokens_per_second" in line and "seconds" in line]
     seconds = sum(line["seconds"] for line in paced)
-    evaluated = ("loss_before", "loss_after", "accuracy_before", "accuracy_after", "feature_drift")
+    evaluated = ("loss_before", "loss_after", "accuracy_before", "accuracy_after", "feature_drift", *SAE_FIGURES)
     facts = {}
     for key, name in FIGURE_NAMES.items():
         if key in summary and key not in evaluated:

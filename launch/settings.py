@@ -5,6 +5,7 @@ All that can be found wrong without reading a weight is found here, and said at 
 
 import contextlib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 import dataloader
+import models
 import trainers
 from autoencoders.formats import SAESource, find_sae, sae_sections
 from autoencoders.settings import SAESection
+from data import tokenise
 from data.settings import DataSettings
 from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config
@@ -129,15 +132,23 @@ ELSEWHERE = {
     "save_total_limit": "keep_checkpoints",
     "torch_dtype": "model.policy_dtype",
     "report_to": "log_to",
-    "warmup_ratio": "warmup_steps",
     "weight_decay": "optimizer_options.weight_decay",
 }
 
 
 def translate_argument(argument: str) -> list[str]:
-    """A command's argument in Hydra's words: `++config.key=value` as HALOs' FAQ has it; `sae=[a,b]`, where Hydra would
-    lay the second over the first; `gemma-2-2b` as the earlier FPO code spells gemma2b."""
+    """A command's argument in Hydra's words: `++config.key=value` as HALOs' FAQ has it; `model=` with a directory, a
+    run or a Hub id; `sae=[a,b]`, where Hydra would lay the second over the first; `gemma-2-2b` as the earlier FPO code
+    spells gemma2b."""
     argument = re.sub(r"^\+\+config\.", "++", argument)
+    if argument.startswith("model="):
+        source = argument.removeprefix("model=")
+        if "/" in source or (Path(source).exists() and source not in choices_of("model")):
+            return any_model(source)
+        if source == "base":
+            raise UserError(
+                "model=base is no model; model=ORG/NAME takes one from the Hub, model=path/to/dir a local one"
+            )
     if re.match(r"(model|sae)=", argument):
         argument = re.sub(r"\bgemma-2-(2b|9b)\b", r"gemma\1", argument)
     if several := re.fullmatch(r"sae=\[(.*)\]", argument):
@@ -146,15 +157,32 @@ def translate_argument(argument: str) -> list[str]:
     return [argument]
 
 
+def any_model(source: str) -> list[str]:
+    """What `model=` stands for with a directory in the Hub's format, a run (its LATEST) or a Hub id. Its name is the
+    last part. Raises UserError for a file."""
+    path = Path(source)
+    if path.is_file():
+        way = " (python scripts/from_gguf.py makes a directory of it)" if path.suffix == ".gguf" else ""
+        raise UserError(f"model={source}: a file; it has to be a directory in the Hub's format, or a Hub id{way}")
+    name, own = path.name, "LATEST" if (path / "LATEST").is_dir() else ""
+    return ["model=base", f"model.name='{name}'", f"model.name_or_path='{path / own}'"]
+
+
 def translate_arguments(arguments: Sequence[str]) -> list[str]:
-    """`translate_argument` of each."""
-    return [translated for argument in arguments for translated in translate_argument(argument)]
+    """`translate_argument` of each. With another `sae.path` the model's own YAML of an SAE says nothing about layer,
+    hook and format any more: the file does, or the YAML that `sae=` names."""
+    translated = [found for argument in arguments for found in translate_argument(argument)]
+    given = {argument.lstrip("+").partition("=")[0] for argument in translated}
+    unsaid = {"name": "null", "format": "auto", "layer": "null", "hook": "null"}
+    if "sae.path" in given and not given & {"sae", "~sae"}:
+        translated += [f"++sae.{key}={value}" for key, value in unsaid.items() if f"sae.{key}" not in given]
+    return translated
 
 
 def checked_arguments(arguments: Sequence[str]) -> list[str]:
     """The arguments of train.py in Hydra's words. Ends the process with a line for each choice or key that is wrong."""
-    translated = translate_arguments(arguments)
     try:
+        translated = translate_arguments(arguments)
         overrides = [argument for argument in translated if not argument.startswith("-")]
         check_overrides(overrides)
         if len(overrides) == len(translated):  # else the command only prints something
@@ -171,12 +199,14 @@ def require_choices(overrides: Sequence[str]) -> None:
     missing = [group for group in ("loss", "model") if group not in given and "experiment" not in given]
     if missing:
         lines = [f"{group}= has to be one of {', '.join(choices_of(group))}" for group in missing]
+        if "model" in missing:
+            lines.append("or model=ORG/NAME from the Hub, or model=path/to/dir in its format")
         raise UserError("\n".join(lines))
 
 
 def choices_of(group: str) -> list[str]:
-    """The names of the YAML files of a group."""
-    return sorted(path.stem for path in (REPO / "config" / group).glob("*.yaml"))
+    """The names of the YAML files of a group; model/base.yaml is the part that models share."""
+    return sorted(path.stem for path in (REPO / "config" / group).glob("*.yaml") if path.stem != "base")
 
 
 def ranks_of(raw: DictConfig) -> int | None:
@@ -199,7 +229,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
         if group in GROUPS:
             there = choices_of(group)
             named = isinstance(value, str) and not override.is_delete()
-            if named and value not in there:
+            if named and value not in [*there, "base"]:
                 hint = suggest(str(value), there)
                 problems.append(f"{group}={value}: there is none{hint}; there are {', '.join(there)}")
         elif not is_known(override.key_or_group):
@@ -294,7 +324,9 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
     with problems.collected():
         classes = run_classes(checked(LossSettings, values["loss"], "loss"))
     with problems.collected():
-        loop.make_optimizer(part_of(TrainingSettings, values), [torch.zeros(1, requires_grad=True)])
+        training = part_of(TrainingSettings, values)
+        lr = 1.0 if training.lr is None else training.lr
+        loop.make_optimizer(training, [torch.zeros(1, requires_grad=True)], lr)
     with problems.collected():
         dataloader.check_datasets(part_of(DataSettings, values))
     problems.raise_if_any()
@@ -305,6 +337,11 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
         problems.expect(not missing, f"model.{key} needs the package {package}: pip install -e '.[peft]'")
     problems.expect(
         config.model.use_peft or not config.model.load_in_4bit, "model.load_in_4bit needs model.use_peft=true as well"
+    )
+    takes = "train_on" in inspect.signature(classes.loader.records).parameters
+    problems.expect(
+        takes or config.train_on == "targets",
+        f"train_on={config.train_on}: loss={config.loss.name} does not read single completions, as sft and sae do",
     )
     with problems.collected():
         check_trackers(config.log_to)
@@ -327,6 +364,36 @@ def run_classes(loss: LossSettings) -> RunClasses:
 
 
 # ---------------------------------------------------------------------------------------------- files
+
+
+LORA_LR = 10  # times the learning rate of full training (Schulman et al. 2025, "LoRA without regret")
+
+
+LEFT_OPEN = ("template", "lr", "warmup_steps")  # null: found for the model, or for the number of steps
+
+
+def with_defaults(config: Config, paths: RunPaths, saved: Config | None = None) -> Config:
+    """The configuration with the values that depend on the model: the template, and the learning rate. A run that goes
+    on, from the configuration `saved`, keeps its own.
+
+    The default learning rate is the loss's own at 7 B parameters, times (7e9 / parameters)^(3/4) (docs/losses.md).
+    """
+    if saved is not None:
+        kept = {key: getattr(saved, key) for key in LEFT_OPEN if getattr(config, key) is None}
+        config = config.model_copy(update=kept)
+    tokenizer = models.load_tokenizer(paths.tokenizer)
+    template = tokenise.template_name(config, tokenizer)
+    if tokenizer.chat_template:
+        other = "tulu: the prefixes of config.yaml" if template == "chat" else "chat: the tokenizer's own"
+        console.print(f"template={template}; there is also {other}", markup=False)
+    lr = config.lr
+    if lr is None:
+        count = models.skeleton(load_config(paths.model)).num_parameters()
+        lora = LORA_LR if config.model.use_peft else 1
+        lr = float(f"{lora * config.loss.lr_at_7b * (7e9 / count) ** 0.75:.2g}")
+        size = f"{count / 1e6:,.0f} M parameters{', adapters alone' * config.model.use_peft}"
+        console.print(f"lr={lr:g}: the default of loss={config.loss.name} for {size}", markup=False)
+    return config.model_copy(update={"lr": lr, "template": template})
 
 
 def require_sae(config: Config, who: str) -> None:

@@ -22,6 +22,8 @@ def begin(usage: str, sections: Sequence[str], *, groups: Sequence[str] = ()) ->
 def choices(group: str) -> str:
     """What a group of the configuration offers, by name."""
     names = sorted(path.stem for path in (REPO / "config" / group).glob("*.yaml") if path.stem != "base")
+    if group == "model":
+        names.append("or ORG/NAME on the Hub, or path/to/dir in its format")
     return textwrap.fill(
         f"{group}=  {', '.join(names)}", WIDTH, subsequent_indent=" " * (len(group) + 3), break_on_hyphens=False
     )

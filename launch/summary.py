@@ -1,8 +1,10 @@
 """The figures that a run ends with: `summary.json` and a table."""
 
 import json
+import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,7 +16,7 @@ from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
 from launch.completions import draw, prompts_of, write_completions
-from launch.report import FIGURE_NAMES, read_lines, write_run_page
+from launch.report import FIGURE_NAMES, SAE_FIGURES, read_lines, write_run_page
 from launch.settings import Config
 from sampling.diversity import log_likelihoods
 from sampling.generate import Decoding, Request, Sample
@@ -37,23 +39,52 @@ def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, starte
     page = write_run_page(run.folder)
 
     table = Table("figure", "value", title=str(config.exp_name))
-    for key, name in FIGURE_NAMES.items():
-        if key in figures:
+    for last, name in FIGURE_NAMES.items():
+        for key in (key for key in figures if key.rpartition("/")[2] == last):
             value = f"{figures[key]:.4g}"
             if key == "win_rate":
                 value += f" (95 % interval {figures['win_rate_low']:.4g} to {figures['win_rate_high']:.4g})"
-            table.add_row(name, value)
+            layer = key.rpartition("/")[0].replace("_", " ")  # of several
+            table.add_row(", ".join(filter(None, [name, layer])), value)
     console.print(table)
-    latest = run.folder / "LATEST"
-    holds = "policy.pt and Hub format" if (latest / "policy.pt").is_file() else "the SAEs"
+    saes = list((run.folder / "LATEST").glob("layer_*"))
+    holds = "the SAEs" if saes else "policy.pt and Hub format"
     console.print(f"{run.folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
+    if saes:
+        one = " ++sae.layer=N" if len(saes) > 1 else ""
+        console.print(f"loss=fpo on the same model reads it with ++sae.path={run.folder}{one}", markup=False)
     console.print(f"curves, completions and settings, to look at in a browser: {page}")
+    if learnt_little(evaluations_in(run.folder / "metrics.jsonl"), len(trainer.loaders["eval"].used())):
+        console.print(
+            "The held-out loss and accuracies moved less than noise: this run learnt next to nothing. "
+            f"What matters most is lr (here {config.lr:g}) and how much it trains on (n_epochs, n_examples).",
+            style="yellow",
+        )
+
+
+def evaluations_in(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl that are evaluations."""
+    return [line for line in read_lines(path) if "loss/eval" in line]
+
+
+def learnt_little(evaluations: Sequence[dict[str, float]], records: int) -> bool:
+    """Whether a run's evaluations, each of so many records, differ by less than noise: the loss by less than 1 %, the
+    accuracies by less than two standard errors (of the rewards: from 1/2, for at the start they are equal)."""
+    if len(evaluations) < 2 or evaluations[0]["step"] != 0:
+        return False
+    first, last = evaluations[0], evaluations[-1]
+    moved = abs(last["loss/eval"] - first["loss/eval"]) >= 0.01 * abs(first["loss/eval"])
+    for name, value in last.items():
+        if name.endswith("/accuracies"):
+            start = 0.5 if name.startswith("rewards") else first[name]
+            moved |= abs(value - start) >= 2 * math.sqrt(0.25 / records)
+    return not moved
 
 
 def from_metrics(path: Path) -> dict[str, float]:
-    """What the first and the last evaluation say. Accuracy: the share of pairs whose chosen completion the policy
-    itself finds likelier per token. Drift: the mean over chosen and rejected completions."""
-    evaluations = [line for line in read_lines(path) if "loss/eval" in line]
+    """What the first and the last evaluation say; of SAEs, the last. Accuracy: the share of pairs whose chosen
+    completion the policy itself finds likelier per token. Drift: the mean over chosen and rejected completions."""
+    evaluations = evaluations_in(path)
     if not evaluations:
         return {}
     figures = {"loss_after": evaluations[-1]["loss/eval"]}
@@ -66,6 +97,11 @@ def from_metrics(path: Path) -> dict[str, float]:
     drifts = [value for key, value in evaluations[-1].items() if key.startswith("feature_drift_eval/")]
     if drifts:
         figures["feature_drift"] = sum(drifts) / len(drifts)
+    of_saes = {
+        key.removeprefix("sae_eval/"): value for key, value in evaluations[-1].items() if key.startswith("sae_eval/")
+    }
+    if len(of_saes) > 1:  # FPO has one: the share of tokens left out
+        figures |= {key: value for key, value in of_saes.items() if key.rpartition("/")[2] in SAE_FIGURES}
     return figures
 
 

@@ -1,11 +1,12 @@
 """Weights on disk: find them, read each rank's slices into a model, and write a full model.
 
-Two formats are read: safetensors in Hub format, and `policy.pt`. No pickle that could run code is loaded.
+Two formats are read: safetensors in Hub format, and `policy.pt`. No pickle that could run code is loaded. Some models
+have other names, or fewer and larger tensors, on disk than in memory; transformers knows the conversion.
 """
 
 import copy
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,15 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from distributed import parallel
 from distributed.sharding import full_tensor, local_ranges, local_slice, reshard
@@ -77,6 +87,62 @@ class PolicyFile:
         return self.state[name][ranges]
 
 
+class ConvertedWeights:
+    """Weights under the names, and in the shapes, that a model gives them, as `from_pretrained` converts them.
+
+    A tensor that is only renamed is read in parts; one that is made of several, such as the experts of a layer, is made
+    whole to read a part.
+    """
+
+    def __init__(self, weights: Weights, model: PreTrainedModel) -> None:
+        self.source, self.weights, self.model = weights.source, weights, model
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.names: dict[str, str] = {}  # in the files, by the name in the model
+        self.groups: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}  # (pattern, name in the files)
+        self.whole: dict[str, Tensor] = {}  # what the group that was read last becomes
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        self.find_names(conversions)
+        # `revert_weight_conversion` reads it. A prefix belongs to the files that were read; all else to the model.
+        model._weight_conversions = [  # type: ignore[assignment]
+            each for each in conversions if each.was_used() or not isinstance(each, PrefixChange)
+        ]
+
+    def find_names(self, conversions: Sequence[object]) -> None:
+        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        tensors = {adapters.name_in_base(name): tensor for name, tensor in self.model.state_dict().items()}
+        prefix = self.model.base_model_prefix
+        for name in sorted(self.weights.shapes, key=dot_natural_key):
+            found, pattern = rename_source_key(name, renamings, converters, prefix, tensors)
+            if found not in tensors:  # the files have the model's names, or it has no use for this tensor
+                found, pattern = rename_source_key(name, [], [], prefix, tensors)
+            if pattern is None:
+                self.names[found], self.shapes[found] = name, self.weights.shapes[name]
+            else:
+                self.groups.setdefault(found, (by_pattern[pattern], []))[1].append((pattern, name))
+        for first in list(self.groups):
+            made = self.convert(first, lambda name: torch.empty(self.weights.shapes[name], device="meta"))
+            self.shapes |= {name: tuple(tensor.shape) for name, tensor in made.items()}
+            self.groups |= dict.fromkeys(made, self.groups[first])
+
+    def convert(self, first: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The tensors that a group of tensors in the files becomes, by their names in the model."""
+        converter, members = self.groups[first]
+        own = copy.deepcopy(converter)
+        for pattern, name in members:
+            own.add_tensor(first, name, pattern, read(name))  # type: ignore[arg-type]
+        made = own.convert(first, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def read(self, name: str, ranges: tuple[slice, ...]) -> Tensor:
+        if name in self.names:
+            return self.weights.read(self.names[name], ranges)
+        if name not in self.whole:
+            self.whole = self.convert(name, lambda name: self.weights.read(name, ()))
+        return self.whole[name][ranges]
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model in a Hub-format directory. Raises UserError if there are none."""
     files = sorted(directory.glob(WEIGHTS))
@@ -123,6 +189,7 @@ def load_weights(model: PreTrainedModel, weights: Weights, new_tokens: int = 0) 
     `new_tokens`, which are new in the vocabulary. Raises UserError, before anything is read, with a list of all weights
     that are missing, left over or of another shape.
     """
+    weights = ConvertedWeights(weights, model)
     tensors = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}  # by parameter; a tied one has several names, and files have one of them or all
     for name, tensor in tensors.items():
@@ -229,9 +296,13 @@ def write_hub_format(model: PreTrainedModel, state: dict[str, Tensor], folder: P
     """Write the directory that `from_pretrained` and vLLM read, from the result of `gather_weights` on rank 0."""
     first_names = {id(tensor): name for name, tensor in reversed(state.items())}  # one for each tied parameter
     config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights written are not quantised
     config.save_pretrained(folder)
     if isinstance(model.generation_config, GenerationConfig):
         model.generation_config.save_pretrained(folder)
-    save_torch_state_dict({name: state[name] for name in first_names.values()}, folder)
+    own = revert_weight_conversion(model, {name: state[name] for name in first_names.values()})
+    # Parts of one tensor share its memory, which safetensors takes for one tensor with two names.
+    apart = {n: t if t.nbytes == t.untyped_storage().nbytes() else t.clone() for n, t in own.items()}
+    save_torch_state_dict(apart, folder)

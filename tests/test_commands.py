@@ -242,5 +242,5 @@ def test_fpo_on_real_preferences(tmp_path, name):
     assert all(value == value and abs(value) < float("inf") for line in lines for value in line.values())
     sampling = ["++n_samples=4", "++max_new_tokens=16", f"++samples_dir={tmp_path}"]
     command("eval.py", f"--config-path={tmp_path / name}", *sampling)
-    new_python("compare.py", "-f", tmp_path / f"{name}.json", "-j", "toy", "-r", tmp_path / "results.jsonl")
+    command("compare.py", "-f", tmp_path / f"{name}.json", "-j", "toy", "-r", tmp_path / "results.jsonl")
     assert json.loads((tmp_path / "results.jsonl").read_text())["total"] == 4

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import dataloader
-from data import rows, tokenise
+from data import hub, tokenise
 from data.batch import Batch, collate
 from data.rows import BadRow
 from data.settings import DataSettings
@@ -353,17 +353,15 @@ def test_the_hub_is_asked_for_one_split_and_its_refusal_is_explained(
         asked.append((repo, options))
         return str(tmp_path)
 
-    monkeypatch.setattr(rows, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert len(dataloader.get_hh_helpful("test")) == 1
     assert asked == [("Anthropic/hh-rlhf", {"repo_type": "dataset", "allow_patterns": ["helpful-base/test.jsonl.gz"]})]
 
     def refuse(repo: str, **options: Any) -> str:
         raise ConnectionError(f"no route to {repo} {options}")
 
-    monkeypatch.setattr(rows, "snapshot_download", refuse)
-    with pytest.raises(
-        UserError, match=r"Anthropic/hh-rlhf cannot be fetched.*no route(.|\n)*hf auth login(.|\n)*data_dir"
-    ):
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"Anthropic/hh-rlhf cannot be fetched.*no route(.|\n)*data_dir"):
         dataloader.get_hh_helpful("test")
 
 
@@ -540,15 +538,15 @@ def test_bad_rows_are_reported_and_too_many_stop_the_run(
     said = capsys.readouterr().out
     assert "2 of 200 rows" in said
     assert f"1 x 'chosen' is empty: {file}:7" in said
-    report = json.loads((tokens.path / "report.json").read_text())
-    assert report[str(file)]["'chosen' is neither text nor a list of messages"] == [f"{file}:10"]
+    report = json.loads((tokens.path / "report.json").read_text())["left_out"]
+    assert report[str(file)]["'chosen' is neither text nor a list of messages"] == {"rows": 1, "first": [f"{file}:10"]}
 
     content[100]["rejected"] = "an </s> inside"  # found when tokenised, and counted apart
     write_jsonl(file, content)
     tokens = load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
-    report = json.loads((tokens.path / "report.json").read_text())
-    (places,) = report["tokenising"].values()
-    assert places == [f"{file}:101"]
+    report = json.loads((tokens.path / "report.json").read_text())["left_out"]
+    (found,) = report["tokenising"].values()
+    assert found == {"rows": 1, "first": [f"{file}:101"]}
 
     content[50] = {"prompt": "q"}
     write_jsonl(file, content)
@@ -605,8 +603,8 @@ def record(prompt: str | list[dict[str, str]], *completions: str, mode: str = "k
 
 
 def tokenised(tokenizer: PreTrainedTokenizerFast, template: tokenise.Template, *records: dict[str, Any]) -> list[Any]:
-    tokens, left_out = tokenise.tokenise(records, tokenizer, template, max_length=512, max_prompt_length=256)
-    assert left_out == []
+    tokens, tally = tokenise.tokenise(records, tokenizer, template, max_length=512, max_prompt_length=256)
+    assert (tally.left_out.places, tally.cuts(512, 256)) == ({}, "")
     return tokens.to_list()
 
 
@@ -653,10 +651,10 @@ def test_chat_template_errors(tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     chat = make_tokenizer(chat=CHAT)
     refused = record([{"role": "system", "content": "s"}, user("a")], "b")
     options = {"max_length": 99, "max_prompt_length": 9}
-    tokens, left_out = tokenise.tokenise([refused, record("a", "b")], chat, ChatTemplate(chat), **options)
+    tokens, tally = tokenise.tokenise([refused, record("a", "b")], chat, ChatTemplate(chat), **options)
     assert len(tokens) == 1
-    assert left_out == [("here:1", "the chat template refuses the conversation: no system turn")]
-    with pytest.raises(BadRow, match="1 prompts cannot be sampled from; here:1"):
+    assert tally.left_out.places == {"the chat template refuses the conversation: no system turn": ["here:1"]}
+    with pytest.raises(BadRow, match=r"1 of 1 rows cannot be used\n  1 x the chat template refuses .*: here:1"):
         tokenise.tokenise_prompts([refused], chat, ChatTemplate(chat), max_prompt_length=9)
 
 
@@ -697,6 +695,90 @@ def test_prompts_to_sample_from_are_cut_to_max_prompt_length(tokenizer: PreTrain
     assert sampled[0]["completions"] == ["reference"]
 
 
+CHATS = {  # what chat templates do with the system turn, and with what a turn says
+    "says what the system is": (
+        "{% for m in messages %}{% if loop.first and m.role != 'system' %}<s>system: be kind</s>{% endif %}"
+        "<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    ),
+    "strips": (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    ),
+    "has the system in the first turn, which has to be the user's": (
+        "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' %}"
+        "{% for m in messages[1 if system else 0:] %}"
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('whose turn?') }}{% endif %}"
+        "{{ '[user]' if m.role == 'user' else '[model]' }}{{ system ~ '|' if system and loop.first }}{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}[model]{% endif %}"
+    ),
+    "has no system turn": CHAT,
+}
+TALKS = {
+    "one turn": [user(" a question of some length ")],
+    "several turns": [user("first"), assistant("second"), user("third and longer"), assistant("fourth"), user("fifth")],
+    "system": [{"role": "system", "content": "short"}, user("first"), assistant("second"), user("third, the longest")],
+}
+
+
+@pytest.mark.parametrize(("talk", "mode"), [("one turn", "keep_start"), *((talk, "keep_end") for talk in TALKS)])
+@pytest.mark.parametrize("chat", [*CHATS, "tulu"])
+def test_only_what_messages_say_is_cut(chat: str, talk: str, mode: str) -> None:
+    if (chat, talk) == ("has no system turn", "system"):
+        return
+    tokenizer = make_tokenizer(chat=CHATS.get(chat))
+    template = ChatTemplate(tokenizer) if tokenizer.chat_template else TULU
+
+    def ids(*messages: dict[str, str]) -> list[int]:
+        text = template.prompt(messages).removeprefix("<s>")
+        return [BOS, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    system, turns = ([m for m in TALKS[talk] if (m["role"] == "system") == is_system] for is_system in (True, False))
+    said = turns[-1]["content"]
+    parts = [said[:n] if mode == "keep_start" else said[-n:] for n in range(len(said), 0, -1)]
+    tried = [ids(*system, *turns[start:]) for start in range(0, len(turns), 2)]
+    tried += [ids(*system, user(part)) for part in parts if part.strip()]
+    whole = tried[0]
+    for limit in [4, *range(len(tried[-1]) - 1, len(whole) + 1, 7)]:
+        expected = next((found for found in tried if len(found) <= limit), None)
+        item, limits = record(TALKS[talk], "so", mode=mode), {"max_length": len(whole) + 2, "max_prompt_length": limit}
+        tokens, tally = tokenise.tokenise([item], tokenizer, template, **limits)
+        assert [row["prompt_ids"] for row in tokens] == ([expected] if expected else [])
+        assert tally.left_out.counts.total() == (expected is None)
+        assert tally.cut_prompts == (expected not in (None, whole))
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_cut_prompt_fills_its_room_nearly(mode: str, is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer(merges=60, chat=CHATS["strips"])
+    monkeypatch.setattr(type(tokenizer), "is_fast", is_fast)  # a slow one does not tell where its tokens are
+    said = "another question, an answer and äöü 漢字 👍 " * 20
+    for limit in range(30, 100, 9):
+        item = record(said, mode=mode)
+        (row,) = tokenise.tokenise_prompts([item], tokenizer, ChatTemplate(tokenizer), max_prompt_length=limit)
+        text = tokenizer.decode(row["prompt_ids"])
+        assert text.startswith("<s>[user]") and text.endswith("[assistant]")
+        assert text.removeprefix("<s>[user]").removesuffix("[assistant]") in said
+        assert limit - 4 <= len(row["prompt_ids"]) <= limit
+
+
+def test_what_is_cut_is_said_also_of_cached_tokens(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = [*pair_rows(2), {"prompt": "long" * 9, "chosen": "a" * 9, "rejected": "b" * 99}]
+    file = write_jsonl(tmp_path / "a.jsonl", content)
+    config = make_config(tmp_path, datasets=[str(file)], eval_datasets=["toy"])
+    limits = {"max_length": 90, "max_prompt_length": 40}
+    for _ in range(2):
+        load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader, **limits)
+        assert (
+            "Tokens (train): prompts cut to model.max_prompt_length=40: 1 of 3; "
+            "completions cut at model.max_length=90, so without EOS: 1 of 6"
+        ) in capsys.readouterr().out
+    load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
+    assert "cut" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("max_prompt_length", [0, 12, 13])
 def test_lengths_that_leave_no_room_are_refused(tokenizer: PreTrainedTokenizerFast, max_prompt_length: int) -> None:
     with pytest.raises(UserError, match=f"max_prompt_length={max_prompt_length} .* below model.max_length=12"):
@@ -705,9 +787,10 @@ def test_lengths_that_leave_no_room_are_refused(tokenizer: PreTrainedTokenizerFa
 
 def test_an_eos_in_the_text_is_a_bad_row_and_one_at_its_end_is_not_doubled(tokenizer: PreTrainedTokenizerFast) -> None:
     items = [record("a", "b</s>c"), record("a", "b</s>\n")]
-    tokens, left_out = tokenise.tokenise(items, tokenizer, PLAIN, max_length=12, max_prompt_length=6)
+    tokens, tally = tokenise.tokenise(items, tokenizer, PLAIN, max_length=12, max_prompt_length=6)
     assert [tokenizer.decode(row["completion_ids"][0]) for row in tokens] == ["b</s>"]
-    assert left_out == [("here:1", "the completion holds the end-of-sequence token </s> inside its text")]
+    reason = "the completion holds the end-of-sequence token </s> inside its text"
+    assert tally.left_out.places == {reason: ["here:1"]}
 
 
 # ---------------------------------------------------------------------------------------------------------- batches

@@ -1,12 +1,10 @@
 """What the documents say, against what is so."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import DATA, REPO
+from conftest import command as run_command
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -312,13 +311,14 @@ def copy(tmp_path_factory) -> Path:
 
 def follow(section: str, folder: Path) -> None:
     """Write the files of a section and run its commands, in the order of its blocks."""
-    python = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{python}:{os.environ['PATH']}"}
     for language, body in BLOCK.findall(section):
         if language == "bash":
-            shell = ["bash", "-euc", body]
-            done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
+            for line in body.replace("\\\n", " ").splitlines():
+                program, *arguments = shlex.split(line)
+                if program == "python":
+                    run_command(*arguments, cwd=folder)
+                else:
+                    subprocess.run(["bash", "-euc", line], cwd=folder, check=True)
             continue
         first, _, rest = body.partition("\n")
         what = re.fullmatch(r"# (add to|new file) (\S+)", first)
@@ -366,6 +366,4 @@ def test_the_readmes_custom_trainer_runs_as_written(copy):
     (line,) = re.findall(r"`(python train\.py loss=unpaired [^`]*)`", README)
     (copy / "my_trainers.py").write_text(code)
     few = ["n_examples=64", "n_eval_examples=16"]
-    command = [sys.executable, *shlex.split(line)[1:], *few]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_command(*shlex.split(line)[1:], *few, cwd=copy)

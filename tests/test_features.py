@@ -85,6 +85,26 @@ def test_figures_are_those_of_dense_computation(divergence, layers):
         assert not before[kind].drift.any()
 
 
+def test_sinks_are_no_part_of_the_figures_or_contexts():
+    model, sae, texts, sink = tiny_gemma(), random_sae(), texts_of(8), 25
+    with torch.no_grad():
+        model.model.embed_tokens.weight[sink] *= 1000
+    one = reader(model, sae, texts, [(1, "residual")], divergence="kl", k=5)
+    profile, _ = one.measure("before", ["chosen", "rejected"])
+    acts = one.activations("before", {"chosen": [3, 7], "rejected": [3, 7]})
+    planted = 0
+    for kind in ("chosen", "rejected"):
+        expected = []
+        for i, text in ((i, text) for i, text in enumerate(texts) if text.kind == kind):
+            is_sink = torch.tensor([token for token in text.completion_ids if token != EOS_ID]) == sink
+            dense = sae.encode(residuals(model, text, 1))
+            expected.append(dense[~is_sink])
+            torch.testing.assert_close(acts[i], dense[:, [3, 7]] * ~is_sink.unsqueeze(1), rtol=1e-3, atol=1e-4)
+            planted += int(is_sink.sum())
+        assert profile[kind].mean == pytest.approx(torch.cat(expected).mean(0).numpy(), rel=1e-3, abs=1e-4)
+    assert planted
+
+
 def test_the_same_policy_has_no_drift():
     texts = texts_of(5)
     one = reader(tiny_gemma(), random_sae(), texts, [(1, "residual")], divergence="kl", k=50)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import sae as saes
 from autoencoders.formats import GEMMA_SCOPE_ARRAYS, load_sae, save_sae
 from models import decoder_layers, final_hidden_states, make_tap, score
-from sae import ResidualTap, compared_latents, compute_feature_drift, pooled_features
+from sae import JointSAE, ResidualTap, compared_latents, compute_feature_drift, pooled_features
 from utils import UserError
 
 
@@ -90,6 +90,51 @@ def test_pooling_is_the_mean_over_the_completions_text():
     for row, mean in zip(pooled[[0, 1, 3]], [expected[0], expected[1], expected[3]]):
         torch.testing.assert_close(row, mean)
     assert not pooled[2].any()
+
+
+def along(*norms):
+    """Vectors [M, 32] of these norms."""
+    directions = torch.nn.functional.normalize(torch.randn(len(norms), 32, generator=torch.Generator().manual_seed(7)))
+    return directions * torch.tensor(norms).unsqueeze(1)
+
+
+def test_a_sink_is_far_above_the_median_of_its_own_sequence():
+    sequences = {
+        (1.0, 2.0, 2.0, 19.0, 21.0): [4],  # the median is 2
+        (50.0, 1.0): [0],  # of two the lower is the median
+        (500.0,): [],  # alone, nothing tells
+        (): [],
+        (100.0, 100.0, 300.0): [],  # whatever other sequences are like
+        (1.0, 1.0, 1.0, 50.0, float("inf"), float("nan")): [3],  # what is not finite has to show
+    }
+    lengths = [len(norms) for norms in sequences]
+    for dtype in (torch.float32, torch.bfloat16):
+        sinks = saes.attention_sinks(along(*sum(sequences, ())).to(dtype), lengths)
+        assert [own.nonzero().flatten().tolist() for own in sinks.split(lengths)] == list(sequences.values())
+    assert saes.attention_sinks(torch.zeros(0, 32), []).tolist() == []
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+def test_features_are_those_of_the_tokens_that_are_no_sinks(divergence):
+    sae, lengths, sinks = random_sae(), [4, 5, 3], [1, 8]
+    plain = torch.randn(12, 32)
+    kept = torch.tensor([n for n in range(12) if n not in sinks])
+    planted = plain.clone()
+    planted[sinks] *= 1000
+    expected = pooled_features(sae, plain[kept], [3, 4, 3])
+    torch.testing.assert_close(pooled_features(sae, planted, lengths), expected)
+    both = JointSAE([sae, sae], [1.0, 1.0])
+    joint = pooled_features(both, torch.cat([planted, plain], 1), lengths)
+    torch.testing.assert_close(joint, torch.cat([expected, pooled_features(sae, plain, lengths)], 1))
+
+    reference, options = pooled_features(sae, torch.randn(12, 32), lengths), {"divergence": divergence, "k": 5}
+    planted.requires_grad_(), plain.requires_grad_()
+    drift = compute_feature_drift(sae, planted, lengths, reference, **options)
+    without = compute_feature_drift(sae, plain[kept], [3, 4, 3], reference, **options)
+    torch.testing.assert_close(drift, without)
+    drift.sum().backward(), without.sum().backward()
+    torch.testing.assert_close(planted.grad[kept], plain.grad[kept])
+    assert planted.grad[kept].any() and not planted.grad[sinks].any()
 
 
 def test_pooling_does_not_depend_on_the_chunks(monkeypatch):

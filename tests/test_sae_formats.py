@@ -11,6 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
 import models
+from autoencoders import formats
 from autoencoders.formats import SAE_FORMATS, SAESource, detect_format, find_sae, load_sae
 from autoencoders.settings import SAESettings
 from utils import UserError, checked
@@ -228,10 +229,11 @@ def qwen_scope(folder):
     )
 
 
-def dictionary(kind: str):
+def dictionary(kind: str, *, of_2025: bool = False):
+    """One of dictionary_learning's classes, as it was in 2024 or, with a config of its trainers since, afterwards."""
     p, scalar = parts(), {"k": torch.tensor(K), "threshold": torch.tensor(0.6)}
     linear = {"encoder.weight": p["W_enc"].T, "encoder.bias": p["b_enc"], "decoder.weight": p["W_dec"].T}
-    norm, threshold = p["W_dec"].norm(dim=1), draw(F, seed=9)
+    norm, threshold = 1 if of_2025 else p["W_dec"].norm(dim=1), draw(F, seed=9)
 
     def pre(x):
         return x @ p["W_enc"] + p["b_enc"]
@@ -248,7 +250,7 @@ def dictionary(kind: str):
     gated = {"gate_bias": gate, "mag_bias": mag, "r_mag": r, "decoder_bias": p["b_dec"]}
     gated |= {name: linear[name] for name in ("encoder.weight", "decoder.weight")}
     tensors, encode, rescaled = {
-        "AutoEncoder": ({**linear, "bias": p["b_dec"]}, lambda x: centred(x).relu(), False),
+        "AutoEncoder": ({**linear, "bias": p["b_dec"]}, lambda x: centred(x).relu() * norm, True),
         "AutoEncoderNew": ({**linear, "decoder.bias": p["b_dec"]}, lambda x: pre(x).relu(), False),
         "AutoEncoderTopK": ({**linear, "b_dec": p["b_dec"], **scalar}, lambda x: top_k(centred(x).relu()), False),
         "BatchTopKSAE": ({**linear, "b_dec": p["b_dec"], **scalar}, lambda x: jump(centred(x), 0.6), False),
@@ -263,6 +265,7 @@ def dictionary(kind: str):
 
     def layout(folder):
         trainer = {"dict_class": kind, "activation_dim": D, "dict_size": F, "k": K, "layer": 11}
+        trainer |= {"sparsity_warmup_steps": None} if of_2025 else {}
         return (
             folder / "resid_post_layer_11/trainer_0",
             tensors,
@@ -297,6 +300,8 @@ LAYOUTS = {
             "MatryoshkaBatchTopKSAE",
         )
     },
+    "dictionary_learning/GatedAutoEncoder of 2025": dictionary("GatedAutoEncoder", of_2025=True),
+    "dictionary_learning/JumpReluAutoEncoder of 2025": dictionary("JumpReluAutoEncoder", of_2025=True),
 }
 assert {name.split("/")[0] for name in LAYOUTS} == set(SAE_FORMATS)
 TOP_K = (
@@ -461,6 +466,14 @@ def test_the_identity_changes_with_all_that_features_depend_on(layout, tmp_path)
     assert len(set(identities)) == len(identities)
     _, copy, *_ = written(layout, tmp_path / "d")
     assert SAESource("sae", detect_format(copy), 1, "residual", 1.0).identity() == source.identity()
+
+
+def test_the_rule_for_attention_sinks_is_part_of_the_identity(tmp_path, monkeypatch):
+    _, path, *_ = written("gemma_scope", tmp_path)
+    source = SAESource("sae", detect_format(path), 7, "mlp", 1.0)
+    before = source.identity()
+    monkeypatch.setattr(formats, "SINK_NORM", 5.0)
+    assert source.identity() != before
 
 
 def test_the_folding_is_part_of_the_identity(tmp_path):
@@ -629,7 +642,7 @@ def add(name, tensor):
         ("qwen_scope", put("model_type", "relu_sae"), "model_type=relu_sae cannot be folded"),
         ("qwen_scope", put("hook_point", "mlp_out"), "hook_point=mlp_out cannot be folded"),
         ("dictionary_learning", put("trainer.dict_class", "CrossCoder"), "trainer.dict_class=CrossCoder cannot be"),
-        ("dictionary_learning", put("trainer.submodule_name", "attn_out_3"), "trainer.submodule_name=attn_out_3: not"),
+        ("dictionary_learning", put("trainer.submodule_name", "attn_out_3"), "reads attn_out_3; SAEs are read after"),
     ],
 )
 def test_what_cannot_be_folded_is_refused_by_name(layout, change, message, tmp_path):
@@ -637,6 +650,37 @@ def test_what_cannot_be_folded_is_refused_by_name(layout, change, message, tmp_p
     with pytest.raises(UserError, match=message):
         find_sae(section({"path": str(path)}), "sae")
         load_sae(path)
+
+
+@pytest.mark.parametrize(
+    ("point", "place"),
+    {
+        "gpt_neox.layers.3": (3, "residual"),
+        "model.language_model.layers.3": (3, "residual"),
+        "language_model.model.layers.3.mlp": (3, "mlp"),
+        "transformer.h.3": (3, "residual"),
+        "transformer.h.3.mlp": (3, "mlp"),
+        "model.decoder.layers.0": (0, "residual"),
+        "model.layers.12.output": (12, "residual"),
+        "layers.12.post_feedforward_layernorm": (12, "mlp"),
+        "model.layers.3.self_attn": None,
+        "vision_tower.encoder.layers.3": None,
+        "model.layers.3.mlp.down_proj": None,
+    }.items(),
+)
+def test_modules_as_transformers_names_them(tmp_path, point, place):
+    """In SAELens's hook names, dictionary_learning's submodules, sparsify's folders."""
+    _, native, *_ = written("saelens", tmp_path / "native", put("metadata.hook_name", point))
+    _, dictionary, *_ = written("dictionary_learning", tmp_path / "dict", put("trainer.submodule_name", point))
+    _, path, *_ = written("sparsify", tmp_path / "sparsify")
+    sparsify = path.parent.rename(tmp_path / "sparsify" / point) / path.name
+    for path in (native, dictionary, sparsify):
+        if place is None:
+            with pytest.raises(UserError, match=f"reads {point}; SAEs are read after blocks or at their MLP's output"):
+                find_sae(section({"path": str(path)}), "sae")
+        else:
+            found = find_sae(section({"path": str(path)}), "sae")
+            assert (found.layer, found.hook) == place
 
 
 def test_other_places_are_refused(tmp_path):

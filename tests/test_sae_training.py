@@ -1,13 +1,17 @@
 """Training SAEs: what a step is made of, what it minimises, what a run saves; against plain formulas and SAELens."""
 
+import json
+import re
+import shutil
 from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import metrics
-from datasets import Dataset
+from datasets import Dataset as Table
 from test_ranks import train_on
 from test_training import REPO, Killed, assembled, run, settle
 from transformers import AutoModelForCausalLM
@@ -16,7 +20,7 @@ from autoencoders.activations import ActivationLoader, text_lengths
 from autoencoders.formats import load_sae
 from autoencoders.training import BatchTopK, SAETrainer
 from data.batch import PAD
-from dataloader import SFTDataLoader, TokenisedData
+from dataloader import Dataset, SFTDataLoader, TokenisedData
 from training import loop
 from utils import UserError
 
@@ -31,7 +35,7 @@ SMALL_SAE += ["loss.dead_after=150", "lr=1e-2", "do_first_eval=false"]
 def rows(count=50):
     generator = np.random.default_rng(0)
     ids = [generator.integers(3, 99, generator.integers(1, 9)).tolist() for _ in range(2 * count)]
-    return Dataset.from_dict(
+    return Table.from_dict(
         {
             "prompt_ids": [[BOS, *own] for own in ids[:count]],
             "completion_ids": [[[*own, EOS]] for own in ids[count:]],
@@ -50,7 +54,8 @@ def marks(batch):
     """Vectors that say whose they are: (record, place of the token in it, token), in place of a model's."""
     own = (batch.document != PAD) & (batch.input_ids != BOS) & (batch.input_ids != EOS)
     index = torch.tensor([*batch.index, -1])
-    return torch.stack([index[batch.document], batch.position_ids, batch.input_ids], dim=2)[own].float()
+    x = torch.stack([index[batch.document], batch.position_ids, batch.input_ids], dim=2)[own].float()
+    return x, torch.ones(len(x), dtype=torch.bool)
 
 
 def stream(data, layout="padded", rank=0, world_size=1, batch_tokens=40, buffer_tokens=150, **options):
@@ -124,10 +129,65 @@ def test_records_with_two_completions_are_refused(tmp_path):
         assembled(tmp_path, *SMALL_SAE, "loss.dataloader=PairedPreferenceDataLoader")
 
 
-def test_both_sides_of_pairs_can_be_read(tmp_path):
+def test_all_completions_can_be_read(tmp_path):
     chosen = assembled(tmp_path, *SMALL_SAE).stream
-    both = assembled(tmp_path, *SMALL_SAE, "loss.dataloader=UnpairedPreferenceDataLoader").stream
+    both = assembled(tmp_path, *SMALL_SAE, "++train_on=all").stream
     assert (len(chosen.rows), len(both.rows)) == (24, 48) and both.tokens > 1.8 * chosen.tokens
+    data = Dataset("mine")
+    data["p"].add_pair("a", "b")
+    data["p"].add_pair("a", "c")
+    assert [own["completions"] for own in SFTDataLoader.records(data, "all")] == [["a"], ["b"], ["c"]]
+    with pytest.raises(UserError, match="train_on=all: loss=dpo does not read single completions, as sft and sae do"):
+        assembled(tmp_path, "loss=dpo", "++train_on=all")
+
+
+# ------------------------------------------------------------------------------------------------ attention sinks
+
+PLANTED = (28, 3)  # the colon of each toy prompt, and the exclamation mark of many completions
+
+
+@pytest.fixture(scope="session")
+def sinks(tmp_path_factory):
+    """The key of a model in which two tokens are attention sinks, whose tokenizer has no BOS."""
+    folder = tmp_path_factory.mktemp("model") / "sinks"
+    shutil.copytree(REPO / "assets/tiny", folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][list(PLANTED)] *= 300
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for name, change in {"config": {"tie_word_embeddings": False}, "tokenizer_config": {"bos_token": None}}.items():
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    return f"++model.name_or_path={folder}"
+
+
+def test_first_tokens_and_sinks_are_not_trained_on(tmp_path, sinks, capsys):
+    trainer = assembled(tmp_path, *SMALL_SAE, sinks, "loss.layer=[1,2]")
+    texts = [text_of(row) for row in trainer.stream.rows]
+    out = sum(1 + sum(token in PLANTED for token in text) for text in texts)  # the planted ones are never the first
+    steps = list(chain(*trainer.stream.steps()))
+    left = sum(step.left_out for step in steps)
+    assert left == out > 2 * len(texts) * 0.7
+    assert [len(step.x) for step in steps] == [step.tokens for step in steps]
+    assert sum(step.tokens for step in steps) == sum(map(len, texts)) - out == trainer.stream.tokens - out
+    assert all(x.norm(dim=1).max() < 10 * x.norm(dim=1).median() for step in steps for x in trainer.by_layer(step.x))
+    (tmp_path / "sae_tiny").mkdir()
+    trainer.train()
+    assert "% of them are left out: first tokens without BOS, and attention sinks" in capsys.readouterr().out
+    shares = [line["sae_train/left_out"] for line in metrics(tmp_path / "sae_tiny") if "sae_train/left_out" in line]
+    assert shares == pytest.approx([step.left_out / (step.left_out + len(step.x)) for step in steps])
+
+
+def test_fpo_leaves_sinks_out_and_says_how_many(tmp_path, sinks):
+    lines = run(tmp_path, "loss=fpo", sinks, "n_examples=8", "warmup_steps=0")
+    rows = assembled(tmp_path, "loss=fpo", sinks, "n_examples=8").loaders["eval"].rows
+    tokens = [[token for token in own if token != EOS] for row in rows for own in row["completion_ids"]]
+    planted = sum(token in PLANTED for own in tokens for token in own)
+    for line in (lines[0], lines[-1]):
+        assert line["sae_eval/left_out"] == pytest.approx(planted / sum(map(len, tokens)))
+    assert planted and lines[1]["sae_train/left_out"] > 0
+    assert lines[0]["feature_drift_eval/rejected"] == pytest.approx(0, abs=1e-5)
+    assert lines[-1]["feature_drift_eval/rejected"] > 1e-4
 
 
 # ------------------------------------------------------------------------------------------------ the autoencoder
@@ -264,19 +324,25 @@ def test_progress_shows_what_matters(tmp_path):
     assert shown.startswith("l0 6") and "fvu" in shown and "dead" in shown
 
 
-def test_evaluation_against_plain_formulas(tmp_path):
+@pytest.mark.parametrize("planted", [False, True], ids=["BOS", "sinks and no BOS"])
+def test_evaluation_against_plain_formulas(tmp_path, sinks, planted):
     """The figures of the last evaluation, from the saved file, transformers' own model, one text at a time."""
-    lines = run(tmp_path, *SMALL_SAE, "exp_name=a")
+    options = [*SMALL_SAE, *([sinks] if planted else [])]
+    lines = run(tmp_path, *options, "exp_name=a")
     sae = load_sae(only(tmp_path, "a/LATEST/layer_2/width_96/*/params.npz"))
-    trainer = assembled(tmp_path, *SMALL_SAE, "exp_name=b")
-    special = torch.tensor([trainer.tokenizer.bos_token_id, trainer.tokenizer.eos_token_id])
-    model = AutoModelForCausalLM.from_pretrained(REPO / "assets/tiny", attn_implementation="eager").eval()
-    vectors, entropy, targets = [], dict.fromkeys(("clean", "sae", "zero"), 0.0), 0
+    trainer = assembled(tmp_path, *options, "exp_name=b")
+    special = torch.tensor([i for i in (trainer.tokenizer.bos_token_id, trainer.tokenizer.eos_token_id) if i])
+    place = REPO / trainer.config.model.name_or_path
+    model = AutoModelForCausalLM.from_pretrained(place, attn_implementation="eager").eval()
+    vectors, entropy, targets, tokens = [], dict.fromkeys(("clean", "sae", "zero"), 0.0), 0, 0
     for row in trainer.loaders["eval"].rows:
         prompt, (completion,) = row["prompt_ids"], row["completion_ids"]
         ids = torch.tensor([[*prompt, *completion]])
         text = ~torch.isin(ids[0], special)
-        targets += len(completion)
+        targets, tokens = targets + len(completion), tokens + int(text.sum())
+        if planted:
+            text &= ~torch.isin(ids[0], torch.tensor(PLANTED))
+            text[0] = False
         for name in entropy:
 
             def change(_module, _inputs, output, name=name, text=text):
@@ -299,7 +365,9 @@ def test_evaluation_against_plain_formulas(tmp_path):
         "fvu": float((x - rebuilt).square().sum() / (x - x.mean(0)).square().sum()),
         "ce_recovered": (entropy["zero"] - entropy["sae"]) / (entropy["zero"] - entropy["clean"]),
         **{f"ce_{name}": value / targets for name, value in entropy.items()},
+        "left_out": 1 - len(x) / tokens,
     }
+    assert (expected["left_out"] > 0.1) == planted
     for name, value in expected.items():
         assert lines[-1][f"sae_eval/{name}"] == pytest.approx(value, rel=1e-3), name
     trainer.read_export(tmp_path / "a/LATEST")
@@ -308,8 +376,16 @@ def test_evaluation_against_plain_formulas(tmp_path):
     assert lines[-1].keys() - again.keys() == {"step", "examples", "sae_eval/dead"}
 
 
-def test_several_layers_in_one_pass_are_as_each_alone(tmp_path):
+def test_several_layers_in_one_pass_are_as_each_alone(tmp_path, capsys):
     together = run(tmp_path, *SMALL_SAE, "exp_name=both", "loss.layer=[0,2]")
+    said, figures = capsys.readouterr().out, json.loads((tmp_path / "both/summary.json").read_text())
+    for name, words in {"l0": "L0", "fvu": "FVU", "ce_recovered": "cross-entropy recovered", "dead": "dead"}.items():
+        for layer in (0, 2):
+            value = together[-1][f"sae_eval/layer_{layer}/{name}"]
+            assert figures[f"layer_{layer}/{name}"] == value
+            assert re.search(rf"{words}[^│]*, layer {layer} +│ {re.escape(f'{value:.4g}')} ", said)
+    assert figures["left_out"] == 0
+    assert "both/: LATEST/ (the SAEs), summary.json" in said and f"++sae.path={tmp_path}/both ++sae.layer=N" in said
     for layer in (0, 2):
         alone = run(tmp_path, *SMALL_SAE, f"exp_name=layer-{layer}", f"loss.layer={layer}")
         assert_same(arrays(tmp_path / "both", layer), arrays(tmp_path / f"layer-{layer}", layer))
@@ -321,8 +397,8 @@ def test_several_layers_in_one_pass_are_as_each_alone(tmp_path):
 
 
 @pytest.mark.parametrize("step", [2, 3])  # between two blocks of activations, and within one
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, step):
-    options = [*SMALL_SAE, "loss.layer=[1,2]", "++n_epochs=2", "++save_every=7", "++eval_every=11"]
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, sinks, monkeypatch, step):
+    options = [*SMALL_SAE, sinks, "loss.layer=[1,2]", "++n_epochs=2", "++save_every=7", "++eval_every=11"]
     whole = run(tmp_path, *options, "exp_name=whole")
     original = loop.BasicTrainer.optimise
 
@@ -356,8 +432,8 @@ def test_killed_before_the_export_it_exports_the_same(tmp_path, monkeypatch):
     assert_same(arrays(tmp_path / "whole"), arrays(tmp_path / "cut"))
 
 
-def test_two_ranks_are_as_one(tmp_path):
-    _, options = settle(tmp_path, *SMALL_SAE, "loss.layer=[1,2]", "exp_name=run", "++n_epochs=3", "lr=1e-3")
+def test_two_ranks_are_as_one(tmp_path, sinks):
+    _, options = settle(tmp_path, *SMALL_SAE, sinks, "loss.layer=[1,2]", "exp_name=run", "++n_epochs=3", "lr=1e-3")
     for ranks in (1, 2):
         train_on(ranks, [[*options, f"++cache_dir={tmp_path}/{ranks}"]])
     one, two = (metrics(tmp_path / f"{ranks}/run") for ranks in (1, 2))

@@ -2,16 +2,11 @@
 
 import http.server
 import json
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
-from pathlib import Path
 
 import pytest
-from conftest import DATA, REPO
+from conftest import DATA, REPO, transformers_server
 from test_sampling import TINY, write
 
 import eval as evaluation
@@ -33,24 +28,8 @@ SERVED = ["++backend=openai", "++served_model=m", "++model.eval_batch_size=4"]
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """`transformers serve` with the built-in model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
-    program = [Path(sys.executable).parent / "transformers", "serve", str(TINY), "--port", str(port), "--device", "cpu"]
-    server = subprocess.Popen(program, stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            assert server.poll() is None, (log.seek(0), log.read())
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.kill()
-        server.wait()
+    with transformers_server(TINY, tmp_path_factory.mktemp("serve") / "log") as address:
+        yield address
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from test_sae_formats import write
 from test_training import assembled, run, settle
 
 import models
-from autoencoders.formats import make_sae, sae_sections, save_sae
+from autoencoders.formats import find_sae, make_sae, sae_sections, save_sae
+from autoencoders.settings import SAESettings
 from data.batch import PAD
 from launch import settings
 from models import decoder_layers, final_hidden_states, make_tap, score
@@ -236,6 +237,65 @@ def test_a_path_alone_is_enough(tmp_path):
     path = f"++sae.path={tmp_path}/layer_1/width_48/average_l0_9"
     trainer = assembled(tmp_path, "loss=fpo", "~sae", path, "++sae.format=auto", "++loss.k=5")
     assert trainer.tap.layer is models.decoder_layers(trainer.policy)[1]
+
+
+def trained(folder, layers):
+    """A run of loss=sae as far as its SAEs go; gives their files."""
+    (folder / "step-9").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "LATEST").symlink_to("step-9")
+    files = {n: folder / f"LATEST/layer_{n}/width_48/average_l0_9/params.npz" for n in layers}
+    for file in files.values():
+        save_sae(random_sae(d_in=128), file)
+    return files
+
+
+def found(path, **keys):
+    return find_sae(SAESettings(path=str(path), **keys), "sae")
+
+
+def test_a_run_is_taken_with_the_layer_it_holds(tmp_path):
+    file = trained(tmp_path / "one", [1])[1]
+    for place in (tmp_path / "one", tmp_path / "one/LATEST", file.parents[2], file.parents[1], file.parent, file):
+        source = found(place)
+        assert (source.path.samefile(file), source.layer, source.hook) == (True, 1, "residual")
+    with pytest.raises(UserError, match=r"sae\.layer=2, but .*params\.npz says 1; sae\.layer=null uses that"):
+        found(tmp_path / "one", layer=2)
+
+
+def test_of_several_layers_one_has_to_be_named(tmp_path):
+    files = trained(tmp_path / "several", [10, 2, *range(20, 31)])
+    assert found(tmp_path / "several", layer=10).path == files[10]
+    for layer in (None, 7):
+        with pytest.raises(UserError) as error:
+            found(tmp_path / "several/LATEST", layer=layer)
+        first, *listed = str(error.value).splitlines()
+        assert first.endswith("/LATEST holds several SAEs; name one, or its layer by sae.layer=:")
+        assert listed[:2] == [f"  {files[n].parent}" for n in (2, 10)]
+        assert len(listed) == 11 and listed[-1] == "  and 3 more"
+
+
+def test_a_run_without_saes_says_so(tmp_path):
+    trained(tmp_path / "dpo", [])
+    with pytest.raises(UserError, match=r"sae\.path=.*/dpo: a run without SAEs: of another loss, or not finished"):
+        found(tmp_path / "dpo")
+
+
+@pytest.mark.parametrize(
+    ("given", "layer"),
+    [
+        (["++sae.path={}"], None),  # so the file says; not the 2 of config/sae/tiny.yaml, which is of another one
+        (["sae.path={}", "sae.layer=1"], 1),
+        (["++sae.path={}", "sae=tiny"], 2),
+    ],
+)
+def test_a_path_alone_takes_nothing_from_the_models_own_sae(tmp_path, given, layer):
+    trained(tmp_path / "one", [1])
+    given = settings.translate_arguments([argument.format(tmp_path / "one") for argument in given])
+    config, _ = settle(tmp_path, "loss=fpo", *given)
+    section = settings.typed(config).sae
+    assert (section.layer, section.name) == (layer, "tiny" if layer == 2 else None)
+    assert settings.translate_arguments(["~sae", "++sae.path=x"]) == ["~sae", "++sae.path=x"]
 
 
 def test_fpo_with_a_topk_sae(tmp_path, capsys):

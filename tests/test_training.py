@@ -148,7 +148,9 @@ def test_a_second_run_finds_the_reference_cache(tmp_path, capsys):
     assert "reference cache: found 24 records" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", ["human_prefix=Q", "model.max_length=60 model.max_prompt_length=20", "sae.layer=0"])
+@pytest.mark.parametrize(
+    "change", ["template=tulu human_prefix=Q", "model.max_length=60 model.max_prompt_length=20", "sae.layer=0"]
+)
 def test_what_the_cached_numbers_depend_on_gives_a_new_cache(tmp_path, plain_run, capsys, change):
     folder = plain_run("fpo").parent
     capsys.readouterr()

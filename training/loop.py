@@ -27,7 +27,7 @@ from distributed.sharding import full_tensor, reshard
 from modeling import adapters
 from modeling.weights import PolicyFile, gather_weights, load_weights, write_hub_format
 from models import score
-from sae import SAE, ResidualTap
+from sae import SAE, ResidualTap, attention_sinks
 from training.checkpoint import Run
 from training.metrics import MetricAccumulator, MetricsLog, StepLines, evaluation_table
 from training.quantities import QUANTITIES, Binding, LossContext
@@ -75,20 +75,25 @@ class Setup(Subject):
     on_evaluation: Callable[[], None] = lambda: None  # called on rank 0 when the metrics of one are written
 
 
-def make_optimizer(config: TrainingSettings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainingSettings, parameters: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
     """The class of torch.optim that the configuration names. Raises UserError for a name or an option it has not."""
     known = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
     if config.optimizer not in known:
         raise UserError(f"optimizer={config.optimizer}: not in torch.optim{suggest(config.optimizer, known)}")
     try:
-        return known[config.optimizer](parameters, lr=config.lr, **dict(config.optimizer_options))
+        return known[config.optimizer](parameters, lr=lr, **dict(config.optimizer_options))
     except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer={config.optimizer}, lr={config.lr}, {config.optimizer_options}: {error}") from error
+        raise UserError(f"optimizer={config.optimizer}, lr={lr}, {config.optimizer_options}: {error}") from error
+
+
+def warmup_of(config: TrainingSettings, steps: int) -> int:
+    """The steps of the warm-up: `warmup_steps`, or the share `warmup_ratio` of all."""
+    return round(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps
 
 
 def make_schedule(config: TrainingSettings, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """A learning rate that rises evenly over `warmup_steps`, then follows `lr_schedule` to the last step."""
-    warmup, after = config.warmup_steps, SCHEDULES[config.lr_schedule]
+    """A learning rate that rises evenly over the warm-up, then follows `lr_schedule` to the last step."""
+    warmup, after = warmup_of(config, steps), SCHEDULES[config.lr_schedule]
 
     def share(step: int) -> float:
         if step < warmup:
@@ -135,7 +140,8 @@ class BasicTrainer:
         """Make the optimiser and its schedule. A trainer that only evaluates has none."""
         reshard(self.module)  # a pass without a step has left some of it gathered, and the optimiser needs the slices
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.config, trained)
+        assert self.config.lr is not None  # filled in before (settings.with_defaults)
+        self.optimizer = make_optimizer(self.config, trained, self.config.lr)
         self.schedule = make_schedule(self.config, self.optimizer, len(self.loaders["train"]))
 
     # ------------------------------------------------------------------------------------------------ the loss
@@ -208,6 +214,9 @@ class BasicTrainer:
         means.add(f"loss/{split}", losses, self.weight(batch))
         self.report(means, split, batch, scores, rewards)
         if "feature_drift" in quantities:
+            assert self.sae is not None
+            sinks = [attention_sinks(x, batch.content_lengths) for x in self.sae.vectors(scores.residual)]
+            means.add(f"sae_{split}/left_out", torch.cat(sinks))
             for side in filter(None, self.sides):
                 means.add(f"feature_drift_{split}/{side}", self.side(quantities["feature_drift"], side, batch))
         return losses

@@ -6,7 +6,7 @@ from pydantic import ConfigDict
 
 from data.settings import DataSettings
 from modeling.settings import ModelSettings
-from utils import STRICT, Count, Name, Natural, NonNegative, Settings
+from utils import STRICT, Count, Name, Natural, NonNegative, Settings, Share
 
 
 class LossSettings(Settings):
@@ -17,6 +17,7 @@ class LossSettings(Settings):
     name: str
     trainer: str | None
     dataloader: str
+    lr_at_7b: NonNegative = 5e-7
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -38,11 +39,13 @@ class TrainingSettings(DataSettings):
     resume: Literal["auto", "never"]
     n_epochs: Count | None
     n_examples: Count | None
+    show_tokens: Natural
     optimizer: str
     optimizer_options: dict[str, Any]
-    lr: NonNegative
+    lr: NonNegative | None
     lr_schedule: Literal["constant", "cosine", "linear", "trapezoid"]
-    warmup_steps: Natural
+    warmup_ratio: Share
+    warmup_steps: Natural | None
     do_first_eval: bool
     eval_every: Count | None
     n_eval_examples: Count | None

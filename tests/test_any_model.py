@@ -1,0 +1,100 @@
+"""Any model by its place, and the defaults that depend on it."""
+
+import pytest
+from conftest import REPO, metrics
+from omegaconf import OmegaConf
+from test_training import run, settle
+from transformers import AutoTokenizer
+
+from launch import assembly, settings, summary
+from utils import UserError
+
+
+def test_model_takes_a_directory_a_run_or_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "outputs/sft/LATEST").mkdir(parents=True)
+    (tmp_path / "tiny").mkdir()  # a name of ours means ours
+    expected = {
+        "model=Qwen/Qwen3-0.6B": ("Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        "model=my-model": ("my-model", "my-model"),
+        f"model={tmp_path}/my-model": ("my-model", f"{tmp_path}/my-model"),
+        "model=outputs/sft": ("sft", "outputs/sft/LATEST"),
+    }
+    for argument, (name, place) in expected.items():
+        own = ["model=base", f"model.name='{name}'", f"model.name_or_path='{place}'"]
+        assert settings.translate_argument(argument) == own
+    assert settings.translate_argument("model=tiny") == ["model=tiny"]
+
+
+def test_what_is_no_model_is_told(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.touch()
+    with pytest.raises(UserError, match=r"a file; .* scripts/from_gguf.py makes a directory of it"):
+        settings.translate_argument(f"model={file}")
+    with pytest.raises(UserError, match="model=base is no model"):
+        settings.translate_argument("model=base")
+
+
+def prepared(tmp_path, *overrides):
+    raw, _ = settle(tmp_path, *overrides)
+    config, classes = settings.check_config(raw)
+    return settings.with_defaults(config, settings.find_paths(config, classes.binding.needs))
+
+
+def test_the_learning_rate_follows_loss_and_size(tmp_path):
+    """The built-in model has 1,090,560 parameters, so 5e-7 becomes 5e-7 * 6418.7^0.75."""
+    assert prepared(tmp_path, "loss=dpo", "lr=null").lr == 0.00036
+    assert prepared(tmp_path, "loss=sft", "lr=null").lr == 0.0036
+    assert prepared(tmp_path, "loss=dpo", "lr=null", "++model.use_peft=true").lr == 0.0036
+    assert prepared(tmp_path, "loss=dpo", "lr=2e-5").lr == 2e-5
+
+
+def test_the_tokenizers_template_is_the_default(tmp_path, capsys):
+    assert prepared(tmp_path, "loss=dpo").template == "chat"
+    assert "template=chat; there is also tulu" in capsys.readouterr().out
+    assert prepared(tmp_path, "loss=dpo", "template=tulu").template == "tulu"
+    assert "template=tulu; there is also chat" in capsys.readouterr().out
+
+
+def test_a_run_says_what_it_reads_and_keeps_its_defaults(tmp_path, capsys):
+    run(tmp_path, "loss=dpo", "lr=null", "++warmup_steps=null", "++show_tokens=2", "exp_name=run")
+    out = capsys.readouterr().out
+    assert out.count("token by token") == 2 and "completion 2: |" in out
+    saved = OmegaConf.load(tmp_path / "run/config.yaml")
+    assert saved.template == "chat" and saved.lr == 0.00036
+    rates = [line["lr"] for line in metrics(tmp_path / "run") if "lr" in line]
+    assert rates[-1] == 0.00036
+
+
+def test_tokens_are_shown_as_the_model_reads_them(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(REPO / "assets/tiny")
+    prompt = tokenizer.encode("<bos>\n<|user|>\nRepeat: salt", add_special_tokens=False)
+    row = {"prompt_ids": prompt, "completion_ids": [[*tokenizer.encode("salt", add_special_tokens=False), 1] * 100]}
+    assembly.print_tokens([row, row], tokenizer, 1)
+    out = capsys.readouterr().out
+    assert out.count("prompt: |") == 1 and f"prompt: |{tokenizer.bos_token}|\\n" in out
+    assert " more ... |" in out and "".join(out.split("|")).count("salt") < 120
+
+
+def evaluations(*losses, accuracy=(0.5, 0.5), rewards=0.5):
+    lines = [{"step": n, "loss/eval": loss} for n, loss in enumerate(losses)]
+    for line, value in zip(lines, accuracy):
+        line |= {"logps_eval/accuracies": value, "rewards_eval/accuracies": rewards}
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("lines", "little"),
+    [
+        (evaluations(0.6931, 0.6929), True),
+        (evaluations(0.6931, 0.65), False),
+        (evaluations(0.6931, 0.6929, accuracy=(0.5, 0.62)), False),  # 2 standard errors of 100 records are 0.1
+        (evaluations(0.6931, 0.6929, rewards=0.75), False),
+        (evaluations(0.6931, 0.6929, accuracy=(0.5, 0.55), rewards=0.55), True),
+        (evaluations(0.6931), False),
+        ([], False),
+    ],
+)
+def test_a_run_that_learnt_next_to_nothing(lines, little):
+    assert summary.learnt_little(lines, 100) is little
