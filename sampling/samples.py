@@ -205,7 +205,7 @@ def samples_in(entries: list[dict[str, Any]], draws: int) -> dict[Key, Sample]:
 
 @contextmanager
 def sample_log(path: Path, identity: dict[str, Any], writes: bool = True) -> Iterator[SampleLog]:
-    """The log of the samples that are to be published in `path`. Without a sample in it, it is removed at the end.
+    """The log of the samples that are to be published in `path`. It is removed when all went well, or nothing was drawn.
 
     Raises UserError where another process writes it.
     """
@@ -214,10 +214,12 @@ def sample_log(path: Path, identity: dict[str, Any], writes: bool = True) -> Ite
     except OSError as error:
         raise UserError(f"cannot write to {path.parent} ({error}); samples_dir= names another place") from error
     with log.file:
+        all_went_well = False
         try:
             yield log
+            all_went_well = not log.finished  # else it may hold what another command began
         finally:
-            if writes and log.is_empty:
+            if writes and (all_went_well or log.is_empty):
                 log.path.unlink(missing_ok=True)
 
 

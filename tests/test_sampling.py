@@ -1,5 +1,6 @@
 """Sampling: what is drawn, that it is every prompt's own and complete, and what is left when it is killed."""
 
+import contextlib
 import gzip
 import json
 import signal
@@ -293,8 +294,12 @@ ONE = {(0, 0, 0): samples.Sample("text", [1], "stop")}
 
 
 def opened(target, identity):
-    with samples.sample_log(target, identity) as log:
-        return log
+    """The log as a command finds it that stops at once."""
+    found = []
+    with contextlib.suppress(KeyboardInterrupt), samples.sample_log(target, identity) as log:
+        found.append(log)
+        raise KeyboardInterrupt
+    return found[0]
 
 
 @pytest.mark.parametrize("content", [{"figure": 1}, {"sampling": {"a": 1}, "sampled_at": "now", "samples": []}])
@@ -331,8 +336,9 @@ def test_killed_before_the_file(tmp_path, monkeypatch):
 
 def test_a_finished_file_does_not_touch_the_log_of_another_setting(tmp_path):
     target = tmp_path / "a.json"
-    with samples.sample_log(target, {"a": 2}) as log:
+    with pytest.raises(KeyboardInterrupt), samples.sample_log(target, {"a": 2}) as log:
         log.add(ONE)
+        raise KeyboardInterrupt
     target.write_text(json.dumps({"sampling": {"a": 1, "samples": 1}, "sampled_at": "now", "samples": []}))
     assert opened(target, {"a": 1, "samples": 1}).finished
     assert opened(target, {"a": 2}).samples == ONE
@@ -340,6 +346,8 @@ def test_a_finished_file_does_not_touch_the_log_of_another_setting(tmp_path):
 
 def test_a_command_that_draws_nothing_leaves_nothing(tmp_path):
     opened(tmp_path / "a.json", {})
+    with samples.sample_log(tmp_path / "b", {}) as log:  # of which no file is made
+        log.add(ONE)
     with pytest.raises(UserError, match="vLLM is not installed"):
         write(tmp_path, "++backend=vllm")
     assert not list(tmp_path.iterdir())
