@@ -198,7 +198,7 @@ def opened_judge(args: argparse.Namespace, template: PromptTemplate, judge_input
         return
     key = "" if args.dry_run else judge_api_key(args.judge, args.base_url)
     server = Server(args.base_url, key, timeout=args.timeout, pause=args.sleep_time)
-    with VerdictLog(args.verdicts_file, writes=not args.dry_run) as log:
+    with VerdictLog(args.verdicts_file.resolve(), writes=not args.dry_run) as log:
         judge = OpenAIJudge(args.judge, template, log, Budget(prices, args.max_cost), server)
         print_estimate(args, judge, judge_inputs)
         yield judge

@@ -8,13 +8,13 @@
 To add a data set, write `get_<name>(split)` below; `datasets=[<name>]` finds it.
 """
 
-import errno
 import hashlib
 import inspect
 import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -46,7 +46,19 @@ from data.rows import (
     value_of,
 )
 from data.settings import DataSettings
-from utils import Message, Share, UserError, as_json, atomic_write, console, digest_of, fingerprint, suggest
+from utils import (
+    Message,
+    Share,
+    UserError,
+    as_json,
+    console,
+    damaged_files,
+    digest_of,
+    fingerprint,
+    remove_litter,
+    sealed_folder,
+    suggest,
+)
 
 FILE_LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
 hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
@@ -539,6 +551,10 @@ def load_tokens(
     digest = tokenise.tokenizer_digest(tokenizer)
     name = fingerprint(tokenise.VERSION, digest_of(records), bad, digest, template.identity(), limits)
     path = Path(settings.cache_dir) / ".cache" / "tokens" / name
+    if path.exists() and (bad_files := damaged_files(path)):
+        console.print(f"{path} is damaged ({', '.join(bad_files)}) and made again", style="yellow", markup=False)
+        shutil.rmtree(path)
+    remove_litter(path.parent)
     if path.exists():
         console.print(f"Tokens ({split_name}): found in {path}", markup=False)
     else:
@@ -565,20 +581,15 @@ def _write_tokens(
     """The tokens, a table at a time, and beside them a report: all bad rows by data set and reason, and what was
     cut."""
     tally = tokenise.Tally()
-    try:
-        with atomic_write(path) as part:
-            part.mkdir()
-            with hf_datasets.arrow_writer.ArrowWriter(
-                path=str(part / "tokens.arrow"), features=tokenise.FEATURES
-            ) as writer:
-                for table in tokenise.tables(records, tokenizer, template, tally, **limits):
-                    writer.write_table(table)
-                writer.finalize()
-            report = {"left_out": {**bad, "tokenising": tally.left_out.report()}, "cut": tally.cuts(**limits)}
-            (part / "report.json").write_text(as_json(report, indent=2) + "\n")
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those mean that another run has written the same
-            raise
+    with sealed_folder(path) as part:
+        with hf_datasets.arrow_writer.ArrowWriter(
+            path=str(part / "tokens.arrow"), features=tokenise.FEATURES
+        ) as writer:
+            for table in tokenise.tables(records, tokenizer, template, tally, **limits):
+                writer.write_table(table)
+            writer.finalize()
+        report = {"left_out": {**bad, "tokenising": tally.left_out.report()}, "cut": tally.cuts(**limits)}
+        (part / "report.json").write_text(as_json(report, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- from tokens to batches
@@ -650,6 +661,11 @@ class DataLoader:
     def records_in(self, step: int) -> int:
         """The records of one optimiser step, over all ranks."""
         return len(self.indices(step))
+
+    def examples_before(self, step: int) -> int:
+        """The records of all steps before one."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return min(epochs * len(self.rows) + rest * self.batch_size, self.total)
 
     def indices(self, step: int) -> list[int]:
         """The rows of one optimiser step, over all ranks."""

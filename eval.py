@@ -49,7 +49,7 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     records = samples.records_to_sample(config, every=config.mode != "sample")
     server = backends.ServerBackend(config, len(records)) if config.backend == "openai" else None
     if server:
-        weights, template = f"{server.model} at {config.base_url}", config.template or "chat"
+        weights, template = f"{server.model} at {config.base_url}", str(config.template or "chat")
     else:
         policy = find_policy(path, config, overrides)
         require_language_model(config, policy)
@@ -115,7 +115,7 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     trainer = assembly.prepare(config, classes, paths, Run(policy.run), cached=["eval"])
     trainer.read_export(policy.folder)
     values = trainer.evaluate()
-    if policy.writes_text(config):
+    if policy.writes_text():
         records = samples.records_to_sample(config)
         template = tokenise.template_name(config, trainer.tokenizer)
         identity = samples.identity_of(config, decoding, records, policy.digest(), template)

@@ -219,15 +219,22 @@ def fetch(source: str, patterns: list[str], setting: str) -> Path:
     try:
         return download(source, patterns)
     except UserError as error:
-        raise UserError(f"{setting}: there is no local directory {source}, and {error}") from error
+        raise UserError(
+            f"{setting}: there is no local directory {source}, and {error}. Offline, point {setting} at a local copy"
+        ) from error
+
+
+def start_weights(settings: ModelSettings) -> tuple[Path, str | None]:
+    """The weights that training starts from, as `open_weights` takes them."""
+    return fetch(settings.name_or_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.name_or_path"), settings.load_from
 
 
 def reference_weights(settings: ModelSettings) -> tuple[Path, str | None]:
     """The weights of the reference, as `open_weights` takes them: those that training starts from, or those of
     `model.reference_path`."""
-    if settings.reference_path:
-        return fetch(settings.reference_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.reference_path"), None
-    return fetch(settings.name_or_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.name_or_path"), settings.load_from
+    if not settings.reference_path:
+        return start_weights(settings)
+    return fetch(settings.reference_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.reference_path"), None
 
 
 def choose_attention(settings: ModelSettings, architecture: PretrainedConfig, *, pairs: bool) -> tuple[str, str]:
@@ -242,6 +249,20 @@ def load_config(directory: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no usable config.json ({str(error).splitlines()[0]})") from error
+
+
+def load_generation_config(directory: Path) -> GenerationConfig | None:
+    """The model's defaults for generating, which an export holds too; None if it has none. Raises UserError if they
+    cannot be used."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        found = GenerationConfig.from_pretrained(directory)
+        found.validate(strict=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: cannot be used ({' '.join(str(error).split())})") from error
+    return found
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -290,8 +311,8 @@ def load_model(
             tokens = model.get_input_embeddings().num_embeddings + new_tokens
             model.resize_token_embeddings(tokens, mean_resizing=False)
     model.tie_weights()
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    if (generation := load_generation_config(directory)) is not None:
+        model.generation_config = generation
     if shape is not None:
         shape(model)
     allocate_parameters(model, device, offload=offload)

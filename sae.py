@@ -234,7 +234,8 @@ def active(features: Tensor) -> Tensor:
 
 def owners(lengths: Sequence[int]) -> Tensor:
     """The number [M] of the sequence that each token belongs to, where sequences of these lengths follow each other."""
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+    counts = torch.tensor(lengths, dtype=torch.long)
+    return torch.repeat_interleave(torch.arange(len(lengths)), counts, output_size=sum(lengths))
 
 
 @torch.no_grad()

@@ -26,12 +26,12 @@ import torch
 from omegaconf import DictConfig
 
 from distributed import parallel
-from launch import assembly, completions, plan, settings
+from launch import assembly, completions, plan, report, resuming, settings
 from training.checkpoint import Run
 
 
 def train(raw: DictConfig) -> None:
-    """Check, prepare, train, summarise."""
+    """Check, prepare, train, summarise; of a run that is finished, say what it found."""
     started = time.monotonic()
     config, classes = settings.check_config(raw, modes=("train", "plan"))
     paths = settings.find_paths(config, classes.binding.needs)
@@ -40,16 +40,21 @@ def train(raw: DictConfig) -> None:
         return
     run = Run(Path(config.cache_dir) / config.exp_name)
     with run.writing():
-        saved = None if config.resume == "never" else settings.saved_config(run.folder)
-        config = settings.with_defaults(config, paths, saved)
-        parallel.from_rank_zero(lambda: run.start(config, saved))
+        config, finished = resuming.begin(run, config, classes.trainer, paths)
         torch.manual_seed(config.seed)
-        trainer = assembly.prepare(config, classes, paths, run)
-        completions.write_completions(trainer, config, "before")
-        trainer.train()
-        from launch import summary  # takes a while to import, and the first step need not wait for it
+        inputs = assembly.read_inputs(config, classes, paths)
+        resuming.require_same_inputs(run, inputs, can_grow=classes.trainer.can_grow)
+        if not finished:
+            trainer = assembly.build_trainer(config, classes, paths, run, inputs)
+            trainer.began = started
+            completions.write_completions(trainer, config, "before")
+            with trainer.stopping:
+                trainer.train()
+                from launch import summary  # takes a while to import, and the first step need not wait for it
 
-        summary.summarise(trainer, config, paths.model, started)
+                summary.write_summary(trainer, config, paths.model)
+        if parallel.rank() == 0:
+            report.show_summary(run.folder, finished_before=finished)
 
 
 @hydra.main(version_base=None, config_path="config", config_name="config")

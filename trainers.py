@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data.batch import Batch
-from dataloader import BAD, GOOD, MismatchedRecords
+from dataloader import BAD, GOOD, DataLoader, MismatchedRecords
 from distributed import parallel
 from modeling.weights import find_weights
 from models import score_rewards
@@ -424,6 +424,21 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         if reward not in ("label", "score"):
             self.reward_model = setup.load(find_weights(reward), reward=True, frozen=True)
 
+    @classmethod
+    def check_data(cls, binding: Binding, loader: DataLoader) -> None:
+        if binding.options["init"]["reward"] == "score":
+            without = loader.rows.data.column("score").is_null().to_numpy().nonzero()[0]
+            places = ", ".join(loader.rows[int(row)]["source"] for row in without[:3])
+            if len(without):
+                raise UserError(
+                    f"loss.reward=score: {len(without):,} of {len(loader.rows):,} rows have none ({places})"
+                )
+
+    @classmethod
+    def other_weights(cls, binding: Binding) -> dict[str, str]:
+        reward = binding.options["init"]["reward"]
+        return {} if reward in ("label", "score") else {"loss.reward": reward}
+
     def trained_module(self) -> nn.Module:
         return self.both
 
@@ -472,8 +487,6 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         if self.reward_model is not None:
             return score_rewards(self.reward_model, batch).rewards
         if self.reward == "score":
-            if "score" not in batch.record:
-                raise UserError("loss.reward=score: not every row of the data has a score")
             return batch.record["score"].float()
         return signed(torch.ones_like(batch.record["desirable"], dtype=torch.float32), batch.record["desirable"])
 

@@ -1,6 +1,7 @@
 """Small helpers that at least two modules use."""
 
 import contextlib
+import errno
 import fcntl
 import gc
 import hashlib
@@ -124,6 +125,11 @@ def resolve_path(path: str | Path) -> Path:
     return inside_repo if not path.exists() and inside_repo.exists() else path
 
 
+def is_file_name(text: Any) -> bool:
+    """Whether it names something in a directory, and nothing outside it."""
+    return isinstance(text, str) and text not in ("", ".", "..") and not set(text) & set("/\\\0")
+
+
 def load_class(name: str, module: Any, setting: str) -> Any:
     """The class that a setting names: `ClassName`, a class of `module`, or `path/to/file.py:ClassName`.
 
@@ -165,51 +171,149 @@ def flush_to_disk(*paths: Path) -> None:
             os.close(descriptor)
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Write a file or directory so that `path` is either complete or does not exist.
+PART = ".fpo.part"  # ends the name of a directory that is still being written
 
-    Yields a temporary path in the same directory to write to. On success it is flushed to disk and renamed to `path`.
-    An existing file is replaced; an existing directory is an error. An exception leaves `path` as it was. What killed
-    processes left of such writes in that directory is removed.
+
+class Part:
+    """A place to write a file or directory at, beside its `target`: it appears there whole, by `finish`, or never.
+
+    It is in a directory that this process keeps locked, which tells it from what a killed process has left.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(".*.????????.part"):
-        with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left, ignore_errors=True)
-    folder, lock = _temporary_folder(path)
+
+    def __init__(self, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_litter(target.parent)
+        self.target, self.lock = target, -1
+        while self.lock < 0:  # until it is locked, another process may take it for litter
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PART, dir=target.parent))
+            self.lock = locked(self.folder, wait=True)
+        self.path = self.folder / target.name
+
+    def finish(self) -> None:
+        """Flush to disk and rename. An existing file is replaced; an existing directory that is not empty is an
+        error."""
+        flush_to_disk(self.path, *self.path.rglob("*"))
+        self.path.rename(self.target)
+        flush_to_disk(self.target.parent)
+
+    def close(self) -> None:
+        """Remove what is left beside the target."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self.lock)
+
+
+def locked(folder: Path, *, wait: bool) -> int:
+    """A descriptor of a directory, which locks it until it is closed; -1 if there is no such directory, or if another
+    process locks it and this one does not `wait`."""
     try:
-        part = folder / path.name
-        yield part
-        flush_to_disk(part, *part.rglob("*"))
-        part.rename(path)
-        flush_to_disk(path.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.close()
-
-
-def _temporary_folder(path: Path) -> tuple[Path, contextlib.ExitStack]:
-    """A new directory `.NAME.xxxxxxxx.part` beside a path, locked for as long as its writer lives."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-        lock = contextlib.ExitStack()
-        with contextlib.suppress(OSError):  # a file system without locks, where nothing is ever removed
-            lock.enter_context(_locked(folder, wait=True))
-        if folder.is_dir():  # else another process took it for one that was left, before it was locked
-            return folder, lock
-        lock.close()
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a file or directory. Raises OSError if another process holds it, or there are no locks."""
-    descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+    except OSError:  # locked, or a file system without locks
+        if wait:
+            return descriptor
+    else:
+        if folder.exists():
+            return descriptor
+    os.close(descriptor)
+    return -1
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove from a directory what killed processes were writing there."""
+    for left in folder.glob(f".*{PART}"):
+        if (lock := locked(left, wait=False)) >= 0:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write a file or directory so that `path` is either complete or does not exist (`Part`).
+
+    Yields a temporary path to write to. An exception leaves `path` as it was.
+    """
+    part = Part(path)
+    try:
+        yield part.path
+        part.finish()
     finally:
-        os.close(descriptor)
+        part.close()
+
+
+DIGESTS = "digests.json"  # of a sealed directory: the digest of each of its files
+
+
+@contextlib.contextmanager
+def sealed_folder(path: Path) -> Iterator[Path]:
+    """Fill a directory that appears whole and sealed, or not at all. One of the same name that another process has
+    finished meanwhile stays."""
+    part = Part(path)
+    try:
+        part.path.mkdir()
+        yield part.path
+        seal(part.path)
+        try:
+            part.finish()
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    finally:
+        part.close()
+
+
+def seal(folder: Path) -> None:
+    """Write down the digest of every file in a directory, so that `damaged_files` finds what changes later."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DIGESTS]
+    digests = {str(path.relative_to(folder)): file_digest(path) for path in files}
+    (folder / DIGESTS).write_text(as_json(digests, indent=2) + "\n")
+
+
+def seal_of(folder: Path) -> dict[str, str]:
+    """The digests that `seal` wrote, by file; empty where there is none that can be read."""
+    try:
+        files = json.loads((folder / DIGESTS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return files if isinstance(files, dict) else {}
+
+
+def damaged_files(folder: Path, share: slice = slice(None)) -> list[str]:
+    """The files of a sealed directory that are not as they were written, among a share of them; the seal itself,
+    where it cannot be read."""
+    files = list(seal_of(folder).items())
+    if not files:
+        return [DIGESTS]
+    return [
+        name for name, digest in files[share] if not (folder / name).is_file() or file_digest(folder / name) != digest
+    ]
+
+
+def sound_digest(path: Path) -> str:
+    """`file_digest`. Raises UserError where the file lies in a sealed directory and is not what was written there."""
+    digest = file_digest(path)
+    for folder in path.absolute().parents:
+        if (folder / DIGESTS).is_file():
+            known = seal_of(folder)
+            if not known or known.get(str(path.absolute().relative_to(folder)), digest) != digest:
+                raise damaged(folder, [path.name if known else DIGESTS])
+            break
+    return digest
+
+
+def damaged(folder: Path, files: Iterable[str]) -> UserError:
+    """The error for a sealed directory of which some files have changed."""
+    return UserError(
+        f"{folder}: damaged ({', '.join(files)}): not what was written there. Make it again; or, if the change is "
+        f"yours, remove {DIGESTS} there"
+    )
+
+
+def open_in_place(path: Path) -> IO[bytes]:
+    """A file to be read and added to, made if it is not there. Raises OSError for a link, which may lead anywhere."""
+    return open(path, "ab+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def require_writable(*paths: Path) -> None:
@@ -294,11 +398,11 @@ def open_json_lines(path: Path, *, wait: bool = False) -> IO[bytes]:
     """Open a JSON Lines file to read it and add lines, for this process alone until it is closed.
 
     If a killed process left half a line, a new one is begun. Where another process has it open, this waits for its end,
-    or raises UserError.
+    or raises UserError. Raises OSError for a link.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("ab+")
+        file = open_in_place(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
@@ -318,7 +422,7 @@ def open_json_lines(path: Path, *, wait: bool = False) -> IO[bytes]:
 
 def append_json_line(path: Path, value: Any) -> None:
     """Append one line to a JSON Lines file, on the disk itself when this returns."""
-    with open_json_lines(path, wait=True) as file:
+    with open_json_lines(path.resolve(), wait=True) as file:
         write_json_lines(file, value)
         os.fsync(file.fileno())
 

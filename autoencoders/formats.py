@@ -27,7 +27,7 @@ from torch import Tensor
 from autoencoders.settings import SAESection, SAESettings
 from models import fetch
 from sae import SAE, SINK_NORM, JointSAE
-from utils import UserError, as_json, atomic_write, console, file_digest, resolve_path, suggest
+from utils import UserError, as_json, atomic_write, console, resolve_path, sound_digest, suggest
 
 LISTED = 10  # SAEs of a directory, in an error, at most
 Location = tuple[int | None, str | None]  # the layer and the hook that an SAE reads; None if its files do not say
@@ -486,8 +486,9 @@ class SAESource:
         return self.files.weights
 
     def identity(self) -> list[Any]:
-        """Everything that its features depend on, for a fingerprint."""
-        digests = [file_digest(path) for path in (self.files.weights, self.files.config) if path]
+        """Everything that its features depend on, for a fingerprint. Raises UserError for files of a run that are not
+        what it wrote."""
+        digests = [sound_digest(path) for path in (self.files.weights, self.files.config) if path]
         return [self.files.format, *digests, self.layer, self.hook, SINK_NORM]
 
 

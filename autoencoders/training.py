@@ -144,6 +144,7 @@ class SAETrainer(BasicTrainer):
     """
 
     can_plan = False
+    can_grow = False  # more records make other blocks, so other steps
 
     def __init__(
         self,
@@ -246,7 +247,7 @@ class SAETrainer(BasicTrainer):
             f"{self.stream.tokens:,} text tokens in {len(self.stream):,} steps of about "
             f"{self.batch_tokens:,}, from a buffer of about {self.buffer_tokens:,}"
         )
-        if not parallel.from_rank_zero(self.run.saved):
+        if not self.run.place:
             self.stream.fill(0)
             sample = self.stream.in_buffer(SAMPLE_STEPS)
             vectors, tokens = torch.cat([step.x for step in sample]), sum(step.tokens for step in sample)
@@ -336,6 +337,7 @@ class SAETrainer(BasicTrainer):
         sums = torch.zeros(len(saes), 5, dtype=torch.float64, device=self.device)  # L0, error, squares, CEs: SAE, zero
         means = torch.zeros(len(saes), saes[0].d_in, dtype=torch.float64, device=self.device)
         for micro_batches in self.steps("eval"):
+            self.stop_if_asked()
             for batch in (batch.to(self.device) for batch in micro_batches):
                 where = text_positions(batch, self.special)
                 with self.reader.reading():

@@ -27,13 +27,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import models
 from autoencoders.formats import sae_sections
+from data import tokenise
 from data.batch import batches_by_length
 from dataloader import DataLoader
 from distributed import parallel
 from distributed.sharding import reshard
 from features import neuronpedia
 from launch import assembly, settings
-from launch.policies import Policy, find_policy, read_config, require_language_model
+from launch.policies import Policy, find_policy, read_unchecked, require_language_model
 from launch.settings import Config, RunClasses, RunPaths
 from modeling.weights import PolicyFile, Weights, load_weights, open_weights, weights_digest
 from sae import ENCODE_ELEMENTS, SAE, active, attention_sinks, drift_by_feature, summed_features
@@ -157,7 +158,7 @@ def other_run(path: Path, own: TrainedRun, start: tuple[Path, str | None]) -> Tr
     """The run to be compared with. Raises UserError where it cannot be, feature by feature."""
     if not (path / "LATEST").exists():
         raise UserError(f"compare_to={path}: no finished run there (a run directory with LATEST)")
-    config = settings.typed(read_config(path, []))
+    config = settings.typed(read_unchecked(path, []))
     policy = find_policy(path, config, [])
     require_language_model(config, policy)
     if weights_digest(*models.reference_weights(config.model)) != weights_digest(*start):
@@ -356,7 +357,8 @@ def measure(config: Config, classes: RunClasses, path: Path, overrides: list[str
     other = None if config.compare_to is None else other_run(Path(config.compare_to), own, start)
     records = samples.records_to_sample(config)
     paths = settings.find_paths(config, frozenset({"sae"}))
-    subject, _ = assembly.load_subject(config, classes, paths, assembly.read_saes(config, paths), splits=["eval"])
+    data = assembly.load_data(config, classes, paths, splits=["eval"])
+    subject = assembly.load_subject(config, classes, data, assembly.read_saes(config, paths))
     assert subject.sae is not None
 
     texts = data_texts(subject.loaders["eval"])
@@ -405,7 +407,8 @@ def sampled_texts(
     with contextlib.ExitStack() as logs:
         for kind, run in runs.items():
             if run is not None:
-                identity = samples.identity_of(config, decoding, records, run.policy.digest())
+                template = tokenise.template_name(config, subject.tokenizer)
+                identity = samples.identity_of(config, decoding, records, run.policy.digest(), template)
                 assert runs["sampled"] is not None and runs["sampled"].policy.run is not None
                 file = runs["sampled"].policy.run / f"features.{kind}"
                 opened = logs.enter_context(samples.sample_log(file, identity, parallel.rank() == 0))

@@ -31,7 +31,7 @@ from training.checkpoint import Run
 from training.loop import BasicTrainer, Setup, Subject
 from training.quantities import Binding
 from training.reference import LiveReference, Records, Reference, load_or_build
-from utils import UserError, console, fingerprint
+from utils import UserError, console, fingerprint, written
 
 SHOWN_TOKENS = 60  # at each end of a text, by `show_tokens`
 
@@ -47,6 +47,35 @@ class Reading:
         return models.make_tap(model, self.places, block_name)
 
 
+@dataclass(frozen=True)
+class Data:
+    """The data tokenised, and what its batches are for."""
+
+    tokenizer: Tokenizer
+    new_tokens: int  # that the model has no embeddings for
+    implementation: str  # of attention
+    tokens: dict[str, TokenisedData]  # "train" and "eval"
+    loaders: dict[str, DataLoader]
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something that a run is trained from."""
+
+    digest: str
+    source: str  # for messages
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is trained from, as far as it can be had without reading weights into memory."""
+
+    data: Data
+    reading: Reading | None
+    binding: Binding
+    digests: dict[str, Input]  # by names for messages
+
+
 def prepare(
     config: Config, classes: RunClasses, paths: RunPaths, run: Run, cached: Sequence[str] = ("train", "eval")
 ) -> BasicTrainer:
@@ -54,18 +83,54 @@ def prepare(
 
     `cached` names the splits whose records the loss will see, and so have to be in the reference cache.
     """
-    reading = read_saes(config, paths) if paths.saes else None
-    binding = classes.binding
+    return build_trainer(config, classes, paths, run, read_inputs(config, classes, paths), cached)
+
+
+def read_inputs(config: Config, classes: RunClasses, paths: RunPaths) -> Inputs:
+    """Read the SAEs and the data, and find the digests of all that a run is trained from."""
+    reading, binding = read_saes(config, paths) if paths.saes else None, classes.binding
+    digests: dict[str, Input] = {}
     if reading is not None and "feature_drift" in binding.options:
-        options = drift_options(reading.sae, **binding.options["feature_drift"])
+        given = binding.options["feature_drift"]
+        options = drift_options(reading.sae, **given)
         binding = binding.with_options("feature_drift", options)
-    subject, data = load_subject(config, classes, paths, reading)
-    references = make_references(config, binding, paths, data, subject, reading, cached)
+        if (weights := options["feature_weights"]) is not None:
+            digests["loss.feature_weights"] = Input(fingerprint(weights.tolist()), written(given["feature_weights"]))
+    data, model = load_data(config, classes, paths), config.model
+    for loader in data.loaders.values():
+        classes.trainer.check_data(binding, loader)
+    digests |= {
+        "the training data": Input(data.tokens["train"].fingerprint, written(config.datasets)),
+        "the evaluation data": Input(data.tokens["eval"].fingerprint, written(config.eval_datasets or config.datasets)),
+        "the start weights": Input(weights_digest(*models.start_weights(model)), model.load_from or model.name_or_path),
+    }
+    if model.reference_path and binding.needs & {"reference", "live_reference"}:
+        digests["the reference"] = Input(weights_digest(*models.reference_weights(model)), model.reference_path)
+    for source in paths.saes:
+        digests[f"the SAE of {source.where}"] = Input(fingerprint(source.identity()), str(source.path))
+    for key, weights_of_key in classes.trainer.other_weights(binding).items():
+        digests[key] = Input(weights_digest(paths.model, weights_of_key), weights_of_key)
+    return Inputs(data, reading, binding, digests)
+
+
+def build_trainer(
+    config: Config,
+    classes: RunClasses,
+    paths: RunPaths,
+    run: Run,
+    inputs: Inputs,
+    cached: Sequence[str] = ("train", "eval"),
+) -> BasicTrainer:
+    """Read the weights, compute the reference where it is not cached, and make the trainer."""
+    data, binding = inputs.data, inputs.binding
+    subject = load_subject(config, classes, data, inputs.reading)
+    references = make_references(config, binding, paths, data.tokens, subject, inputs.reading, cached)
     setup = Setup(
         **vars(subject),
         config=config,
         binding=binding,
         run=run,
+        inputs={name: own.digest for name, own in inputs.digests.items()},
         references=references,
         on_evaluation=RunPage(run.folder).update,
     )
@@ -85,15 +150,8 @@ def read_saes(config: Config, paths: RunPaths, folder: Path | None = None) -> Re
     return reading
 
 
-def load_subject(
-    config: Config,
-    classes: RunClasses,
-    paths: RunPaths,
-    reading: Reading | None,
-    splits: Sequence[str] = ("train", "eval"),
-) -> tuple[Subject, dict[str, TokenisedData]]:
-    """The policy with its tokenizer, the loaders of some splits and, where there is an SAE, a tap on it; and the tokens
-    that the loaders batch."""
+def load_data(config: Config, classes: RunClasses, paths: RunPaths, splits: Sequence[str] = ("train", "eval")) -> Data:
+    """The tokens of some splits, and the loaders that batch them as the model here reads them best."""
     model, architecture = config.model, models.load_config(paths.model)
     tokenizer = models.load_tokenizer(paths.tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": list(classes.trainer.control_tokens)})
@@ -101,19 +159,23 @@ def load_subject(
     implementation, layout = models.choose_attention(model, architecture, pairs=pairs)
     if parallel.device().type == "cpu" and layout != "padded":  # padded rows need tensors too large to use again
         parallel.keep_freed_memory()
-    data = {split: tokenise_split(config, classes, tokenizer, split) for split in splits}
-    if "train" in data:
-        print_tokens(data["train"].rows, tokenizer, config.show_tokens)
-    loaders = {split: make_loader(config, classes, tokenizer, layout, split, tokens) for split, tokens in data.items()}
+    tokens = {split: tokenise_split(config, classes, tokenizer, split) for split in splits}
+    if "train" in tokens:
+        print_tokens(tokens["train"].rows, tokenizer, config.show_tokens)
+    loaders = {split: make_loader(config, classes, tokenizer, layout, split, own) for split, own in tokens.items()}
+    return Data(tokenizer, models.tokens_to_add(architecture, tokenizer), implementation, tokens, loaders)
 
-    load = functools.partial(build_model, model, implementation)
-    directory = models.fetch(model.name_or_path, models.WEIGHT_FILES, "model.name_or_path")
-    new_tokens = models.tokens_to_add(architecture, tokenizer)
-    policy = load(directory, model.load_from, reward=classes.trainer.is_reward, new_tokens=new_tokens)
-    subject = Subject(policy=policy, tokenizer=tokenizer, loaders=loaders, load=load)
+
+def load_subject(config: Config, classes: RunClasses, data: Data, reading: Reading | None) -> Subject:
+    """The policy with its tokenizer, the loaders and, where there is an SAE, a tap on it."""
+    model = config.model
+    load = functools.partial(build_model, model, data.implementation)
+    directory, load_from = models.start_weights(model)
+    policy = load(directory, load_from, reward=classes.trainer.is_reward, new_tokens=data.new_tokens)
+    subject = Subject(policy=policy, tokenizer=data.tokenizer, loaders=data.loaders, load=load)
     if reading is not None:
         subject.sae, subject.tap = reading.sae.to(parallel.device()), reading.tap(policy, model.block_name)
-    return subject, data
+    return subject
 
 
 def tokenise_split(config: Config, classes: RunClasses, tokenizer: Tokenizer, split: str) -> TokenisedData:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from distributed import parallel
 from launch.settings import Config
 from sampling.generate import Decoding, Request, Sample, sample
 from training.loop import BasicTrainer
-from utils import write_json
+from utils import console, write_json
 
 PROMPTS, TOKENS = 4, 128  # enough to read; on a large model that is split a token takes as long as a forward pass
 
@@ -22,7 +23,7 @@ def write_completions(trainer: BasicTrainer, config: Config, when: Literal["befo
     run, loader = trainer.run, trainer.loaders["eval"]
     if trainer.is_reward or not any(parameter.requires_grad for parameter in trainer.policy.parameters()):
         return
-    if when == "before" and (not config.do_first_eval or parallel.from_rank_zero(run.saved)):
+    if when == "before" and (not config.do_first_eval or run.place):
         return
     used = loader.used()
     rows = {row["prompt"]: row for row in (loader.rows[i] for i in used[:: max(1, len(used) // PROMPTS)][:PROMPTS])}
@@ -34,13 +35,23 @@ def write_completions(trainer: BasicTrainer, config: Config, when: Literal["befo
     if parallel.rank() != 0:
         return
     path = run.folder / "completions.json"
-    known = json.loads(path.read_text())["prompts"] if when == "after" and path.is_file() else []
+    known = known_prompts(path) if when == "after" and path.is_file() else []
     before = {json.dumps(item["messages"]): item for item in known}
     items = [
         before.get(json.dumps(messages := json.loads(row["messages"])), {"messages": messages}) | {when: own.text}
         for row, own in zip(rows.values(), drawn, strict=True)
     ]
     write_json(path, {"max_new_tokens": tokens, "prompts": items})
+
+
+def known_prompts(path: Path) -> list[dict[str, Any]]:
+    """What the file holds of before training; where it is damaged, nothing, and that is said."""
+    try:
+        found = json.loads(path.read_text())["prompts"]
+        return [{"messages": item["messages"], "before": item["before"]} for item in found]
+    except (OSError, ValueError, KeyError, TypeError):
+        console.print(f"{path} is damaged: made again, without what came before training", style="yellow", markup=False)
+        return []
 
 
 def prompts_of(trainer: BasicTrainer, rows: Sequence[dict[str, Any]], *, trained: bool) -> list[list[int]]:

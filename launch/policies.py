@@ -2,18 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import models
+from distributed import parallel
 from launch import settings
 from launch.settings import Config
 from modeling.weights import weights_digest
 from training import loop
-from utils import REPO, UserError
+from utils import DIGESTS, REPO, UserError, damaged, damaged_files, is_file_name, module_name, resolve_path
 
+OURS = REPO / "config"
 OWN_DISTRIBUTION = ["++temperature=1.0", "++top_p=1.0", "++top_k=0"]  # of the policy: unbiased entropy, KL and means
 # What a mode sets before the keys of the command line do.
 DEFAULTS: dict[str, list[str]] = {
@@ -39,23 +42,37 @@ class Policy:
         """Changes when the weights do."""
         return weights_digest(self.folder, self.load_from)
 
-    def writes_text(self, config: Config) -> bool:
+    def writes_text(self) -> bool:
         """Whether it is a language model: not so for a reward model, or an SAE."""
-        return not trainer_class(config).is_reward and (self.folder / "config.json").is_file()
+        if not (self.folder / "config.json").is_file():
+            return False
+        kinds = models.load_config(self.folder).architectures or []
+        return not any(kind.endswith("ForSequenceClassification") for kind in kinds)
 
 
 def read_config(path: Path, overrides: list[str]) -> DictConfig:
     """The configuration of a run, a YAML file or a model, with the mode's defaults and the overrides applied.
 
-    Raises UserError where there is none, and for a key that nothing reads.
+    What it says is data: where something is sent or written, and which file's code is run, has to be said on the
+    command line. Raises UserError where that is not so, where there is no configuration, and for a key that nothing
+    reads.
     """
+    config = read_unchecked(path, overrides)
+    given = {o.key_or_group for o in OverridesParser.create().parse_overrides(overrides)}
+    if config_file(path) is not None and not is_ours(path):
+        require_orders(path, config, given)
+    return config
+
+
+def read_unchecked(path: Path, overrides: list[str]) -> DictConfig:
+    """As `read_config`, for one that is only read."""
     settings.check_overrides(overrides)
-    file, own = (path / "config.yaml" if path.is_dir() else path).resolve(), []
-    if not file.is_file() and (path / "config.json").is_file():
+    file, own = config_file(path), []
+    if file is None and (path / "config.json").is_file():
         name = path.absolute().name
-        file = REPO / "config" / "config.yaml"
+        file = OURS / "config.yaml"
         own = ["loss=sft", "model=base", f"model.name='{name}'", f"model.name_or_path='{path}'", f"exp_name='{name}'"]
-    if not file.is_file():
+    if file is None:
         runs = ", ".join(str(found.parent) for found in sorted(Path("outputs").glob("*/config.yaml"))) or "none"
         raise UserError(
             f"--config-path={path}: no such run directory or YAML file, and no model in the Hub's format "
@@ -66,8 +83,64 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
     if mode not in DEFAULTS:
         raise UserError(f"mode={mode}: not one of {', '.join(DEFAULTS)}")
     given = [*own, f"++mode={mode}", *map(added, DEFAULTS[mode]), *map(added, overrides)]
-    with initialize_config_dir(str(file.parent), version_base=None):
+    if not is_ours(file):
+        return settings.completed(changed(settings.read_saved(file), given))
+    with initialize_config_dir(str(file.resolve().parent), version_base=None):
         return settings.completed(compose(file.stem, overrides=given))
+
+
+def config_file(path: Path) -> Path | None:
+    """The YAML file that --config-path names; None for a model, and where there is nothing."""
+    file = path / "config.yaml" if path.is_dir() else path
+    return file if file.is_file() else None
+
+
+def run_of(path: Path) -> Path | None:
+    """The run directory that --config-path names; None for a copy of a run's configuration."""
+    if path.is_dir():
+        return path
+    return path.parent if (path.parent / "LATEST").is_symlink() else None
+
+
+def is_ours(path: Path) -> bool:
+    """Whether it is in this repository's config/, and so part of the program."""
+    return path.resolve().is_relative_to(OURS)
+
+
+def changed(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """A configuration with overrides applied, as Hydra would to one of its own."""
+    for override in OverridesParser.create().parse_overrides(overrides):
+        section, _, key = override.key_or_group.rpartition(".")
+        if override.is_delete():
+            (OmegaConf.select(config, section) if section else config).pop(key, None)
+        else:
+            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+    return config
+
+
+def require_orders(path: Path, config: DictConfig, given: set[str]) -> None:
+    """Set what only the command line may say to its default where a file said it. Raises UserError where the command
+    would do something else without it."""
+    values: dict[str, Any] = settings.plain(config)
+    defaults: Any = OmegaConf.load(OURS / "config.yaml")
+    for key in ("backend", "base_url", "served_model", "samples_dir"):
+        if key not in given and values[key] != defaults[key]:
+            raise UserError(
+                f"{path}: its {key}={values[key]} is not followed; to go there, give ++{key}={values[key]} yourself"
+            )
+    for key in ("loss.trainer", "loss.dataloader"):
+        value = str(OmegaConf.select(config, key))
+        if key not in given and ":" in value and module_name(file := resolve_path(value.rpartition(":")[0])) is None:
+            raise UserError(f"{path}: its {key} is code in {file}; to run it, give ++{key}={value} yourself")
+    if "exp_name" not in given and not is_file_name(str(values["exp_name"])):
+        raise UserError(f"{path}: its exp_name={values['exp_name']} is no name of a file; ++exp_name=NAME gives one")
+    if "nproc" not in given:
+        config.nproc = defaults.nproc
+    run, home = run_of(path), Path(str(values["cache_dir"]), str(values["exp_name"]))
+    if run is None and config.mode in ("eval", "features"):
+        raise UserError(f"mode={config.mode} writes into the run, so name that: --config-path={home}")
+    if run is not None and run.resolve() != home.resolve() and "cache_dir" not in given:
+        config.cache_dir = defaults.cache_dir
 
 
 def added(override: str) -> str:
@@ -89,14 +162,23 @@ def find_policy(path: Path, config: Config, overrides: list[str]) -> Policy:
         tokenizer_source = model.tokenizer_name_or_path or model.name_or_path
         tokenizer = models.fetch(tokenizer_source, models.CONFIG_FILES, "model.tokenizer_name_or_path")
         return Policy(folder, tokenizer, model.load_from)
-    beside = path if path.is_dir() else path.parent
-    run = beside if (beside / "LATEST").exists() else Path(config.cache_dir) / config.exp_name
-    if not (run / "LATEST").exists():
+    run = run_of(path) or Path(config.cache_dir) / config.exp_name
+    latest = run / "LATEST"
+    if not latest.exists():
+        what = f"{latest} leads to nothing" if latest.is_symlink() else f"{run}: no LATEST there, so no trained policy"
         raise UserError(
-            f"{run}: no LATEST there, so no trained policy; has the run finished? "
-            "(++model.load_from=... or ++model.name_or_path=... samples another model)"
+            f"{what}; has the run finished? (++model.load_from=... or ++model.name_or_path=... samples another model)"
         )
-    return Policy(run / "LATEST", run / "LATEST", run=run)
+    if (run / "features").is_symlink():
+        raise UserError(f"{run / 'features'} is a link, and could lead anywhere; reports are written into a directory")
+    parallel.from_rank_zero(lambda: require_undamaged(latest))
+    return Policy(latest, latest, run=run)
+
+
+def require_undamaged(folder: Path) -> None:
+    """Raises UserError where an export is not what the run wrote."""
+    if (folder / DIGESTS).is_file() and (files := damaged_files(folder)):
+        raise damaged(folder, files)
 
 
 def trainer_class(config: Config) -> type[loop.BasicTrainer]:
@@ -106,7 +188,7 @@ def trainer_class(config: Config) -> type[loop.BasicTrainer]:
 
 def require_language_model(config: Config, policy: Policy) -> None:
     """Raises UserError for a run that trained no language model."""
-    if not policy.writes_text(config):
+    if not policy.writes_text():
         raise UserError(
             f"{policy.run or policy.folder}: loss={config.loss.name} trained no language model, so there is nothing to "
             "sample from; ++mode=eval measures it, and --config-path=MODEL samples from the model that it started from"

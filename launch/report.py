@@ -18,7 +18,10 @@ from urllib.parse import quote
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.markup import escape as escape_markup
+from rich.table import Table
 
+from launch.settings import read_saved
 from training.metrics import MetricName, clock
 from utils import REPO, SIDES, UserError, console, flat, html_page, json_lines, write_text, written
 
@@ -102,6 +105,35 @@ def write_run_page(folder: Path) -> Path:
     return page
 
 
+def show_summary(folder: Path, *, finished_before: bool = False) -> None:
+    """Complete the page of a finished run, and print its figures and the names of the files that it wrote.
+
+    Raises UserError where summary.json cannot be read.
+    """
+    figures = json_of(folder / "summary.json")
+    if not isinstance(figures, dict):
+        raise UserError(f"{folder / 'summary.json'}: cannot be read; remove it, and the same command makes it again")
+    page = write_run_page(folder)
+    if finished_before:
+        console.print(f"{folder} is finished; resume=never starts over and replaces it", markup=False)
+    table = Table("figure", "value", title=escape_markup(folder.name))
+    for last, name in FIGURE_NAMES.items():
+        for key in (key for key in figures if key.rpartition("/")[2] == last):
+            value = f"{figures[key]:.4g}"
+            if key == "win_rate":
+                value += f" (95 % interval {figures['win_rate_low']:.4g} to {figures['win_rate_high']:.4g})"
+            layer = key.rpartition("/")[0].replace("_", " ")  # of several
+            table.add_row(", ".join(filter(None, [name, layer])), value)
+    console.print(table)
+    saes = list((folder / "LATEST").glob("layer_*"))
+    holds = "the SAEs" if saes else "policy.pt and Hub format"
+    console.print(f"{folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
+    if saes:
+        one = " ++sae.layer=N" if len(saes) > 1 else ""
+        console.print(f"loss=fpo on the same model reads it with ++sae.path={folder}{one}", markup=False)
+    console.print(f"curves, completions and settings, to look at in a browser: {page}", markup=False)
+
+
 def read_lines(path: Path) -> Lines:
     """The lines of a metrics.jsonl, without a last line that a killed run did not finish. What JSON lacks is NaN."""
     with path.open("rb") as file:
@@ -143,12 +175,8 @@ def json_of(path: Path) -> Any:
 
 def config_of(folder: Path) -> DictConfig:
     """The run's saved configuration; empty where there is none."""
-    try:
-        config = OmegaConf.load(folder / "config.yaml")
-    except OSError:
-        return OmegaConf.create()
-    assert isinstance(config, DictConfig)
-    return config
+    file = folder / "config.yaml"
+    return read_saved(file) if file.is_file() else OmegaConf.create()
 
 
 # ---------------------------------------------------------------------------------------------------- the curves

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
+from yaml import YAMLError
 
 import dataloader
 import models
@@ -28,7 +29,7 @@ from autoencoders.settings import SAESection
 from data import tokenise
 from data.settings import DataSettings
 from modeling.weights import find_weights
-from models import CONFIG_FILES, fetch, load_config
+from models import CONFIG_FILES, fetch, load_config, load_generation_config
 from sampling.settings import SamplingSettings
 from training import loop
 from training.metrics import check_trackers
@@ -302,14 +303,31 @@ def completed(saved: DictConfig) -> DictConfig:
     return merged
 
 
+def as_text(values: Any) -> Any:
+    """Nested values in which `${...}` is text. What was saved refers to nothing: not to other keys, which were resolved
+    before, and not to the environment, whose secrets are nobody's who wrote the file."""
+    if isinstance(values, dict):
+        return {key: as_text(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [as_text(value) for value in values]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", values) if isinstance(values, str) else values
+
+
+def read_saved(file: Path) -> DictConfig:
+    """A configuration from a file, as data (`as_text`). Raises UserError where there is none in it."""
+    try:
+        loaded = OmegaConf.load(file)
+        values = as_text(OmegaConf.to_container(loaded))
+        assert isinstance(values, dict) and values.keys() & Config.model_fields.keys(), "it has no key of one"
+        return OmegaConf.create(values)
+    except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{file}: not a configuration ({' '.join(str(error).split())})") from error
+
+
 def saved_config(run: Path) -> Config | None:
     """The configuration that a run directory was last started with; None where there is none."""
     file = run / "config.yaml"
-    if not file.is_file():
-        return None
-    saved = OmegaConf.load(file)
-    assert isinstance(saved, DictConfig)
-    return typed(completed(saved))
+    return typed(completed(read_saved(file))) if file.is_file() else None
 
 
 def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Config, RunClasses]:
@@ -439,6 +457,8 @@ def find_paths(config: Config, needs: frozenset[str]) -> RunPaths:
         with problems.collected():
             find_weights(model.load_from)
     if found["model"] is not None:
+        with problems.collected():
+            load_generation_config(found["model"])
         with problems.collected():
             layers = load_config(found["model"]).get_text_config().num_hidden_layers
             for sae in saes:

@@ -1,22 +1,19 @@
-"""The figures that a run ends with: `summary.json` and a table."""
+"""The figures that a run ends with: `summary.json`."""
 
 import json
 import math
 import resource
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-from rich.table import Table
 
 from data import toy
 from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
 from launch.completions import draw, prompts_of, write_completions
-from launch.report import FIGURE_NAMES, SAE_FIGURES, read_lines, write_run_page
+from launch.report import SAE_FIGURES, read_lines
 from launch.settings import Config
 from sampling.diversity import log_likelihoods
 from sampling.generate import Decoding, Request, Sample
@@ -24,42 +21,25 @@ from training.loop import BasicTrainer
 from utils import console, write_json
 
 
-def summarise(trainer: BasicTrainer, config: Config, start_weights: Path, started: float) -> None:
-    """Write summary.json and print it, with the names of the files that the run wrote; complete the run page."""
-    run = trainer.run
+def write_summary(trainer: BasicTrainer, config: Config, start_weights: Path) -> None:
+    """Write summary.json, a run's last file but for its page."""
+    trainer.stop_if_asked()
     write_completions(trainer, config, "after")
-    figures = from_metrics(run.folder / "metrics.jsonl")
+    figures = from_metrics(trainer.run.folder / "metrics.jsonl")
     if config.toy_comparison:
+        trainer.stop_if_asked()
         figures |= against_start(trainer, config, start_weights)
-    figures["seconds"] = time.monotonic() - started
+    figures["seconds"] = trainer.seconds()
     figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if parallel.rank() != 0:
-        return
-    write_json(run.folder / "summary.json", figures)
-    page = write_run_page(run.folder)
-
-    table = Table("figure", "value", title=str(config.exp_name))
-    for last, name in FIGURE_NAMES.items():
-        for key in (key for key in figures if key.rpartition("/")[2] == last):
-            value = f"{figures[key]:.4g}"
-            if key == "win_rate":
-                value += f" (95 % interval {figures['win_rate_low']:.4g} to {figures['win_rate_high']:.4g})"
-            layer = key.rpartition("/")[0].replace("_", " ")  # of several
-            table.add_row(", ".join(filter(None, [name, layer])), value)
-    console.print(table)
-    saes = list((run.folder / "LATEST").glob("layer_*"))
-    holds = "the SAEs" if saes else "policy.pt and Hub format"
-    console.print(f"{run.folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
-    if saes:
-        one = " ++sae.layer=N" if len(saes) > 1 else ""
-        console.print(f"loss=fpo on the same model reads it with ++sae.path={run.folder}{one}", markup=False)
-    console.print(f"curves, completions and settings, to look at in a browser: {page}")
-    if learnt_little(evaluations_in(run.folder / "metrics.jsonl"), len(trainer.loaders["eval"].used())):
-        console.print(
-            "The held-out loss and accuracies moved less than noise: this run learnt next to nothing. "
-            f"What matters most is lr (here {config.lr:g}) and how much it trains on (n_epochs, n_examples).",
-            style="yellow",
-        )
+    if parallel.rank() == 0:
+        write_json(trainer.run.folder / "summary.json", figures)
+        evaluations = evaluations_in(trainer.run.folder / "metrics.jsonl")
+        if learnt_little(evaluations, len(trainer.loaders["eval"].used())):
+            console.print(
+                "The held-out loss and accuracies moved less than noise: this run learnt next to nothing. "
+                f"What matters most is lr (here {config.lr:g}) and how much it trains on (n_epochs, n_examples).",
+                style="yellow",
+            )
 
 
 def evaluations_in(path: Path) -> list[dict[str, float]]:

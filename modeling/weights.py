@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 from distributed import parallel
 from distributed.sharding import full_tensor, local_ranges, local_slice, reshard
 from modeling import adapters
-from utils import UserError, file_digest, fingerprint, resolve_path
+from utils import UserError, fingerprint, resolve_path, sound_digest
 
 # A directory can hold other safetensors: the value head of a PPO run, or the same weights under their authors' names.
 WEIGHTS = "model*.safetensors"
@@ -173,10 +173,13 @@ def open_weights(directory: Path, load_from: str | None) -> Weights:
 
 
 def weights_digest(directory: Path, load_from: str | None) -> str:
-    """A digest of the files that `open_weights` would read. It does not depend on the number of ranks."""
+    """A digest of the files that `open_weights` would read. It does not depend on the number of ranks.
+
+    Raises UserError where a run has exported them and they are not what it wrote.
+    """
     source = directory if load_from is None else find_weights(load_from)
     files = [source] if source.is_file() else [source / "config.json", *weight_files(source)]
-    return parallel.from_rank_zero(lambda: fingerprint([file_digest(file) for file in files]))
+    return parallel.from_rank_zero(lambda: fingerprint([sound_digest(file) for file in files]))
 
 
 # ---------------------------------------------------------------------------------------------------- into a model

@@ -205,7 +205,7 @@ def samples_in(entries: list[dict[str, Any]], draws: int) -> dict[Key, Sample]:
 
 @contextmanager
 def sample_log(path: Path, identity: dict[str, Any], writes: bool = True) -> Iterator[SampleLog]:
-    """The log of the samples that are to be published in `path`. It is removed when all went well, or nothing was drawn.
+    """The log of samples that are to be published in `path`. It is removed when all went well, or nothing was drawn.
 
     Raises UserError where another process writes it.
     """

@@ -81,7 +81,7 @@ def settle(folder: Path, rows: list[dict[str, Any]], *overrides: str) -> tuple[D
     """A composed configuration that trains on these rows, as the command line would give it."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = ["model=tiny", f"datasets=[{file}]", f"eval_datasets=[{file}]", f"cache_dir={folder}"]
+    given = ["model=tiny", "template=tulu", f"datasets=[{file}]", f"eval_datasets=[{file}]", f"cache_dir={folder}"]
     given += ["n_eval_examples=8", f"model.batch_size={BATCH}", *overrides]
     return compose("config", overrides=given), given
 
@@ -90,7 +90,8 @@ def assemble(raw: DictConfig) -> BasicTrainer:
     """Our trainer, as train.py builds it."""
     config, classes = settings.check_config(raw)
     run = Run(Path(config.cache_dir) / "run")
-    trainer = assembly.prepare(config, classes, settings.find_paths(config, classes.binding.needs), run)
+    paths = settings.find_paths(config, classes.binding.needs)
+    trainer = assembly.prepare(settings.with_defaults(config, paths), classes, paths, run)
     trainer.start_optimizer()
     return trainer
 

@@ -67,9 +67,9 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
     out = train(options).stdout
     assert "resuming after 9 of 9 steps" in out
     cut = tmp_path / "out" / "cut"
-    assert not list(cut.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.part"))
     reference = tmp_path / "out" / ".cache" / "reference"
-    assert sorted(len(list(folder.glob("*.arrow"))) for folder in reference.iterdir()) == [1, 3]
+    assert sorted(len(list(folder.glob("*/rows.arrow"))) for folder in reference.iterdir()) == [1, 3]
 
     train([*options, "exp_name=whole", f"cache_dir={tmp_path}/other"])
     assert metrics(cut) == metrics(tmp_path / "other" / "whole")
@@ -197,7 +197,7 @@ def test_eval_without_a_run(tmp_path):
 def test_without_the_hub_one_message_says_what_to_do(tmp_path):
     done = command("train.py", "loss=fpo", "model=gemma2b", f"cache_dir={tmp_path}", check=False)
     assert done.returncode == 2
-    for words in ("google/gemma-2-2b", "google/gemma-scope-2b-pt-res", "hf auth login", "sae.path at a local copy"):
+    for words in ("google/gemma-2-2b", "google/gemma-scope-2b-pt-res", "cannot be reached", "sae.path at a local copy"):
         assert words in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 

@@ -77,6 +77,7 @@ def make_config(tmp_path: Path, **changes: Any) -> DataSettings:
         "eval_split": "test",
         "held_out": 0.05,
         "max_bad_rows": 0.01,
+        "train_on": "targets",
         "seed": 1,
         "cache_dir": str(tmp_path / "cache"),
         "template": "tulu",

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 import compare
 import dataloader
-from launch import settings, summary
+from launch import report, settings
 from training.quantities import QUANTITIES
 
 README = (REPO / "README.md").read_text()
@@ -249,7 +249,7 @@ def test_data_page_lists_every_data_set():
 
 def test_losses_page_has_every_quantity_and_figure():
     listed = set(re.findall(r"`(\w+)`", DOCUMENTS["docs/losses.md"]))
-    assert {*QUANTITIES, *summary.FIGURE_NAMES} - listed == set()
+    assert {*QUANTITIES, *report.FIGURE_NAMES} - listed == set()
 
 
 def anchors(text: str) -> set[str]:

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import REPO, metrics
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 import eval as evaluation
 import train
 from launch.policies import read_config
+from training.checkpoint import Run
+from utils import seal
 
 OLD = Path(__file__).parent / "old_runs"
 COMMANDS = {
@@ -24,7 +27,7 @@ COMMANDS = {
 
 
 def run(name: str, folder: Path) -> None:
-    overrides = [*COMMANDS[name].split(), f"exp_name=old_{name}", f"cache_dir={folder}"]
+    overrides = [*COMMANDS[name].split(), "template=tulu", f"exp_name=old_{name}", f"cache_dir={folder}"]
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         train.train(compose("config", overrides=overrides))
 
@@ -34,7 +37,13 @@ def test_an_old_run_is_resumed_and_sampled(name, tmp_path, capsys):
     run(name, tmp_path)
     folder = tmp_path / f"old_{name}"
     before = metrics(folder)
+    for state in Run(folder).saved():
+        place = json.loads((state / "trainer.json").read_text())
+        old = OmegaConf.to_container(OmegaConf.load(OLD / f"{name}.yaml"))
+        (state / "trainer.json").write_text(json.dumps({**place, "config": old}))
+        seal(state)
     shutil.copy(OLD / f"{name}.yaml", folder / "config.yaml")
+    (folder / "summary.json").unlink()  # else the run is finished
     run(name, tmp_path)
     assert "resuming after" in capsys.readouterr().out
     assert metrics(folder) == before

@@ -4,11 +4,7 @@ import json
 import math
 
 import pytest
-import torch
 from conftest import HH_100, command, look_at, metrics, transformers_server
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 DATA = ["datasets=[hh]", f"data_dir={HH_100}"]
@@ -62,37 +58,3 @@ def test_its_features_in_a_browser(trained, browser, tmp_path):
     command("eval.py", f"--config-path={folder / 'fpo'}", *options)
     page, said = look_at(browser, folder / "fpo/features/report.html", tmp_path / "browser")
     assert said == [] and "What fpo did to the features: fpo" in page
-
-
-def test_dpo_equals_trls_on_the_same_pairs(smollm2, tmp_path):
-    """Step-0 loss, and summed log-probabilities of the reference and the policy, of TRL's own trainer."""
-    pairs = [
-        ("Name a fruit.", "An apple.", "No."),
-        ("What is two plus two?", "Two plus two is four.", "Five, I think, or six."),
-    ]
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": prompt}],
-            "chosen": [{"role": "assistant", "content": chosen}],
-            "rejected": [{"role": "assistant", "content": rejected}],
-        }
-        for prompt, chosen, rejected in pairs
-    ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = [f"model={smollm2}", *SHORT, f"cache_dir={tmp_path}", "exp_name=dpo", "++n_epochs=1", "++max_new_tokens=1"]
-    data = [f"datasets=[{tmp_path}/pairs.jsonl]", f"eval_datasets=[{tmp_path}/pairs.jsonl]"]
-    command("train.py", "loss=dpo", *own, *data, "++model.batch_size=2")
-    ours = metrics(tmp_path / "dpo")[0]
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    trainer = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32),
-        args=DPOConfig(str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, per_device_eval_batch_size=2),
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    theirs = trainer.evaluate()
-    assert ours["loss/eval"] == pytest.approx(theirs["eval_loss"], abs=1e-4) == pytest.approx(math.log(2), abs=1e-4)
-    for side in ("chosen", "rejected"):
-        assert ours[f"logps_eval/{side}"] == pytest.approx(theirs[f"eval_logps/{side}"], abs=1e-3)

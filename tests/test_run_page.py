@@ -16,6 +16,7 @@ from test_training import run, settle
 
 from launch import report, settings
 from training import metrics
+from training.checkpoint import Run
 from training.metrics import MetricName, MetricsLog, StepLines, evaluation_table
 from utils import UserError, console
 
@@ -289,13 +290,16 @@ def test_tensorboard_has_the_metrics_of_the_file(tmp_path):
 def test_a_resumed_run_replaces_what_the_killed_one_logged(tmp_path):
     config: Any = SimpleNamespace(log_to=["tensorboard"])
     (tmp_path / "config.yaml").write_text("exp_name: a")
-    sizes = {}
-    killed = MetricsLog(tmp_path, config, step=0, size=0)
+    run = Run(tmp_path)
+    killed = MetricsLog(run, config, step=0)
     for step in (1, 2, 3, 4):
         killed.write({"step": step, "loss/train": 1.0})
-        sizes[step] = killed.size
+        if step == 2:
+            run.state = tmp_path / "state"
+            run.state.mkdir()
+            (run.state / "metrics.jsonl").write_bytes(killed.content())
     killed.close()
-    resumed = MetricsLog(tmp_path, config, step=2, size=sizes[2])
+    resumed = MetricsLog(run, config, step=2)
     resumed.write({"step": 3, "loss/train": 2.0})
     resumed.close()
     assert [line["loss/train"] for line in report.read_lines(tmp_path / "metrics.jsonl")] == [1.0, 1.0, 2.0]

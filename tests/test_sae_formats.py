@@ -10,10 +10,10 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
-import models
 from autoencoders import formats
 from autoencoders.formats import SAE_FORMATS, SAESource, detect_format, find_sae, load_sae
 from autoencoders.settings import SAESettings
+from data import hub
 from utils import UserError, checked
 
 D, F, K, N = 8, 24, 5, 200
@@ -497,7 +497,7 @@ def test_from_the_hub_only_what_is_needed_is_fetched(layout, named, tmp_path, mo
         (root / other).write_bytes(b"not for us")
     fetched: list[str] = []
 
-    def snapshot_download(repository, allow_patterns):
+    def snapshot_download(repository, allow_patterns, **_):
         assert repository == "org/repo"
         names = [str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()]
         fetched[:] = filter_repo_objects(names, allow_patterns=allow_patterns)
@@ -507,7 +507,7 @@ def test_from_the_hub_only_what_is_needed_is_fetched(layout, named, tmp_path, mo
             target.write_bytes((root / name).read_bytes())
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr(models, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     inside = (path if named == "file" else path.parents[depth - 1]).relative_to(root)
     asked_for = {"path": f"org/repo/{inside}".removesuffix("/."), "format": asked(format), "layer": None}
     if layout == "qwen_scope" and named == "folder":  # one of many
@@ -523,7 +523,7 @@ def test_from_the_hub_only_what_is_needed_is_fetched(layout, named, tmp_path, mo
 
 
 def test_what_the_hub_does_not_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(UserError, match=r"sae\.path=org/repo/layers\.9: org/repo has no layers\.9"):
         find_sae(section({"path": "org/repo/layers.9"}), "sae")
 

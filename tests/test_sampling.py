@@ -29,7 +29,7 @@ from utils import UserError, flat
 
 TINY = REPO / "assets/tiny"
 FEW_ROWS = {"toy": {"test": 200}}  # all 2,000 take long to make
-FAST = ["++model.policy_dtype=float32", "++max_new_tokens=8", "++model.max_prompt_length=64"]
+FAST = ["template=tulu", "++model.policy_dtype=float32", "++max_new_tokens=8", "++model.max_prompt_length=64"]
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA}")
 
 

@@ -19,7 +19,7 @@ from sampling.generate import Decoding, Request, Sample
 from utils import UserError, fingerprint
 
 KEY = "sk-a-secret-of-mine"
-SERVED = ["++backend=openai", "++served_model=m", "++model.eval_batch_size=4"]
+SERVED = ["template=tulu", "++backend=openai", "++served_model=m", "++model.eval_batch_size=4"]
 
 
 # ---------------------------------------------------------------------------------------------------- a real server

@@ -81,7 +81,7 @@ def test_ppo_takes_its_rewards_from_labels_scores_or_a_model(tmp_path, plain_run
         for n, pair in enumerate(PAIRS["train"])
     ]
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = [f"datasets=[{tmp_path}/scored.jsonl]"]
+    data = [f"datasets=[{tmp_path}/scored.jsonl]", f"eval_datasets=[{tmp_path}/scored.jsonl]"]
 
     def rewards(*options):
         trainer = assembled(tmp_path, "loss=ppo", *data, *options)
@@ -92,7 +92,11 @@ def test_ppo_takes_its_rewards_from_labels_scores_or_a_model(tmp_path, plain_run
     assert rewards("loss.reward=score").tolist() == [n / 4 for n in range(8)]
     by_model = rewards(f"loss.reward={plain_run('bradley-terry')}")
     assert by_model.shape == (8,) and by_model.std() > 0
-    with pytest.raises(UserError, match=r"loss\.reward=score: not every row of the data has a score"):
+
+
+def test_rows_without_a_score_are_told_before_a_weight_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load_model", None)
+    with pytest.raises(UserError, match=r"loss\.reward=score: 48 of 48 rows have none .*train\.jsonl:1"):
         run(tmp_path, "loss=ppo", "loss.reward=score")
 
 

@@ -217,7 +217,7 @@ def test_a_step_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, log_every
     with pytest.raises(UserError, match=r"step 3: the loss is not finite") as error:
         run(tmp_path, "loss=dpo", "exp_name=nan", "++save_every=8", f"++log_every={log_every}")
     assert "train.jsonl:" in str(error.value)
-    state = Run(tmp_path / "nan").newest_state()
+    state, *_ = Run(tmp_path / "nan").saved()
     assert state.name == "step-000000002"
     assert str(state) in str(error.value)
 
@@ -276,7 +276,9 @@ def test_a_damaged_state_is_passed_over(tmp_path, capsys):
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1  # one bit
     weights.write_bytes(content)
-    (older / "trainer.json").write_text("{")
+    place = json.loads((older / "trainer.json").read_text())
+    (older / "trainer.json").write_text(json.dumps({**place, "step": 1}))
+    (tmp_path / "cut/summary.json").unlink()  # else the run is finished
     capsys.readouterr()
     assert run(tmp_path, "loss=dpo", "exp_name=cut", "++save_every=8", "++keep_checkpoints=3") == whole
     said = capsys.readouterr().out
@@ -284,7 +286,8 @@ def test_a_damaged_state_is_passed_over(tmp_path, capsys):
     assert f"{older} is damaged and passed over (trainer.json)" in said
     assert f"from {oldest}" in said
     for state in Run(tmp_path / "cut").saved():
-        (state / "trainer.json").unlink()
+        (state / "digests.json").unlink()
+    (tmp_path / "cut/summary.json").unlink()
     with pytest.raises(UserError, match="every state there is damaged; resume=never starts over"):
         run(tmp_path, "loss=dpo", "exp_name=cut", "++save_every=8", "++keep_checkpoints=3")
 
@@ -336,13 +339,13 @@ def test_a_save_does_not_see_the_steps_after_it(tmp_path, monkeypatch):
     trainer = assembled(tmp_path, "loss=sft", "exp_name=a")
     place = {"step": 1}
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
-    goes_on, digest = threading.Event(), checkpoint.file_digest
+    goes_on, seal = threading.Event(), checkpoint.seal
 
-    def late(path):
+    def late(folder):
         assert goes_on.wait(60)
-        return digest(path)
+        seal(folder)
 
-    monkeypatch.setattr(checkpoint, "file_digest", late)
+    monkeypatch.setattr(checkpoint, "seal", late)
     trainer.run.save_state(trainer.policy, trainer.optimizer, place, keep=1)
     with torch.no_grad():
         for parameter in trainer.policy.parameters():
@@ -350,7 +353,9 @@ def test_a_save_does_not_see_the_steps_after_it(tmp_path, monkeypatch):
     assert not trainer.run.pending.done() and not trainer.run.saved()
     goes_on.set()
     trainer.run.finish_saving()
-    assert trainer.run.load_state(trainer.run.newest_state(), trainer.policy, trainer.optimizer)["step"] == 1
+    trainer.run.find_state()
+    trainer.run.load_state(trainer.policy, trainer.optimizer)
+    assert trainer.run.place["step"] == 1
     for name, parameter in trainer.policy.named_parameters():
         assert torch.equal(parameter, before[name])
 
@@ -358,13 +363,13 @@ def test_a_save_does_not_see_the_steps_after_it(tmp_path, monkeypatch):
 def test_the_lock_is_held_until_the_state_is_written(tmp_path, monkeypatch):
     """Also where training ends in an error: the next run removes what it finds half written."""
     trainer = assembled(tmp_path, "loss=sft", "exp_name=a")
-    digest = checkpoint.file_digest
+    seal = checkpoint.seal
 
-    def slow(path):
+    def slow(folder):
         time.sleep(0.2)
-        return digest(path)
+        seal(folder)
 
-    monkeypatch.setattr(checkpoint, "file_digest", slow)
+    monkeypatch.setattr(checkpoint, "seal", slow)
     with pytest.raises(Killed), trainer.run.writing():
         trainer.run.save_state(trainer.policy, trainer.optimizer, {"step": 1}, keep=1)
         assert not trainer.run.saved()

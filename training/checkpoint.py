@@ -1,26 +1,28 @@
 """The run directory `<cache_dir>/<exp_name>/` and what is written in it.
 
+    manifest.json     the run's id, and the names of all that it writes here
     config.yaml       the whole configuration, resolved
     metrics.jsonl     one line for each logged step and evaluation
     report.html       the run page, made from the other files (launch/report.py)
     step-<examples>/  policy.pt as HALOs writes it, and the same weights in Hub format
     LATEST            a link to the newest of those
-    state/step-<n>/   what a resumed run needs: weights, optimiser, place in the data
+    state/step-<n>/   what a resumed run needs: weights, optimiser, place in the data, the log so far
 
-Every directory appears whole or not at all. No file here holds a pickle that has to be trusted: safetensors, JSON,
-and a policy.pt of plain tensors that `torch.load(weights_only=True)` reads.
+Every directory appears whole or not at all, and with the digests of its files. No file here holds a pickle that has to
+be trusted: safetensors, JSON, and a policy.pt of plain tensors that `torch.load(weights_only=True)` reads.
 """
 
 import contextlib
 import fcntl
 import json
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -32,40 +34,38 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from distributed import parallel
 from distributed.sharding import reshard
 from training.settings import TrainingSettings
-from utils import UserError, console, file_digest, flat, flush_to_disk, write_text
+from utils import (
+    Part,
+    UserError,
+    console,
+    damaged_files,
+    flush_to_disk,
+    is_file_name,
+    open_in_place,
+    remove_litter,
+    seal,
+    write_json,
+    write_text,
+)
 
-# All that a run leaves in its directory, and so all that starting over removes.
-OWN_FILES = (
+MANIFEST = "manifest.json"
+# What a run writes, beside its exports; the state comes last, so that it is the last to be removed.
+FILES = (
     "config.yaml",
     "metrics.jsonl",
     "summary.json",
     "completions.json",
     "report.html",
-    "LATEST",
-    "step-*",
-    "state",
+    "eval.json",
+    "features",
     "tensorboard",
     "wandb",
-    "features",
+    "LATEST",
+    "state",
 )
-
-# Keys that may differ between a run and its resumption: none of them changes a step that is still to come.
-MAY_CHANGE = (
-    "resume",
-    "mode",
-    "cache_dir",
-    "nproc",
-    "log_to",
-    "wandb",
-    "do_first_eval",
-    "eval_every",
-    "n_eval_examples",
-    "save_every",
-    "log_every",
-    "intermediate_checkpoints",
-    "keep_checkpoints",
-    "toy_comparison",
-)
+EXPORT = re.compile(r"step-\d+")
+PLACE = "trainer.json"  # of a state: where the run stood
+LOG = "metrics.jsonl"  # of the run, and of a state: as it was then
 
 
 class Run:
@@ -74,8 +74,12 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.states = folder / "state"
+        self.state: Path | None = None  # that the run goes on from,
+        self.place: dict[str, Any] = {}  # and where it stood
         self.pending: Future[Any] | None = None  # the state being written, by another thread
         self.group: dist.ProcessGroup | None = None  # of its own, for that thread
+
+    # ------------------------------------------------------------------------------------------------ whose it is
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -91,11 +95,11 @@ class Run:
             stack.callback(lambda: self.pending and self.pending.exception())  # where training ended in an error
             yield
 
-    def lock(self) -> Any:
+    def lock(self) -> IO[bytes]:
         """The lock on the directory: an open file; closing it, or the end of the process, unlocks."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("w")
+            lock = open_in_place(self.folder / ".lock")
         except OSError as error:
             raise UserError(f"cannot write to {self.folder} ({error}); cache_dir= names another place") from error
         try:
@@ -103,93 +107,156 @@ class Run:
         except BlockingIOError as error:
             message = f"{self.folder}: another process is writing to this run; use another exp_name"
             raise UserError(message) from error
-        for part in self.folder.rglob(".*.part"):  # left by a process that was killed while it wrote
-            shutil.rmtree(part)
+        for folder in (self.folder, self.states, self.folder / "features"):
+            remove_litter(folder)
         return lock
 
-    def start(self, config: TrainingSettings, saved: TrainingSettings | None) -> None:
-        """On rank 0: write the configuration, and with `resume: never` remove what the run of this name left.
+    def manifest(self) -> dict[str, Any] | None:
+        """The run's `id` and its `files`: names in the directory. None where there is no run.
 
-        `saved` is the configuration that the run there was started with, if there is one. Raises UserError where it
-        differs in something that changes the steps to come.
+        Raises UserError where it cannot be read, or names something outside the directory.
         """
-        if config.resume == "never":
-            for path in [found for pattern in OWN_FILES for found in self.folder.glob(pattern)]:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        if self.saved():
-            differing = {} if saved is None else differences(saved, config)
-            if differing:
+        path = self.folder / MANIFEST
+        try:
+            known = json.loads(path.read_text())
+            if all(map(is_file_name, [known["id"], *known["files"]])):
+                return dict(known)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{path}: does not list the files of a run; move {self.folder} away, or use another exp_name")
+
+    def claim(self, *, anew: bool) -> None:
+        """On rank 0: make this the directory of a run. With `anew`, remove what the run of this name left.
+
+        Raises UserError where files of other origin have the names that a run gives.
+        """
+        known = self.manifest()
+        if known is None:
+            taken = sorted(
+                path.name for path in self.folder.iterdir() if path.name in FILES or EXPORT.fullmatch(path.name)
+            )
+            if taken:
                 raise UserError(
-                    f"{self.folder} holds a run with another configuration:\n"
-                    + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items())
-                    + "\nUse another exp_name, or resume=never to start over and replace it."
+                    f"{self.folder} holds {', '.join(taken)}, and no {MANIFEST} that says that a run wrote them. "
+                    "Use another exp_name, or move them"
                 )
-        write_text(
-            self.folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-        )
+        if known is None or anew:
+            names = list(dict.fromkeys([*(known["files"] if known else ()), *FILES]))
+            write_json(self.folder / MANIFEST, {"id": secrets.token_hex(4), "files": names})
+            self.remove(names)
+
+    def list_export(self, name: str) -> None:
+        """On rank 0: enter an export into the manifest, before it is written."""
+        known = self.manifest() or {"id": secrets.token_hex(4), "files": [*FILES]}
+        if name not in known["files"]:
+            write_json(self.folder / MANIFEST, {**known, "files": [name, *known["files"]]})
+
+    def id(self) -> str:
+        """What trackers know the run by, until `resume=never` makes it another one."""
+        known = self.manifest()
+        assert known is not None
+        return str(known["id"])
+
+    def remove(self, names: list[str]) -> None:
+        """Remove files and directories of the run, where they are there, each in one step."""
+        removed = Part(self.folder / "removed")
+        removed.path.mkdir()
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / name).rename(removed.path / name)
+        removed.close()
+
+    # ------------------------------------------------------------------------------------------------ its beginning
+
+    def begin(self, *, anew: bool) -> None:
+        """Claim the directory and find the state that the run goes on from; with `anew`, the run of this name is
+        removed first. For all ranks to call. Raises UserError as `claim` does."""
+        parallel.from_rank_zero(lambda: self.claim(anew=anew))
+        self.find_state()
+
+    def start(self, config: TrainingSettings) -> None:
+        """On rank 0: write the configuration of what is done now. What a killed run came not to is done: the summary of
+        an earlier end goes, and older states."""
+        self.remove(["summary.json"])
+        self.remove_old_states(config.keep_checkpoints)
+        text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+        write_text(self.folder / "config.yaml", text)
+
+    # ------------------------------------------------------------------------------------------------ states
 
     def saved(self) -> list[Path]:
         """The states on disk, the newest first."""
         return sorted(self.states.glob("step-*"), reverse=True)
 
-    def newest_state(self) -> Path | None:
-        """The newest state that is what was written; damaged ones after it are named and removed. For all ranks to
-        call.
-
-        Raises UserError where there are states and all are damaged.
-        """
+    def find_state(self, fits: Callable[[dict[str, Any]], bool] = lambda _place: True) -> None:
+        """Choose the newest state that is as it was written, and whose place fits; damaged ones are named. For all
+        ranks to call."""
+        self.state, self.place = None, {}
+        share = slice(parallel.rank(), None, parallel.world_size())
         states = parallel.from_rank_zero(self.saved)
-        for number, folder in enumerate(states):
-            damage = damaged_files(folder)
-            if not parallel.sum_over_ranks(torch.tensor(len(damage))):
-                if parallel.rank() == 0:
-                    for damaged in states[:number]:
-                        shutil.rmtree(damaged)
-                return folder
-            console.print(f"{folder} is damaged and passed over ({', '.join(damage)})", style="yellow", markup=False)
-        if states:
-            raise UserError(f"{self.states}: every state there is damaged; resume=never starts over")
-        return None
+        for folder in states:
+            files = sorted({name for own in parallel.gather_objects(damaged_files(folder, share)) for name in own})
+            if files:
+                console.print(f"{folder} is damaged and passed over ({', '.join(files)})", style="yellow", markup=False)
+                continue
+            place = json.loads((folder / PLACE).read_text())
+            if fits(place):
+                self.state, self.place = folder, place
+                return
 
     def save_state(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, place: dict[str, Any], *, keep: int
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        place: dict[str, Any],
+        *,
+        keep: int,
+        log: bytes = b"",
     ) -> None:
-        """Keep all that continuing needs: what is trained, the optimiser, the random state and `place` (JSON values
-        with the `step`). The newest `keep` states stay.
+        """Keep all that continuing needs: what is trained, the optimiser, `place` (JSON values with the `step`) and the
+        log so far. The newest `keep` states stay.
 
         Every rank copies its part, and another thread writes the copies while training goes on.
         """
         self.finish_saving()
         if dist.is_initialized() and self.group is None:
             self.group = dist.new_group(backend="gloo")
+        held: list[Part] = []
         target = self.states / f"step-{place['step']:09d}"
-        part = parallel.from_rank_zero(lambda: new_part(target))
-        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+        folder = parallel.from_rank_zero(lambda: new_part(target, held))
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         tensors = trained_tensors(module) | own_buffers(module) | optimizer_tensors(module, optimizer)
-        tensors["random_state"] = torch.get_rng_state()
         written = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
         assert isinstance(written, Future)
         groups = optimizer.state_dict()["param_groups"]
         place = {**place, "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in groups]}
-        if parallel.rank() == 0:
+        texts = {PLACE: json.dumps(place).encode(), LOG: log}
+        if held:
             pool = ThreadPoolExecutor(1)
-            self.pending = pool.submit(self.complete, written, part, target, place, keep)
+            self.pending = pool.submit(self.complete, written, held[0], texts, keep)
             pool.shutdown(wait=False)  # not `with`, which would wait
         else:
             self.pending = written
 
-    @staticmethod
-    def complete(written: "Future[Any]", part: Path, target: Path, place: dict[str, Any], keep: int) -> None:
-        """Finish a state once every rank has written its part: add the rest, rename it, and remove older states."""
+    def complete(self, written: "Future[Any]", part: Part, texts: dict[str, bytes], keep: int) -> None:
+        """Finish a state once every rank has written its part: add the rest, rename it, and remove older states; and
+        later ones, which were passed over."""
         try:
             written.result()
-            files = {path.name: file_digest(path) for path in sorted(part.iterdir())}
-            (part / PLACE).write_text(json.dumps({**place, "files": files}))
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-        end_part(part, target, None)
-        for old in sorted(target.parent.glob("step-*"))[:-keep]:
+            for name, text in texts.items():
+                (part.path / name).write_bytes(text)
+            for later in self.saved():
+                if later.name >= part.target.name:
+                    shutil.rmtree(later)
+            end_part(part)
+        finally:
+            part.close()
+        self.remove_old_states(keep)
+
+    def remove_old_states(self, keep: int) -> None:
+        for old in self.saved()[keep:]:
             shutil.rmtree(old)
 
     def finish_saving(self) -> None:
@@ -206,26 +273,30 @@ class Run:
             good = next(iter(self.saved()), "none")
             raise UserError(f"{self.states}: cannot write the state ({reason}). The last good one: {good}") from error
 
-    def load_state(self, folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Put a state back, whatever number of ranks wrote it; gives what was passed to `save_state` as `place`."""
-        place = json.loads((folder / PLACE).read_text())
-        reader = HuggingFaceStorageReader(str(folder))
+    def load_state(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put the state that `find_state` has found back, whatever number of ranks wrote it."""
+        assert self.state is not None
+        reader = HuggingFaceStorageReader(str(self.state))
         found: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
         sizes = {name: tensor.size for name, tensor in found.items()}
         trained, buffers = trained_tensors(module), own_buffers(module)
-        random_state = torch.zeros(sizes.pop("random_state"), dtype=torch.uint8)
-        rest = sizes.keys() - trained.keys() - buffers.keys()
+        rest = sorted(sizes.keys() - trained.keys() - buffers.keys())
         optimiser = {name: like(trained, name, sizes[name]) for name in rest}
-        dcp.load({**trained, **buffers, **optimiser, "random_state": random_state}, storage_reader=reader)
-        torch.set_rng_state(random_state)
+        dcp.load({**trained, **buffers, **optimiser}, storage_reader=reader)
         state: dict[int, dict[str, Tensor]] = {}
         numbers = {name: number for number, name in enumerate(trained)}
         for name, tensor in optimiser.items():
             owner, slot = owner_and_slot(name)
             state.setdefault(numbers[owner], {})[slot] = tensor
-        groups = [{**group, "params": list(range(len(trained)))} for group in place.pop("param_groups")]
+        state = dict(sorted(state.items()))
+        groups = [{**group, "params": list(range(len(trained)))} for group in self.place["param_groups"]]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-        return place
+
+    def saved_log(self) -> bytes:
+        """The log as it was when the state was saved that the run goes on from."""
+        return (self.state / LOG).read_bytes() if self.state else b""
+
+    # ------------------------------------------------------------------------------------------------ exports
 
     def export(self, examples: int, write: Callable[[Path], None], *, keep_others: bool) -> Path:
         """Let `write` fill `step-<examples>/`, then point LATEST there in one step.
@@ -233,62 +304,63 @@ class Run:
         Earlier exports go afterwards unless they are kept.
         """
         target = self.folder / f"step-{examples}"
-        part = parallel.from_rank_zero(lambda: None if target.exists() else new_part(target))
-        if part is not None:  # else it was written, whole, by a run killed since, at this very step
-            failure = None
-            try:
-                write(part)
-            except OSError as error:
-                failure = error
-            parallel.from_rank_zero(lambda: end_part(part, target, failure))
+        held: list[Part] = []
+
+        def begin() -> Path | None:
+            if target.exists():  # it was written, whole, by a run killed since, at this very step
+                return None
+            self.list_export(target.name)
+            return new_part(target, held)
+
+        folder = parallel.from_rank_zero(begin)
+        try:
+            if folder is not None:
+                failure = None
+                try:
+                    write(folder)
+                except OSError as error:
+                    failure = error
+                parallel.from_rank_zero(lambda: end_part(held[0], failure))
+        finally:
+            for part in held:
+                part.close()
         parallel.from_rank_zero(lambda: self.point_at(target, keep_others=keep_others))
         return target
 
     def point_at(self, target: Path, *, keep_others: bool) -> None:
-        link = self.folder / ".LATEST.new"
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        link.rename(self.folder / "LATEST")
-        flush_to_disk(self.folder)
+        """Let LATEST be a link to an export; the run's other exports go unless they are kept."""
+        link = Part(self.folder / "LATEST")
+        try:
+            link.path.symlink_to(target.name)
+            link.path.rename(link.target)
+            flush_to_disk(self.folder)
+        finally:
+            link.close()
+        exports = [name for name in (self.manifest() or {"files": []})["files"] if EXPORT.fullmatch(name)]
         if not keep_others:
-            for other in self.folder.glob("step-*"):
-                if other != target:
-                    shutil.rmtree(other)
+            self.remove([name for name in exports if name != target.name])
 
 
-def new_part(target: Path) -> Path:
-    """A directory beside the target, to be filled and then renamed. Raises UserError where there can be none."""
+def new_part(target: Path, held: list[Part]) -> Path:
+    """A directory to fill, which will be at the target; its `Part` goes to `held`. Raises UserError where there can be
+    none."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        held.append(Part(target))
+        held[0].path.mkdir()
     except OSError as error:
         raise UserError(f"{target.parent}: cannot write there ({error})") from error
+    return held[0].path
 
 
-def end_part(part: Path, target: Path, failure: OSError | None) -> None:
-    """Let a filled directory appear under its name; or remove it, and raise UserError, if it could not be filled."""
+def end_part(part: Part, failure: OSError | None = None) -> None:
+    """Let a filled directory appear under its name, sealed. Raises UserError if it could not be filled."""
     try:
         if failure is not None:
             raise failure
-        flush_to_disk(*part.rglob("*"), part)
-        part.rename(target)
-        flush_to_disk(target.parent)
+        seal(part.path)
+        part.finish()
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{target}: cannot be written ({error}); what was there before is as it was") from error
-
-
-PLACE = "trainer.json"  # of a state: where the run stood, and the digests of the other files
-
-
-def damaged_files(folder: Path) -> list[str]:
-    """The damaged files of a state, among this rank's share of its files."""
-    try:
-        files = json.loads((folder / PLACE).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return [PLACE]
-    own = list(files.items())[parallel.rank() :: parallel.world_size()]
-    return [name for name, digest in own if not (folder / name).is_file() or file_digest(folder / name) != digest]
+        raise UserError(f"{part.target}: cannot be written ({error}); what was there before is as it was") from error
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -304,12 +376,13 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimiser keeps for each trained parameter: `optimizer.<slot>:<name of the parameter>`."""
+    """What the optimiser keeps for each trained parameter: `optimizer.<slot>:<name of the parameter>`, in an order that
+    does not depend on whether it was loaded."""
     named = dict(enumerate(trained_tensors(module)))
     return {
         f"optimizer.{slot}:{named[number]}": value
         for number, slots in optimizer.state_dict()["state"].items()
-        for slot, value in slots.items()
+        for slot, value in sorted(slots.items())
         if isinstance(value, Tensor)
     }
 
@@ -331,13 +404,3 @@ def root_causes(error: BaseException) -> list[BaseException]:
     if not failures:
         return [error]
     return [cause for cause, _ in failures.values()]
-
-
-def differences(old: TrainingSettings, new: TrainingSettings) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ, of those that may not change between a run and its resumption."""
-    a, b = flat(old.model_dump()), flat(new.model_dump())
-    return {
-        key: (a.get(key), b.get(key))
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and key.split(".")[0] not in MAY_CHANGE
-    }

@@ -6,6 +6,7 @@
 import functools
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ from training.quantities import QUANTITIES, Binding, LossContext
 from training.reference import Reference, ReferenceCache
 from training.settings import TrainingSettings
 from training.throughput import Flops, ThroughputMeter
-from utils import UserError, console, prefetch, progress_bar, suggest
+from utils import UserError, console, fingerprint, prefetch, progress_bar, suggest
 
 # The share of lr, by the share of the steps after the warm-up that are done, and the share of all that are left.
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
@@ -71,6 +72,7 @@ class Setup(Subject):
     config: TrainingSettings
     binding: Binding
     run: Run
+    inputs: dict[str, str] = field(default_factory=dict)  # digests of all that it trains from, which a state keeps
     references: dict[str, Reference] = field(default_factory=dict)  # of "train", "eval", "train/mismatched", ...
     on_evaluation: Callable[[], None] = lambda: None  # called on rank 0 when the metrics of one are written
 
@@ -91,8 +93,9 @@ def warmup_of(config: TrainingSettings, steps: int) -> int:
     return round(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps
 
 
-def make_schedule(config: TrainingSettings, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """A learning rate that rises evenly over the warm-up, then follows `lr_schedule` to the last step."""
+def make_schedule(config: TrainingSettings, optimizer: torch.optim.Optimizer, steps: int, done: int = 0) -> LambdaLR:
+    """A learning rate that rises evenly over the warm-up, then follows `lr_schedule` to the last of `steps`. So many
+    are `done`."""
     warmup, after = warmup_of(config, steps), SCHEDULES[config.lr_schedule]
 
     def share(step: int) -> float:
@@ -100,7 +103,7 @@ def make_schedule(config: TrainingSettings, optimizer: torch.optim.Optimizer, st
             return step / warmup
         return after((step - warmup) / max(1, steps - warmup), 1 - step / max(1, steps))
 
-    return LambdaLR(optimizer, share)
+    return LambdaLR(optimizer, share, last_epoch=done - 1)
 
 
 @dataclass
@@ -120,6 +123,7 @@ class BasicTrainer:
     is_reward: ClassVar[bool] = False  # trains a reward model, not a policy
     control_tokens: ClassVar[tuple[str, ...]] = ()  # added to the vocabulary; sampling starts from the first
     can_plan: ClassVar[bool] = True  # mode=plan can count what it takes
+    can_grow: ClassVar[bool] = True  # more data only adds steps at the end
     passes = 1  # updates from each step of the training data
 
     def __init__(self, setup: Setup) -> None:
@@ -132,8 +136,14 @@ class BasicTrainer:
         self.value_head: nn.Module | None = None
         self.module = self.trained_module()
         reshard(self.module)  # the reference pass has left some of it gathered
+        self.inputs = setup.inputs
+        self.stopping = StopRequest()
+        self.step, self.examples = 0, 0  # that are done
+        self.saved_step = 0  # when the state was saved
+        self.earlier_end: int | None = None  # the last step of the run before it was made longer
         self.last_evaluation: dict[str, float] = {}
         self.evaluated_step: int | None = None  # when that was
+        self.began, self.seconds_before = time.monotonic(), 0.0  # of this process, and of those before it
         self.unchecked: list[Update] = []
 
     def start_optimizer(self) -> None:
@@ -199,6 +209,15 @@ class BasicTrainer:
     def check(cls, config: TrainingSettings, binding: Binding) -> None:
         """Raise UserError for a configuration that this trainer cannot work with."""
 
+    @classmethod
+    def check_data(cls, binding: Binding, loader: DataLoader) -> None:
+        """Raise UserError for data, to train on or to evaluate on, that this trainer cannot work with."""
+
+    @classmethod
+    def other_weights(cls, binding: Binding) -> dict[str, str]:  # noqa: ARG003
+        """What else it is trained from: by the key that names them, weights as `model.load_from` names them."""
+        return {}
+
     def compute_loss(self, batch: Batch, split: str, means: MetricAccumulator) -> Tensor:
         """Losses of a batch, one for each record; their sum over the step, divided by its weight, is minimised."""
         batch, scores = self.score(batch, self.references.get(split))
@@ -233,62 +252,89 @@ class BasicTrainer:
     def train(self) -> None:
         """Train to the end of the data, from the start or from the newest state of the run."""
         self.start_optimizer()
-        start, examples = self.start_or_resume()
-        step, examples, saved = self.take_steps(start, examples)
-        if step > start and not saved:  # first, so that a failure from here on loses nothing
-            self.save(step, examples)
-        if self.evaluated_step != step:
-            self.log(step, examples, self.evaluate())
+        self.start_or_resume()
+        self.finish_step()  # the last one before, which a killed run may not have finished
+        self.take_steps()
         self.run.finish_saving()
-        self.export(step, examples)
         self.metrics.close()
 
-    def start_or_resume(self) -> tuple[int, int]:
-        """Load the newest state, if there is one, and open the log; gives how many steps and examples are done."""
-        step, examples, metrics_size = 0, 0, 0
-        if state := self.run.newest_state():
-            place = self.run.load_state(state, self.module, self.optimizer)
-            step, examples, metrics_size = place["step"], place["examples"], place["metrics_size"]
-            self.schedule.load_state_dict(place["schedule"])
-            self.last_evaluation, self.evaluated_step = place["evaluation"], place.get("evaluated_step")
-            total = len(self.loaders["train"])
-            console.print(f"resuming after {step:,} of {total:,} steps ({examples:,} examples) from {state}")
-        self.metrics = MetricsLog(self.run.folder, self.config, step, metrics_size)
-        if state is None and self.config.do_first_eval:
-            self.log(step, examples, self.evaluate())
-        return step, examples
+    def start_or_resume(self) -> None:
+        """Load the state that the run goes on from, if there is one, and open the log."""
+        place, total = self.run.place, len(self.loaders["train"])
+        if place:
+            self.run.load_state(self.module, self.optimizer)
+            self.step, self.examples, self.earlier_end = place["step"], place["examples"], place["end"]
+            self.saved_step, self.seconds_before = self.step, place["seconds"]
+            self.last_evaluation, self.evaluated_step = place["evaluation"], place["evaluated_step"]
+            self.schedule = make_schedule(self.config, self.optimizer, total, done=self.step)
+            console.print(
+                f"resuming after {self.step:,} of {total:,} steps ({self.examples:,} examples) from {self.run.state}"
+            )
+            if total != self.earlier_end and self.config.lr_schedule != "constant":
+                console.print(
+                    f"lr_schedule={self.config.lr_schedule} ended with step {self.earlier_end:,} and ends with step "
+                    f"{total:,} now: the steps before had the learning rates of the other end",
+                    style="yellow",
+                )
+        self.metrics = MetricsLog(self.run, self.config, self.step)
 
-    def take_steps(self, start: int, examples: int) -> tuple[int, int, bool]:
-        """Take all steps from `start` on. Gives how many steps and examples are done, and whether they are saved."""
-        config, loader = self.config, self.loaders["train"]
-        step, saved, flops = start, False, Flops.of(self.policy)
-        means, pace, lines = MetricAccumulator(), ThroughputMeter(flops), StepLines(len(loader), step, self.headline)
-        with StopRequest() as stop, progress_bar("training", len(loader), step, in_log=False) as advance:
-            for micro_batches in self.steps("train", start):
-                if number := stop.on_any_rank():
-                    self.stop(number, step, examples, saved=saved or step == start)
+    def take_steps(self) -> None:
+        """Take all steps that are left."""
+        loader, flops = self.loaders["train"], Flops.of(self.policy)
+        means, pace = MetricAccumulator(), ThroughputMeter(flops)
+        lines = StepLines(len(loader), self.step, self.headline)
+        with progress_bar("training", len(loader), self.step, in_log=False) as advance:
+            for micro_batches in self.steps("train", self.step):
+                self.stop_if_asked()
                 self.module.train()
-                self.optimise(step, micro_batches, means)
-                step, before = step + 1, examples
-                examples += loader.records_in(step - 1)
-                self.count(pace, step - 1, micro_batches)
-                evaluated = is_due(config.eval_every, before, examples)
-                saved = is_due(config.save_every, before, examples)
-                if step % config.log_every == 0 or step == len(loader) or evaluated or saved:
+                self.seed_step(self.step)
+                self.optimise(self.step, micro_batches, means)
+                self.step, self.examples = self.step + 1, self.examples + loader.records_in(self.step)
+                self.count(pace, self.step - 1, micro_batches)
+                if self.step % self.config.log_every == 0 or self.save_is_due() or self.evaluation_is_due():
                     norm = self.check_updates()
                     values = {**means.read(), "grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
                     values |= pace.read()
-                    self.log(step, examples, values)
-                    lines.add(step, values)
-                    advance(step, self.headline(values))
+                    self.log(self.step, self.examples, values)
+                    lines.add(self.step, values)
+                    advance(self.step, self.headline(values))
                     means, pace = MetricAccumulator(), ThroughputMeter(flops)
-                if evaluated:
-                    self.log(step, examples, self.evaluate())
-                if saved:
-                    self.save(step, examples)
-                    if config.intermediate_checkpoints:
-                        self.export(step, examples)
-        return step, examples, saved
+                if self.save_is_due():
+                    self.save(self.step, self.examples)
+                self.finish_step()
+
+    def seed_step(self, step: int) -> None:
+        """Make what a step draws, for dropout, a function of the step and the rank: a resumed run draws the same."""
+        torch.manual_seed(int(fingerprint(self.config.seed, step, parallel.rank()), 16))
+
+    def finish_step(self) -> None:
+        """Evaluate and export, where that is due after the last step. Its state is saved first, so that a failure here
+        loses nothing."""
+        if self.evaluation_is_due() and self.evaluated_step != self.step:
+            self.log(self.step, self.examples, self.evaluate())
+        if self.export_is_due():
+            self.run.finish_saving()
+            self.stop_if_asked()
+            self.export(self.step, self.examples)
+
+    def save_is_due(self) -> bool:
+        return self.is_due(self.config.save_every)
+
+    def evaluation_is_due(self) -> bool:
+        if self.step == 0:
+            return self.config.do_first_eval
+        return self.is_due(self.config.eval_every) or self.step == self.earlier_end
+
+    def export_is_due(self) -> bool:
+        return self.is_due(self.config.save_every if self.config.intermediate_checkpoints else None)
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether the last step reached a multiple of so many examples (null: of none), or the end."""
+        loader = self.loaders["train"]
+        if self.step in (0, len(loader)):
+            return self.step > 0
+        before = self.examples - loader.records_in(self.step - 1)
+        return every is not None and self.examples // every > before // every
 
     def count(self, pace: ThroughputMeter, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
         """Add what this rank did in a step to how fast the run goes."""
@@ -298,16 +344,20 @@ class BasicTrainer:
         """What the terminal shows of the metrics of some steps."""
         return "  ".join(f"{word} {values[name]:.4g}" for name, word in HEADLINE.items() if name in values)
 
-    def stop(self, number: int, step: int, examples: int, *, saved: bool) -> NoReturn:
-        """End the run between two steps because of a signal, with its state saved."""
+    def stop_if_asked(self) -> None:
+        """End the run because of a signal, with its state saved, if any rank has got one. For all ranks to call."""
+        number = self.stopping.on_any_rank()
+        if not number:
+            return
         if self.unchecked:
             self.check_updates()
-        if not saved:
-            self.save(step, examples)
+        if self.saved_step != self.step:
+            self.save(self.step, self.examples)
         self.run.finish_saving()
         self.metrics.close()
         name = signal.Signals(number).name
-        console.print(f"stopped by {name} after step {step:,}; the same command goes on from {self.run.states}")
+        where = f"after step {self.step:,}; the same command goes on from there"
+        console.print(f"stopped by {name} {where if self.step else 'before the first step'}")
         raise Stopped(128 + number)
 
     def optimise(self, step: int, micro_batches: list[Batch], means: MetricAccumulator) -> None:
@@ -366,7 +416,7 @@ class BasicTrainer:
         raise UserError(
             f"step {update.step + 1}: the {'loss' if bad_loss else 'gradient'} is not finite; nothing of it was saved. "
             f"Examples: {', '.join(sources) or 'none in particular'}. "
-            f"The last checkpoint is good: {self.run.newest_state() or 'none yet'}"
+            f"The last checkpoint is good: {next(iter(self.run.saved()), 'none yet')}"
         )
 
     @torch.no_grad()
@@ -376,6 +426,7 @@ class BasicTrainer:
         loader, means = self.loaders["eval"], MetricAccumulator()
         with progress_bar("evaluating", len(loader), 0) as advance:
             for step, micro_batches in enumerate(self.steps("eval")):
+                self.stop_if_asked()
                 self.before_step("eval", step, micro_batches)
                 for batch in micro_batches:
                     self.compute_loss(batch, "eval", means)
@@ -398,12 +449,21 @@ class BasicTrainer:
         place = {
             "step": step,
             "examples": examples,
-            "metrics_size": self.metrics.size,
-            "schedule": self.schedule.state_dict(),
+            "end": len(self.loaders["train"]),
+            "seconds": self.seconds(),
             "evaluation": self.last_evaluation,
             "evaluated_step": self.evaluated_step,
+            # A run that is made longer keeps its warm-up.
+            "config": {**self.config.model_dump(), "warmup_steps": warmup_of(self.config, len(self.loaders["train"]))},
+            "inputs": self.inputs,
         }
-        self.run.save_state(self.module, self.optimizer, place, keep=self.config.keep_checkpoints)
+        keep, log = self.config.keep_checkpoints, self.metrics.content()
+        self.run.save_state(self.module, self.optimizer, place, keep=keep, log=log)
+        self.saved_step = step
+
+    def seconds(self) -> float:
+        """How long the run has taken, with what a killed process before it had saved."""
+        return self.seconds_before + time.monotonic() - self.began
 
     def export(self, step: int, examples: int) -> Path:
         """The trained weights, for others to use. For all ranks to call; rank 0 writes."""
@@ -426,8 +486,3 @@ class BasicTrainer:
     def read_export(self, folder: Path) -> None:
         """Load the weights that `write_export` wrote, to evaluate them."""
         load_weights(self.policy, PolicyFile(folder / "policy.pt"))
-
-
-def is_due(every: int | None, before: int, now: int) -> bool:
-    """Whether a multiple of `every` lies in (before, now]; never, where `every` is null."""
-    return every is not None and now // every > before // every

@@ -6,7 +6,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -15,8 +14,9 @@ from rich.table import Table
 from torch import Tensor
 
 from distributed import parallel
+from training.checkpoint import LOG, Run
 from training.settings import TrainingSettings
-from utils import SIDES, UserError, console, write_json_lines
+from utils import SIDES, UserError, console, open_in_place, write_json_lines, write_text
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -127,17 +127,22 @@ def evaluation_table(step: int, examples: int, values: dict[str, float]) -> Tabl
 class MetricsLog:
     """`metrics.jsonl`, one JSON object a line, and the trackers that `log_to` names.
 
-    A run resumed after `step` steps cuts off what the killed one wrote after that: the file has `size` bytes then.
+    A run resumed after `step` steps begins with what the file held then: lines that the killed one wrote later go, and
+    a file that was moved or changed since is made again.
     """
 
-    def __init__(self, folder: Path, config: TrainingSettings, step: int, size: int) -> None:
-        self.file, self.trackers = None, []
+    def __init__(self, run: Run, config: TrainingSettings, step: int) -> None:
+        self.path, self.file, self.trackers = run.folder / LOG, None, []
         if parallel.rank() == 0:
-            path = folder / "metrics.jsonl"
-            self.file = path.open("ab")
-            os.truncate(path, size)
-            self.file.seek(size)
-            self.trackers = [TRACKERS[name](folder, config, step) for name in config.log_to]
+            before = run.saved_log()
+            usable = self.path.is_file() and not self.path.is_symlink()
+            if not usable or not self.path.read_bytes().startswith(before):
+                if before:
+                    console.print(f"{self.path} is not as the run wrote it: made again", style="yellow", markup=False)
+                write_text(self.path, before.decode())
+            self.file = open_in_place(self.path)
+            self.file.truncate(len(before))
+            self.trackers = [TRACKERS[name](run, config, step) for name in config.log_to]
 
     def write(self, values: dict[str, Any]) -> None:
         """On rank 0; the others have nothing to write."""
@@ -147,26 +152,26 @@ class MetricsLog:
         for tracker in self.trackers:
             tracker.log(values, step=values["step"])
 
-    @property
-    def size(self) -> int:
-        return self.file.tell() if self.file is not None else 0
+    def content(self) -> bytes:
+        """All that was written; on the other ranks nothing."""
+        return self.path.read_bytes() if self.file is not None else b""
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
-        for tracker in self.trackers:
-            tracker.finish()
+        while self.trackers:
+            self.trackers.pop().finish()
 
 
 class TensorBoard:
     """Event files in `<run>/tensorboard/`, for `tensorboard --logdir`, with the methods of a wandb run."""
 
-    def __init__(self, folder: Path, config: TrainingSettings, step: int) -> None:  # noqa: ARG002
+    def __init__(self, run: Run, config: TrainingSettings, step: int) -> None:  # noqa: ARG002
         from torch.utils.tensorboard import SummaryWriter  # an extra
 
         # Of the steps that a killed run logged after its last state, the viewer shows only the new ones.
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
-        self.writer.add_text("config", f"```yaml\n{(folder / 'config.yaml').read_text()}\n```")
+        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1 if step else 0)
+        self.writer.add_text("config", f"```yaml\n{(run.folder / 'config.yaml').read_text()}\n```")
 
     def log(self, values: dict[str, Any], step: int) -> None:
         for name in values.keys() - {"step"}:
@@ -176,8 +181,9 @@ class TensorBoard:
         self.writer.close()
 
 
-def start_wandb(folder: Path, config: TrainingSettings, step: int) -> Any:  # noqa: ARG001
-    """A wandb run. It never asks for a login: without a key it is kept offline, in the run directory."""
+def start_wandb(run: Run, config: TrainingSettings, step: int) -> Any:  # noqa: ARG001
+    """A wandb run, the same one after each resumption. It never asks for a login: without a key it is kept offline, in
+    the run directory."""
     import wandb  # a second to import, so only where it is used
 
     try:
@@ -189,14 +195,16 @@ def start_wandb(folder: Path, config: TrainingSettings, step: int) -> Any:  # no
         project=config.wandb.project,
         entity=config.wandb.entity,
         name=config.exp_name,
-        dir=folder,
+        id=run.id(),
+        resume="allow",
+        dir=run.folder,
         mode=os.environ.get("WANDB_MODE", default),  # type: ignore[arg-type]
         config=config.model_dump(),
         settings=wandb.Settings(silent=True),
     )
 
 
-TRACKERS: dict[str, Callable[[Path, TrainingSettings, int], Any]] = {"tensorboard": TensorBoard, "wandb": start_wandb}
+TRACKERS: dict[str, Callable[[Run, TrainingSettings, int], Any]] = {"tensorboard": TensorBoard, "wandb": start_wandb}
 
 
 def check_trackers(names: Sequence[str]) -> None:

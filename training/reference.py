@@ -1,10 +1,12 @@
 """The reference cache: what the reference model says about the data, computed once and kept on disk.
 
 The reference is the policy before its first step (or another model, `model.reference_path`), so nothing needs two
-models in memory. The cache is a directory of Arrow files, one for each shard of records, named by a fingerprint of
-all that its numbers depend on. A shard appears whole or not at all: a killed run goes on with the first one missing.
+models in memory. The cache is a directory named by a fingerprint of all that its numbers depend on. In it is a sealed
+directory with an Arrow file for each shard of records, which appears whole or not at all: a killed run goes on with the
+first one missing.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +22,10 @@ from distributed import parallel
 from modeling import adapters
 from models import score
 from sae import SAE, ResidualTap, pooled_features
-from utils import UserError, atomic_write, console, progress_bar
+from utils import UserError, console, damaged_files, progress_bar, remove_litter, sealed_folder
 
 SHARD = 512  # records; also how much a killed run can lose
+ROWS = "rows.arrow"
 CACHE_COLUMNS = datasets.Features(
     {
         "logps": datasets.Value("float32"),
@@ -50,7 +53,7 @@ class ReferenceCache:
     """Rows of a finished cache. Row C * i + c is completion c of the i-th cached record, of C a record."""
 
     def __init__(self, folder: Path, keys: Sequence[Any], d_sae: int | None) -> None:
-        shards = [datasets.Dataset.from_file(str(folder / name)) for name in shard_names(len(keys))]
+        shards = [datasets.Dataset.from_file(str(folder / name / ROWS)) for name in shard_names(len(keys))]
         self.rows = datasets.concatenate_datasets(shards).with_format("numpy")
         self.completions = len(self.rows) // len(keys)
         self.d_sae = d_sae
@@ -100,7 +103,25 @@ Reference = ReferenceCache | LiveReference
 
 
 def shard_names(records: int) -> list[str]:
-    return [f"{start:09d}.arrow" for start in range(0, records, SHARD)]
+    return [f"{start:09d}" for start in range(0, records, SHARD)]
+
+
+def missing_shards(folder: Path, names: list[str]) -> list[int]:
+    """The numbers of the shards that are still to be computed. Damaged ones are named, and removed. For all ranks to
+    call: each looks at a share of them."""
+    own: dict[int, list[str]] = {}
+    for number in range(parallel.rank(), len(names), parallel.world_size()):
+        if not (folder / names[number]).is_dir():
+            own[number] = []
+        elif damaged := damaged_files(folder / names[number]):
+            own[number] = damaged
+    found = {number: files for part in parallel.gather_objects(own) for number, files in part.items()}
+    for number, files in sorted(found.items()):
+        if files:
+            shard = folder / names[number]
+            console.print(f"{shard} is damaged ({', '.join(files)}) and made again", style="yellow", markup=False)
+            parallel.from_rank_zero(lambda shard=shard: shutil.rmtree(shard, ignore_errors=True))  # type: ignore[misc]
+    return sorted(found)
 
 
 def load_or_build(
@@ -117,7 +138,8 @@ def load_or_build(
     """
     keys = records.used()
     names = shard_names(len(keys))
-    missing = parallel.from_rank_zero(lambda: [n for n, name in enumerate(names) if not (folder / name).is_file()])
+    parallel.from_rank_zero(lambda: remove_litter(folder))
+    missing = missing_shards(folder, names)
     if not missing:
         console.print(f"reference cache: found {len(keys):,} records in {folder}")
     elif len(missing) < len(names):
@@ -135,8 +157,8 @@ def load_or_build(
             most = max(map(len, parts))
             rows = shard_rows(own, most, records, model, tap, sae, max(1, batch_size // world))
             if shard is not None:
-                with atomic_write(folder / names[shard]) as part:
-                    write_arrow(rows, part)
+                with sealed_folder(folder / names[shard]) as part:
+                    write_arrow(rows, part / ROWS)
             advance(len(names) - len(missing) + first + len(at_once), None)
     parallel.wait_for_all()
     return ReferenceCache(folder, keys, None if sae is None else sae.d_sae)

@@ -1,0 +1,124 @@
+"""A run that goes on: whether it is the same run, and whether it is finished.
+
+It has to have the configuration, the data, the weights and the SAEs that its state was trained with; but it may be
+measured otherwise, computed otherwise, and made longer.
+"""
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dataloader import DataLoader
+from distributed import parallel
+from launch import settings
+from launch.assembly import Inputs
+from launch.settings import Config, RunPaths
+from training.checkpoint import Run
+from training.loop import BasicTrainer
+from training.settings import TrainingSettings
+from utils import UserError, flat
+
+# Keys that may differ between a run and its resumption. None of them changes a step that is still to come, but for
+# rounding where they say how it is computed. `sae` apart, what only eval.py reads is among them.
+MAY_CHANGE = frozenset(
+    {
+        *(Config.model_fields.keys() - TrainingSettings.model_fields.keys() - {"sae"}),
+        *("exp_name", "cache_dir", "resume", "max_bad_rows", "log_to", "wandb"),
+        *("do_first_eval", "eval_every", "n_eval_examples", "log_every", "save_every", "keep_checkpoints"),
+        *("intermediate_checkpoints", "toy_comparison", "model.eval_batch_size", "model.max_tokens"),
+        *("model.gradient_accumulation_steps", "model.layout", "model.attn_implementation", "model.compile"),
+        *("model.activation_checkpointing", "model.hybrid_sharding", "model.cpu_offload"),
+    }
+)
+LENGTH = frozenset({"n_epochs", "n_examples"})
+AT_THE_END = frozenset({*LENGTH, "n_eval_examples", "toy_comparison"})  # what a finished run has to do again
+
+
+def begin(run: Run, config: Config, trainer: type[BasicTrainer], paths: RunPaths) -> tuple[Config, bool]:
+    """Take the run's directory and find what there is to go on from. Gives the configuration with its defaults, and
+    whether the run is finished. For all ranks to call.
+
+    Raises UserError where what is there is no run, or a run with a configuration that gives other steps.
+    """
+    run.begin(anew=config.resume == "never")
+    saved = None
+    if run.place:
+        saved = settings.typed(settings.completed(OmegaConf.create(settings.as_text(run.place["config"]))))
+    config = settings.with_defaults(config, paths, saved)
+    if saved is not None:
+        changed = {key: values for key, values in differences(saved, config).items() if not may_change(key, trainer)}
+        if changed:
+            raise UserError(
+                f"{run.folder} holds a run with another configuration:\n"
+                + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
+                + "\nUse another exp_name, or resume=never to start over and replace it."
+            )
+    finished = parallel.from_rank_zero(lambda: is_finished(run, config))
+    if not finished:
+        if not run.place and parallel.from_rank_zero(run.saved):
+            raise UserError(f"{run.states}: every state there is damaged; resume=never starts over")
+        if not run.place and (run.folder / "LATEST").is_symlink():
+            raise UserError(
+                f"{run.folder} holds what a run has trained, and no state that it could go on from. Use another "
+                "exp_name, or resume=never to start over and replace it"
+            )
+        parallel.from_rank_zero(lambda: run.start(config))
+    return config, finished
+
+
+def may_change(key: str, trainer: type[BasicTrainer]) -> bool:
+    """Whether a key, such as `model.layout`, may differ from that of the state."""
+    return key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE or (key in LENGTH and trainer.can_grow)
+
+
+def is_finished(run: Run, config: Config) -> bool:
+    """Whether a run with this configuration has written its last file here."""
+    try:
+        saved = settings.saved_config(run.folder)
+    except UserError:
+        return False
+    if saved is None or not (run.folder / "summary.json").is_file() or not (run.folder / "LATEST").exists():
+        return False
+    differ = {
+        key for key, (old, _) in differences(saved, config).items() if key not in settings.LEFT_OPEN or old is not None
+    }
+    return not any(key in AT_THE_END or not may_change(key, BasicTrainer) for key in differ)
+
+
+def require_same_inputs(run: Run, inputs: Inputs, *, can_grow: bool) -> None:
+    """Raises UserError where a run that goes on would be trained from something else than before, or is longer already
+    than it is to be. For all ranks to call.
+
+    A state whose last step a longer run would not have taken so is passed over.
+    """
+    if not run.place:
+        return
+    known, loader = run.place["inputs"], inputs.data.loaders["train"]
+    changed = [f"  {name} ({own.source})" for name, own in inputs.digests.items() if known.get(name) != own.digest]
+    if changed:
+        raise UserError(
+            f"{run.folder} holds a run that was trained from other inputs than are there now:\n"
+            + "\n".join(changed)
+            + "\nPut back what was there; or use another exp_name, or resume=never to start over and replace it."
+        )
+    if run.place["step"] > len(loader) and can_grow:
+        raise UserError(f"{run.folder}: that run has trained on {run.place['examples']:,} examples already")
+    if can_grow and not is_on_the_way(run.place, loader):
+        newest = run.place
+        run.find_state(lambda place: is_on_the_way(place, loader))
+        if not run.place:
+            raise UserError(
+                f"{run.folder}: the last step there, {newest['step']:,}, had fewer examples than it would have in a "
+                "longer run, and no state before it is kept. Use another exp_name, or resume=never to start over"
+            )
+
+
+def is_on_the_way(place: dict[str, Any], loader: DataLoader) -> bool:
+    """Whether a run comes through this place: through this step with so many examples."""
+    return place["step"] <= len(loader) and loader.examples_before(place["step"]) == place["examples"]
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ."""
+    a, b = flat(old.model_dump()), flat(new.model_dump())
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
