@@ -311,7 +311,7 @@ def test_killed_between_the_file_and_its_log(tmp_path, monkeypatch, content):
         with monkeypatch.context() as killed:
             killed.setattr(type(partial), "unlink", lambda _: None)
             log.publish(content)
-    left = partial.read_bytes()
+        left = partial.read_bytes()
     assert json.loads(target.read_text()) == content
     for identity in ({"a": 1}, {"a": 2}):
         partial.write_bytes(left)
@@ -558,7 +558,7 @@ def test_a_later_turn_follows_the_earlier_answers(tiny):
     turn = samples.next_turn(talk)
     config = settings.typed(read_config(TINY, []))
     (request,) = LocalPrompts(config, tokenizer, ()).requests([turn], [0.0], 0)
-    expected = f"\n<|user|>\n{TOY[0]}\n<|assistant|>\nAn answer.\n<|user|>\n{TOY[1]}\n<|assistant|>\n"
+    expected = f"<bos>\n<|user|>\n{TOY[0]}\n<|assistant|>\nAn answer.<eos>\n<|user|>\n{TOY[1]}\n<|assistant|>\n"
     assert request.prompt == expected
     config = settings.typed(read_config(TINY, ["++model.max_prompt_length=12"]))
     (request,) = LocalPrompts(config, tokenizer, ()).requests([turn], [0.0], 0)
