@@ -130,15 +130,13 @@ class SampleLog:
     def _open(self, identity: dict[str, Any]) -> None:
         lines = [line for _, line in json_lines(self.file) if isinstance(line, dict)]
         self.is_empty = not any("key" in line for line in lines) or self._is_published(lines[-1])
-        there = self._read_target(identity)
+        self.samples = self._read_target(identity)
         if self.finished:
             return
         if self.is_empty:
             if self.writes:
                 self.file.truncate(0)
             self._write({"sampled_at": self.sampled_at, "identity": identity})
-            if there:
-                self.add(there)
         else:
             for line in lines:
                 self._read(line, identity)
@@ -160,10 +158,12 @@ class SampleLog:
             return {}
 
     def _read(self, line: dict[str, Any], identity: dict[str, Any]) -> None:
-        if "key" in line:
-            self.samples[tuple(line["key"])] = Sample(line["text"], line["ids"], line["finish_reason"])
+        match line:
+            case {"key": [int(), int(), int()] as key, "text": str(), "ids": list(), "finish_reason": str()}:
+                self.samples[tuple(key)] = Sample(line["text"], line["ids"], line["finish_reason"])
+            case {"identity": dict(), "sampled_at": str()}:
+                self.sampled_at = line["sampled_at"]
         known = line.get("identity", identity)
-        self.sampled_at = line.get("sampled_at", self.sampled_at)
         if known != identity:
             differing = [k for k in {**known, **identity} if known.get(k) != identity.get(k)]
             lines = "\n".join(f"  {k}: {known.get(k)!r} there, {identity.get(k)!r} now" for k in differing)
