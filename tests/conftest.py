@@ -41,7 +41,7 @@ gc.set_threshold(100_000)  # as the commands do
 fuzzed = settings(max_examples=int(os.environ.get("FPO_FUZZ", "1000")), deadline=None)
 
 
-LONGEST = ["test_ranks", "test_docs", "test_commands", "test_training", "test_against_trl", "test_quickstart"]
+LONGEST = ["test_ranks", "test_docs", "test_commands", "test_training", "test_against_trl"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-LIBRARIES = ["pytest", "torch", "datasets", "hydra", "openai", "transformers.models.gemma2.modeling_gemma2"]
+LIBRARIES = ["pytest", "torch", "datasets", "hydra", "openai", "transformers.models.gemma2.modeling_gemma2", "peft"]
 
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(LIBRARIES)

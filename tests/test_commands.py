@@ -101,18 +101,18 @@ def test_two_processes_do_not_share_a_run(tmp_path):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """The quickstart, shortened, with everything on."""
+    """The quickstart, with a seed that is not its own."""
     folder = tmp_path_factory.mktemp("quickstart")
-    arguments = ["experiment=quickstart", "n_examples=640", "warmup_steps=5", "n_eval_examples=64"]
-    own = ["toy_comparison=64", f"cache_dir={folder}", "++log_to=[tensorboard,wandb]"]
-    done = new_python("train.py", *arguments, *own)
-    return folder / "quickstart", done.stdout, arguments
+    done = new_python("train.py", "experiment=quickstart", "seed=2", f"cache_dir={folder}", "log_to=[tensorboard,wandb]")
+    return folder / "quickstart", done.stdout
 
 
 def test_quickstart_ends_with_the_figures(quickstart):
-    run, out, _ = quickstart
+    """The policy is better than the start by more than chance."""
+    run, out = quickstart
     figures = json.loads((run / "summary.json").read_text())
-    assert figures["accuracy_after"] > figures["accuracy_before"]
+    assert figures["accuracy_after"] > figures["accuracy_before"] + 0.1
+    assert figures["win_rate_low"] > 0.55
     assert figures["feature_drift"] > 0 and figures["kl"] > 0
     for words in ("preference accuracy before", "win rate", "95 % interval", "feature drift", "KL to the reference"):
         assert words in out
@@ -121,15 +121,9 @@ def test_quickstart_ends_with_the_figures(quickstart):
     assert str(run / "report.html") in out and (run / "report.html").is_file()
 
 
-def test_a_second_quickstart_finds_the_cache(quickstart):
-    run, _, arguments = quickstart
-    out = command("train.py", *arguments, "toy_comparison=null", "exp_name=again", f"cache_dir={run.parent}").stdout
-    assert out.count("reference cache: found") == 2
-
-
 def test_sample_and_judge(quickstart, tmp_path):
     """By a run directory, and by a copy of its config.yaml somewhere else."""
-    run, _, _ = quickstart
+    run, _ = quickstart
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     for number, (python, path) in enumerate([(new_python, run), (command, "config.yaml")]):
         samples = tmp_path / f"samples{number}"
@@ -218,10 +212,7 @@ def test_help_lists_the_choices():
 REAL = {
     "hh-100": ["datasets=[hh]", f"data_dir={HH_100}"],
     "hh": ["datasets=[hh]", f"data_dir={DATA}", "train_split=test", "eval_split=test"],
-    "alpaca": [
-        f"datasets=[{DATA}/alpaca_eval/preferences_train.jsonl.gz]",
-        f"eval_datasets=[{DATA}/alpaca_eval/preferences_test.jsonl.gz]",
-    ],
+    "alpaca": [f"datasets=[{DATA}/alpaca_eval/preferences_test.jsonl.gz]"],
 }
 
 

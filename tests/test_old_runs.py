@@ -1,6 +1,6 @@
 """A run that was made before modules moved and keys were added can be sampled from and resumed.
 
-old_runs/ holds the config.yaml files that commit 871146a wrote for two commands.
+old_runs/ holds the config.yaml files that commit 871146a wrote for two commands. The runs here are shorter (SHORT).
 """
 
 import json
@@ -20,14 +20,16 @@ from utils import seal
 
 OLD = Path(__file__).parent / "old_runs"
 COMMANDS = {
-    "dpo": "loss=dpo model=tiny datasets=[toy] n_examples=512 n_eval_examples=64 save_every=256 warmup_steps=4 lr=1e-4",
+    "dpo": "loss=dpo model=tiny datasets=[toy] warmup_steps=4 lr=1e-4",
     "sae": "loss=sae model=tiny datasets=[toy_sft] loss.layer=1 loss.d_sae=256 loss.k=8 loss.batch_tokens=512 lr=1e-3 "
-    "warmup_steps=5 n_examples=1000 n_eval_examples=64",
+    "warmup_steps=5",
 }
+SHORT = {"n_examples": 250, "n_eval_examples": 16, "save_every": 128}
 
 
 def run(name: str, folder: Path) -> None:
     overrides = [*COMMANDS[name].split(), "template=tulu", f"exp_name=old_{name}", f"cache_dir={folder}"]
+    overrides += [f"{key}={value}" for key, value in SHORT.items()]
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         train.train(compose("config", overrides=overrides))
 
@@ -39,7 +41,7 @@ def test_an_old_run_is_resumed_and_sampled(name, tmp_path, capsys):
     before = metrics(folder)
     for state in Run(folder).saved():
         place = json.loads((state / "trainer.json").read_text())
-        old = OmegaConf.to_container(OmegaConf.load(OLD / f"{name}.yaml"))
+        old = {**OmegaConf.to_container(OmegaConf.load(OLD / f"{name}.yaml")), **SHORT}
         (state / "trainer.json").write_text(json.dumps({**place, "config": old}))
         seal(state)
     shutil.copy(OLD / f"{name}.yaml", folder / "config.yaml")
