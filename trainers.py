@@ -547,8 +547,8 @@ class RewardMeans(nn.Module):
         self.sums, self.counts = (nn.Buffer(torch.zeros(2, device=device)) for _ in range(2))
 
     def add(self, sums: Tensor, counts: Tensor) -> None:
-        self.sums += sums
-        self.counts += counts
+        self.sums.add_(sums)
+        self.counts.add_(counts)
 
     def middle(self) -> Tensor:
         """Half way between the two means, []; a mean of no rewards is 0."""

@@ -246,7 +246,7 @@ def test_bco_of_both_sides_equals_trls_bco_of_pairs(tmp_path: Path, moved: Path)
 def test_bcos_mean_is_that_of_the_steps_before_and_part_of_the_state(tmp_path: Path, moved: Path) -> None:
     def trainer() -> BasicTrainer:
         split = ["model.batch_size=4", "model.gradient_accumulation_steps=2", "lr=1e-3", "loss.beta=0.3"]
-        return prepared(tmp_path, labelled(2), "loss=bco", *split, *apart(moved))
+        return prepared(tmp_path, labelled(4), "loss=bco", *split, *apart(moved))
 
     whole = trainer()
     assert isinstance(whole, BCOTrainer)
@@ -263,8 +263,9 @@ def test_bcos_mean_is_that_of_the_steps_before_and_part_of_the_state(tmp_path: P
             whole.run.save_state(whole.module, whole.optimizer, {"step": 1}, keep=1)
             whole.run.finish_saving()
             middle = sum(sum(own) / len(own) for own in rewards.values() if own) / 2
-            assert float(whole.reward_means.middle()) == pytest.approx(middle, rel=1e-4)
-    assert whole.mean_reward == pytest.approx(middle, rel=1e-4)
+        if step == 1:
+            assert float(whole.mean_reward) == pytest.approx(middle, rel=1e-4)
+            break
     again = trainer()
     assert isinstance(again, BCOTrainer)
     again.run.find_state()
