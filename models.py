@@ -64,6 +64,7 @@ class Scores:
     batch: Batch
     token_kl: Tensor | None = None  # [N] KL(reference || model) over the vocabulary; None without a live reference
     residual: Tensor | None = None  # [M, D] residual stream at the completions' text tokens; None without a tap
+    token_log_squares: Tensor | None = None  # [N] log of the sum over the vocabulary of p^2, without gradient
 
     @cached_property
     def logps(self) -> Tensor:
@@ -82,8 +83,9 @@ class Scores:
         return self.logps / self.lengths
 
 
-def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None) -> Scores:
-    """Log-probabilities of the completion tokens and, with a tap, the residual stream at the text tokens.
+def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None, *, log_squares: bool = False) -> Scores:
+    """Log-probabilities of the completion tokens; with a tap, the residual stream at the text tokens; and
+    `token_log_squares` where they are asked for.
 
     Only the N completion positions are projected onto the vocabulary, a chunk at a time (modeling/head.py).
     """
@@ -92,9 +94,9 @@ def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None) 
     head = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     other = (batch.reference["hidden"], batch.reference["head"]) if "head" in batch.reference else None
-    token_logps, token_kl = token_statistics(hidden, batch.target, head, softcap, other)
+    token_logps, token_kl, squares = token_statistics(hidden, batch.target, head, softcap, other, log_squares)
     residual = at_text(tap, batch) if tap else None
-    return Scores(token_logps, hidden, batch, token_kl, residual)
+    return Scores(token_logps, hidden, batch, token_kl, residual, squares)
 
 
 def read_residual(model: PreTrainedModel, batch: Batch, tap: ResidualTap) -> Tensor:

@@ -9,11 +9,12 @@ Shape letters: B records (pairs) of a batch, S sequences, N completion tokens.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +29,8 @@ from training.quantities import QUANTITIES, Binding, LossContext
 from training.reference import Reference
 from training.settings import TrainingSettings
 from utils import Count, NonNegative, Positive, Share, UserError
+
+UnderHalf = Annotated[float, Field(ge=0, lt=0.5)]
 
 # ---------------------------------------------------------------------------------------------------- SFT
 
@@ -55,11 +58,15 @@ class CSFTTrainer(SFTTrainer):
 class PairedPreferenceTrainer(BasicTrainer):
     """Losses on (prompt, chosen, rejected): the first half of the sequences are the chosen ones."""
 
-    sides = ("chosen", "rejected")
+    sides = token_sides = ("chosen", "rejected")
 
     def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
         chosen, rejected = values.unflatten(0, (2, len(batch.index)))  # of a batch of no records too
         return chosen if side == "chosen" else rejected
+
+    def side_of_tokens(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
+        first = sum(batch.lengths[: len(batch.index)])  # of the rejected completions' tokens
+        return values[:first] if side == "chosen" else values[first:]
 
     def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         for side in ("chosen", "rejected"):
@@ -120,14 +127,160 @@ class CDPOTrainer(PairedPreferenceTrainer):
         return (1 - label_smoothing) * right + label_smoothing * wrong, chosen_rewards, rejected_rewards
 
 
-class IPOTrainer(PairedPreferenceTrainer):
-    """Identity preference optimisation (Azar et al. 2023, 2310.12036, Eq. 17), of log-ratios per token."""
+class RobustDPOTrainer(PairedPreferenceTrainer):
+    """Robust DPO (Chowdhury et al. 2024, 2403.00409, Eq. 12): DPO's loss without the bias that a share
+    `label_smoothing` of preferences the wrong way round gives it."""
 
     def loss(
-        self, chosen_mean_logps, rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps, *, tau: Positive
+        self,
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        *,
+        beta: Positive,
+        label_smoothing: UnderHalf,
     ):
-        chosen_logratios = chosen_mean_logps - ref_chosen_mean_logps
-        rejected_logratios = rejected_mean_logps - ref_rejected_mean_logps
+        chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+        rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+        right = -F.logsigmoid(chosen_rewards - rejected_rewards)
+        wrong = -F.logsigmoid(rejected_rewards - chosen_rewards)
+        losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+        return losses, chosen_rewards, rejected_rewards
+
+
+class DPONormTrainer(PairedPreferenceTrainer):
+    """DPO of log-ratios per token (Lambert et al. 2024, Tulu 3, 2411.15124, Eq. 6): FPO without its constraint."""
+
+    def loss(
+        self, chosen_mean_logps, rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps, *, beta: Positive
+    ):
+        chosen_rewards = beta * (chosen_mean_logps - ref_chosen_mean_logps)
+        rejected_rewards = beta * (rejected_mean_logps - ref_rejected_mean_logps)
+        return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+
+
+class LDDPOTrainer(PairedPreferenceTrainer):
+    """Length-desensitised DPO (Liu et al. 2024, 2409.06411): beyond the length of the pair's shorter completion a
+    token's log-ratio counts `alpha`."""
+
+    def loss(
+        self,
+        chosen_token_logps,
+        rejected_token_logps,
+        ref_chosen_token_logps,
+        ref_rejected_token_logps,
+        chosen_sequence,
+        rejected_sequence,
+        chosen_lengths,
+        rejected_lengths,
+        *,
+        beta: Positive,
+        alpha: Share,
+    ):
+        shared = torch.minimum(chosen_lengths, rejected_lengths)
+
+        def reward(logratios: Tensor, pair: Tensor, lengths: Tensor) -> Tensor:
+            starts = lengths.cumsum(0) - lengths
+            places = torch.arange(len(pair), device=pair.device) - starts[pair]
+            return beta * sum_by_sequence(torch.where(places < shared[pair], 1, alpha) * logratios, pair, len(lengths))
+
+        chosen_rewards = reward(chosen_token_logps - ref_chosen_token_logps, chosen_sequence, chosen_lengths)
+        rejected_rewards = reward(rejected_token_logps - ref_rejected_token_logps, rejected_sequence, rejected_lengths)
+        return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+
+
+class HumanlineTrainer(PairedPreferenceTrainer):
+    """DPO of token log-ratios that are clamped to a range, as HALOs has it (Liu et al. 2025, 2509.24207)."""
+
+    def loss(
+        self,
+        chosen_token_logps,
+        rejected_token_logps,
+        ref_chosen_token_logps,
+        ref_rejected_token_logps,
+        chosen_sequence,
+        rejected_sequence,
+        chosen_lengths,
+        *,
+        beta: Positive,
+        lowest: float,
+        highest: float,
+    ):
+        def reward(logratios: Tensor, pair: Tensor) -> Tensor:
+            return beta * sum_by_sequence(logratios.clamp(lowest, highest), pair, len(chosen_lengths))
+
+        chosen_rewards = reward(chosen_token_logps - ref_chosen_token_logps, chosen_sequence)
+        rejected_rewards = reward(rejected_token_logps - ref_rejected_token_logps, rejected_sequence)
+        return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+
+
+def sum_by_sequence(values: Tensor, sequence: Tensor, count: int) -> Tensor:
+    """The sums [count] of token values [N] over the tokens of each sequence."""
+    return values.new_zeros(count).index_add(0, sequence, values)
+
+
+class WPOTrainer(PairedPreferenceTrainer):
+    """Weighted preference optimisation (Zhou et al. 2024, 2406.11827, Eq. 2 and 4): DPO, where a pair counts more the
+    likelier the policy would be to sample both of its completions."""
+
+    def loss(
+        self,
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen_on_policy_weight,
+        rejected_on_policy_weight,
+        *,
+        beta: Positive,
+    ):
+        chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+        rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+        losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+        return chosen_on_policy_weight * rejected_on_policy_weight * losses, chosen_rewards, rejected_rewards
+
+
+class APOZeroTrainer(PairedPreferenceTrainer):
+    """Anchored preference optimisation (D'Oosterlinck et al. 2024, 2408.06266, Eq. 7), for chosen completions that are
+    better than what the model writes: the chosen ones become likelier and the rejected ones less likely."""
+
+    def loss(self, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta: Positive):
+        chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+        rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+        losses = torch.sigmoid(-chosen_rewards) + torch.sigmoid(rejected_rewards)
+        return losses, chosen_rewards, rejected_rewards
+
+
+class APODownTrainer(PairedPreferenceTrainer):
+    """Anchored preference optimisation (2408.06266, Eq. 8), for a model that writes better than the chosen completions:
+    both become less likely, the rejected ones more so."""
+
+    def loss(self, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta: Positive):
+        chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+        rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+        losses = torch.sigmoid(chosen_rewards) + torch.sigmoid(rejected_rewards - chosen_rewards)
+        return losses, chosen_rewards, rejected_rewards
+
+
+class IPOTrainer(PairedPreferenceTrainer):
+    """Identity preference optimisation (Azar et al. 2023, 2310.12036, Eq. 17), of log-ratios per token (`average`) or,
+    as in the paper, of summed ones."""
+
+    def loss(
+        self,
+        chosen_mean_logps,
+        rejected_mean_logps,
+        ref_chosen_mean_logps,
+        ref_rejected_mean_logps,
+        chosen_lengths,
+        rejected_lengths,
+        *,
+        tau: Positive,
+        average: bool,
+    ):
+        chosen_logratios = (chosen_mean_logps - ref_chosen_mean_logps) * (1 if average else chosen_lengths)
+        rejected_logratios = (rejected_mean_logps - ref_rejected_mean_logps) * (1 if average else rejected_lengths)
         losses = (chosen_logratios - rejected_logratios - 1 / (2 * tau)).square()
         return losses, tau * chosen_logratios, tau * rejected_logratios
 
@@ -384,6 +537,60 @@ class KTOSurprisalTrainer(UnpairedPreferenceTrainer):
     ):
         values = torch.sigmoid(beta * signed(policy_mean_logps, desirable))
         return torch.where(desirable, desirable_weight, undesirable_weight) * (1 - values), beta * policy_mean_logps
+
+
+class RewardMeans(nn.Module):
+    """The mean rewards of desirable and of other completions so far. Its buffers are part of a run's state."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.sums, self.counts = (nn.Buffer(torch.zeros(2, device=device)) for _ in range(2))
+
+    def add(self, sums: Tensor, counts: Tensor) -> None:
+        self.sums.add_(sums)
+        self.counts.add_(counts)
+
+    def middle(self) -> Tensor:
+        """Half way between the two means, []; a mean of no rewards is 0."""
+        return (self.sums / self.counts.clamp(min=1)).mean()
+
+
+class BCOTrainer(UnpairedPreferenceTrainer):
+    """Binary classifier optimisation (Jung et al. 2024, 2404.04656, Eq. 12): whether a completion is desirable is read
+    from its reward, above or below a point half way between the mean rewards of both kinds.
+
+    The means are over the steps before, on all ranks, so that a step needs no second pass over its batch.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.reward_means = RewardMeans(parallel.device())
+        self.both = nn.ModuleDict({"policy": setup.policy, "reward_means": self.reward_means})
+        super().__init__(setup)
+        self.new_rewards = torch.zeros(2, 2, device=self.device)  # of the step: sums and counts
+
+    def trained_module(self) -> nn.Module:
+        return self.both
+
+    def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
+        self.mean_reward = self.reward_means.middle()
+
+    def loss(self, policy_logps, reference_logps, desirable, mean_reward, *, beta: Positive):
+        rewards = beta * (policy_logps - reference_logps)
+        return -F.logsigmoid(signed(rewards - mean_reward, desirable)), rewards
+
+    def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
+        super().report(means, split, batch, scores, rewards)
+        assert self.mean_reward is not None
+        means.add(f"mean_reward/{split}", self.mean_reward)
+        if split == "train":
+            kinds = torch.stack([batch.record["desirable"], ~batch.record["desirable"]]).float()
+            self.new_rewards += torch.stack([kinds @ rewards[0].detach(), kinds.sum(1)])
+
+    def clip_gradients(self) -> Tensor:
+        """The step's losses are all there: its rewards count from the next step on."""
+        self.reward_means.add(*parallel.sum_over_ranks(self.new_rewards))
+        self.new_rewards = torch.zeros_like(self.new_rewards)
+        return super().clip_gradients()
 
 
 def signed(values: Tensor, desirable: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from rich.progress import track
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-PAIRED = ("dpo", "cdpo", "ipo", "slic", "simpo", "orpo", "tdpo1", "tdpo2", "fpo", "fpo-mse")
-UNPAIRED = ("csft", "kto", "kto-zero", "kto-logsigmoid", "kto-surprisal", "ppo")
+PAIRED = ("dpo", "dpo-norm", "cdpo", "robust", "ld-dpo", "humanline", "wpo", "apo-zero", "apo-down", "ipo", "slic")
+PAIRED += ("simpo", "orpo", "tdpo1", "tdpo2", "fpo", "fpo-mse")
+UNPAIRED = ("csft", "kto", "kto-zero", "kto-logsigmoid", "kto-surprisal", "bco", "ppo")
 LOSSES = ["sft", *PAIRED, *UNPAIRED, "bradley-terry"]
 OUTPUT = REPO / "outputs" / "losses"
 PAGE = REPO / "docs" / "losses-on-toy.md"

@@ -24,16 +24,19 @@ def token_statistics(
     head: nn.Module,
     softcap: float | None,
     other: tuple[Tensor, nn.Module] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """log p(target) [N] in fp32 and, if `other` is given, KL(other || this model) [N] over the whole vocabulary.
+    log_squares: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """log p(target) [N] in fp32; if `other` is given, KL(other || this model) [N] over the whole vocabulary; and if
+    `log_squares`, the log of the sum over the vocabulary of p^2 [N], which has no gradient.
 
     `hidden` [N, D] are the final hidden states, `head` is the vocabulary projection; `other` holds those of another
     model. The KL has no gradient into the other model. Soft-capping is softcap * tanh(logits / softcap), for both.
     """
     weight, bias = head_parameters(head)
     other_inputs = None if other is None else (other[0].detach(), *head_parameters(other[1]))
-    logps, kl = _TokenStatistics.apply(hidden, weight, bias, target, softcap, other_inputs, passes_of(head))
-    return logps, kl if other else None
+    inputs = (hidden, weight, bias, target, softcap, other_inputs, log_squares, passes_of(head))
+    logps, kl, squares = _TokenStatistics.apply(*inputs)
+    return logps, kl if other else None, squares if log_squares else None
 
 
 def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -57,12 +60,14 @@ class _TokenStatistics(torch.autograd.Function):
         target: Tensor,
         softcap: float | None,
         other: tuple[Tensor, Tensor, Tensor | None] | None,
+        log_squares: bool,
         passes: "Passes",
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         own = _Projection(hidden, weight, bias, softcap, passes)
         others = None if other is None else _Projection(*other, softcap, passes)
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
-        kl = torch.zeros_like(logps)
+        kl, squares = torch.zeros_like(logps), torch.zeros_like(logps)
+        ctx.mark_non_differentiable(squares)
         ctx.lse, ctx.other_lse, ctx.last_logits = torch.empty_like(logps), torch.empty_like(logps), None
         for chunk in own.chunks():
             ctx.last_logits = None  # frees memory for the next chunk
@@ -70,15 +75,17 @@ class _TokenStatistics(torch.autograd.Function):
             other_logits = None if others is None else others.logits(chunk)
             for rows, tokens in row_blocks(logits, chunk.start):
                 logps[tokens], ctx.lse[tokens] = passes.target_logps(logits[rows], target[tokens])
+                if log_squares:
+                    squares[tokens] = passes.log_squares(logits[rows], ctx.lse[tokens])
                 if other_logits is not None:
                     kl[tokens], ctx.other_lse[tokens] = passes.kl(logits[rows], ctx.lse[tokens], other_logits[rows])
             ctx.last_logits = logits
         ctx.own, ctx.others, ctx.target, ctx.passes = own, others, target, passes
-        return logps, kl
+        return logps, kl, squares
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor, grad_kl: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         own, others = ctx.own, ctx.others
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(own.hidden) if needs_hidden else None
@@ -98,7 +105,8 @@ class _TokenStatistics(torch.autograd.Function):
                 grad_weight = add_in_fp32(grad_weight, grad.T @ own.hidden[chunk])
             if needs_bias:
                 grad_bias = add_in_fp32(grad_bias, logits.sum(0))
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None  # autograd casts them to the inputs' dtypes
+        # autograd casts the gradients to the inputs' dtypes
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def add_in_fp32(total: Tensor | None, term: Tensor) -> Tensor:
@@ -152,6 +160,11 @@ def target_logps(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits.gather(1, target.unsqueeze(1)).squeeze(1) - lse, lse
 
 
+def log_sum_of_squares(logits: Tensor, lse: Tensor) -> Tensor:
+    """log sum_v p(v)^2 [n] of the logits [n, V], whose logsumexp [n] is `lse`."""
+    return (2 * logits).logsumexp(1) - 2 * lse
+
+
 def kl_divergence(logits: Tensor, lse: Tensor, other_logits: Tensor) -> tuple[Tensor, Tensor]:
     """KL(other || this model) [n] and the other model's logsumexp [n]. Overwrites `other_logits` [n, V].
 
@@ -193,24 +206,26 @@ def logits_to_gradient(
 
 @dataclass(frozen=True)
 class Passes:
-    """The four functions that pass over a chunk's logits: as they are written above, or compiled."""
+    """The five functions that pass over a chunk's logits: as they are written above, or compiled."""
 
     soft_cap: Callable[..., Tensor]
     target_logps: Callable[..., tuple[Tensor, Tensor]]
+    log_squares: Callable[..., Tensor]
     kl: Callable[..., tuple[Tensor, Tensor]]
     gradient: Callable[..., None]
 
 
-EAGER = Passes(soft_cap, target_logps, kl_divergence, logits_to_gradient)
+EAGER = Passes(soft_cap, target_logps, log_sum_of_squares, kl_divergence, logits_to_gradient)
 CHOSEN = "_passes"  # the attribute of a vocabulary projection that holds its passes
 
 
 @cache
 def compiled_passes() -> Passes:
-    """The four functions, each fused by torch.compile. They are compiled once in a process."""
+    """The five functions, each fused by torch.compile. They are compiled once in a process."""
     return Passes(
         soft_cap=torch.compile(soft_cap, dynamic=True),
         target_logps=torch.compile(target_logps, dynamic=True),
+        log_squares=torch.compile(log_sum_of_squares, dynamic=True),
         kl=torch.compile(kl_divergence, dynamic=True),
         gradient=torch.compile(logits_to_gradient, dynamic=True),
     )

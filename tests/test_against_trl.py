@@ -28,14 +28,16 @@ from data.batch import Batch
 from dataloader import DataLoader
 from launch import assembly, settings
 from models import Scores
+from trainers import BCOTrainer
 from training.checkpoint import Run
 from training.loop import BasicTrainer
 from training.metrics import MetricAccumulator
 
 TINY = REPO / "assets/tiny"
 BATCH = 8
-PAIRED = ["dpo", "cdpo", "ipo", "slic", "simpo", "orpo", "tdpo1", "tdpo2", "fpo", "fpo-mse"]
-UNPAIRED = ["kto", "kto-zero", "kto-logsigmoid", "kto-surprisal"]
+DPO_LIKE = ["dpo", "dpo-norm", "cdpo", "robust", "ld-dpo", "humanline", "wpo", "apo-zero", "apo-down", "ipo"]
+PAIRED = [*DPO_LIKE, "slic", "simpo", "orpo", "tdpo1", "tdpo2", "fpo", "fpo-mse"]
+UNPAIRED = ["kto", "kto-zero", "kto-logsigmoid", "kto-surprisal", "bco"]
 
 
 # ---------------------------------------------------------------------------------------------------- both sides
@@ -197,6 +199,16 @@ AGREED: dict[str, tuple[dict[str, float], str, dict[str, Any]]] = {
         "CPO",
         {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5},
     ),
+    "robust": (
+        {"beta": 0.3, "label_smoothing": 0.2},
+        "DPO",
+        {"loss_type": ["robust"], "beta": 0.3, "label_smoothing": 0.2},
+    ),
+    "dpo-norm": ({"beta": 2.0}, "DPO", {"loss_type": ["sigmoid_norm"], "beta": 2.0}),
+    "ld-dpo": ({"beta": 0.3, "alpha": 0.25}, "DPO", {"beta": 0.3, "ld_alpha": 0.25}),
+    "wpo": ({"beta": 0.3}, "DPO", {"beta": 0.3, "use_weighting": True}),
+    "apo-zero": ({"beta": 0.3}, "DPO", {"loss_type": ["apo_zero"], "beta": 0.3}),
+    "apo-down": ({"beta": 0.3}, "DPO", {"loss_type": ["apo_down"], "beta": 0.3}),
     # without its constraint FPO is DPO of mean log-ratios
     "fpo": ({"beta": 0.3, "alpha": 0.0}, "DPO", {"loss_type": ["sigmoid_norm"], "beta": 0.3}),
     "kto": (
@@ -219,6 +231,46 @@ def test_loss_and_gradients_equal_trl(tmp_path: Path, moved: Path, loss: str) ->
     if loss == "kto":
         assert ours.kl is not None and ours.kl > 0.1  # so it is not the clamp that makes them equal
         assert other._metrics["train"]["kl"] == pytest.approx([float(ours.kl)], rel=1e-4)
+
+
+def test_bco_of_both_sides_equals_trls_bco_of_pairs(tmp_path: Path, moved: Path) -> None:
+    """TRL's has no mean reward; ours is 0 at the first step. TRL adds the two sides, ours is their mean."""
+    shared = [*apart(moved), "loss.beta=0.3"]
+    ours = prepared(tmp_path, pairs(BATCH), "loss=bco", f"++model.batch_size={2 * BATCH}", *shared)
+    paired = prepared(tmp_path, pairs(BATCH), "loss=dpo", *shared)
+    other = theirs("DPO", paired.loaders["train"], tmp_path, moved, loss_type=["bco_pair"], beta=0.3)
+    loss, gradients = our_step(ours)
+    assert_same((2 * loss, {name: 2 * own for name, own in gradients.items()}), their_step(other))
+
+
+def test_bcos_mean_is_that_of_the_steps_before_and_part_of_the_state(tmp_path: Path, moved: Path) -> None:
+    def trainer() -> BasicTrainer:
+        split = ["model.batch_size=4", "model.gradient_accumulation_steps=2", "lr=1e-3", "loss.beta=0.3"]
+        return prepared(tmp_path, labelled(4), "loss=bco", *split, *apart(moved))
+
+    whole = trainer()
+    assert isinstance(whole, BCOTrainer)
+    rewards: dict[bool, list[float]] = {True: [], False: []}
+    for step, batches in enumerate(whole.loaders["train"].steps()):
+        with torch.no_grad():
+            for batch, scores in (whole.score(batch, whole.references["train"]) for batch in batches):
+                own = 0.3 * (scores.logps - batch.reference["logps"])
+                for reward, desirable in zip(own.tolist(), batch.record["desirable"].tolist()):
+                    rewards[desirable].append(reward)
+        whole.optimise(step, batches, MetricAccumulator())
+        if step == 0:
+            assert whole.mean_reward == 0
+            whole.run.save_state(whole.module, whole.optimizer, {"step": 1}, keep=1)
+            whole.run.finish_saving()
+            middle = sum(sum(own) / len(own) for own in rewards.values() if own) / 2
+        if step == 1:
+            assert float(whole.mean_reward) == pytest.approx(middle, rel=1e-4)
+            break
+    again = trainer()
+    assert isinstance(again, BCOTrainer)
+    again.run.find_state()
+    again.run.load_state(again.module, again.optimizer)
+    assert float(again.reward_means.middle()) == pytest.approx(middle, rel=1e-4)
 
 
 def test_slic_equals_trls_hinge_with_its_likelihood_term(tmp_path: Path, moved: Path) -> None:

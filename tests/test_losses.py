@@ -6,22 +6,30 @@ import pytest
 import torch
 
 from trainers import (
+    APODownTrainer,
+    APOZeroTrainer,
+    BCOTrainer,
     BradleyTerryTrainer,
     CDPOTrainer,
+    DPONormTrainer,
     DPOTrainer,
     FPOTrainer,
+    HumanlineTrainer,
     IPOTrainer,
     KTOLogSigmoidTrainer,
     KTOSurprisalTrainer,
     KTOTrainer,
     KTOZeroTrainer,
+    LDDPOTrainer,
     ORPOTrainer,
     PPOTrainer,
+    RobustDPOTrainer,
     SFTTrainer,
     SimPOTrainer,
     SLiCTrainer,
     TDPO1Trainer,
     TDPO2Trainer,
+    WPOTrainer,
     generalised_advantages,
 )
 
@@ -36,6 +44,10 @@ def column(*values: float) -> torch.Tensor:
 
 def softplus(x: float) -> float:
     return math.log1p(math.exp(x))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
 def test_dpo_by_hand():
@@ -99,10 +111,78 @@ def test_cdpo_by_hand():
     assert losses.item() == pytest.approx(0.8 * softplus(-0.3) + 0.2 * softplus(0.3))
 
 
+def test_robust_by_hand():
+    # margin 0.3 as in test_dpo_by_hand
+    logps = column(-10), column(-9), column(-12), column(-8)
+    losses, *_ = loss_of(RobustDPOTrainer, *logps, beta=0.1, label_smoothing=0.2)
+    assert losses.item() == pytest.approx((0.8 * softplus(-0.3) - 0.2 * softplus(0.3)) / 0.6)
+
+
+def test_dpo_of_log_ratios_per_token_by_hand():
+    # log-ratios per token 0.5 and -0.2
+    losses, chosen, rejected = loss_of(DPONormTrainer, column(-1.0), column(-0.8), column(-1.5), column(-0.6), beta=5.0)
+    assert losses.item() == pytest.approx(softplus(-3.5))
+    assert (chosen.item(), rejected.item()) == pytest.approx((2.5, -1.0))
+
+
+# Two pairs, of 3 and 1 and of 1 and 2 tokens, with the token log-ratios 1, 2, -4 and 0.5; -3 and 1, 2.
+TOKENS = {
+    "chosen_token_logps": column(0, 1, -5, -4),
+    "rejected_token_logps": column(0.5, 2, 3),
+    "ref_chosen_token_logps": column(-1, -1, -1, -1),
+    "ref_rejected_token_logps": column(0, 1, 1),
+    "chosen_sequence": torch.tensor([0, 0, 0, 1]),
+    "rejected_sequence": torch.tensor([0, 1, 1]),
+    "chosen_lengths": torch.tensor([3, 1]),
+}
+
+
+def test_ld_dpo_by_hand():
+    # 1 + 0.25 * (2 - 4) = 0.5 against 0.5; -3 against 1 + 0.25 * 2 = 1.5
+    losses, chosen, rejected = loss_of(
+        LDDPOTrainer, **TOKENS, rejected_lengths=torch.tensor([1, 2]), beta=2.0, alpha=0.25
+    )
+    assert chosen.tolist() == pytest.approx([1, -6]) and rejected.tolist() == pytest.approx([1, 3])
+    assert losses.tolist() == pytest.approx([softplus(0), softplus(9)])
+
+
+def test_humanline_by_hand():
+    # 1 + 1.5 - 1 = 1.5 against 0.5; -1 against 1 + 1.5 = 2.5
+    losses, chosen, rejected = loss_of(HumanlineTrainer, **TOKENS, beta=2.0, lowest=-1.0, highest=1.5)
+    assert chosen.tolist() == pytest.approx([3, -2]) and rejected.tolist() == pytest.approx([1, 5])
+    assert losses.tolist() == pytest.approx([softplus(-2), softplus(7)])
+
+
+def test_wpo_by_hand():
+    weights = torch.tensor([0.5]), torch.tensor([0.4])
+    losses, *_ = loss_of(WPOTrainer, column(-10), column(-9), column(-12), column(-8), *weights, beta=0.1)
+    assert losses.item() == pytest.approx(0.2 * softplus(-0.3))
+
+
+def test_apo_by_hand():
+    # rewards 0.2 and -0.1
+    logps = column(-10), column(-9), column(-12), column(-8)
+    zero, *_ = loss_of(APOZeroTrainer, *logps, beta=0.1)
+    down, *_ = loss_of(APODownTrainer, *logps, beta=0.1)
+    assert zero.item() == pytest.approx(sigmoid(-0.2) + sigmoid(-0.1))
+    assert down.item() == pytest.approx(sigmoid(0.2) + sigmoid(-0.3))
+
+
+def test_bco_by_hand():
+    # rewards 0.2 and -0.1, around 0.15
+    middle, labels = torch.tensor([0.15, 0.15]), torch.tensor([True, False])
+    losses, rewards = loss_of(BCOTrainer, column(-10, -9), column(-12, -8), labels, middle, beta=0.1)
+    assert losses.tolist() == pytest.approx([softplus(-0.05), softplus(-0.25)])
+    assert rewards.tolist() == pytest.approx([0.2, -0.1])
+
+
 def test_ipo_by_hand():
-    # log-ratios per token 0.5 and -0.2; the gap aimed at is 1 / (2 * 0.1) = 5
-    losses, *_ = loss_of(IPOTrainer, column(-1.0), column(-0.8), column(-1.5), column(-0.6), tau=0.1)
+    # log-ratios per token 0.5 and -0.2, summed 1 and -0.8; the gap aimed at is 1 / (2 * 0.1) = 5
+    inputs = column(-1.0), column(-0.8), column(-1.5), column(-0.6), torch.tensor([2]), torch.tensor([4])
+    losses, *_ = loss_of(IPOTrainer, *inputs, tau=0.1, average=True)
     assert losses.item() == pytest.approx((0.7 - 5) ** 2)
+    losses, *_ = loss_of(IPOTrainer, *inputs, tau=0.1, average=False)
+    assert losses.item() == pytest.approx((1.8 - 5) ** 2)
 
 
 def test_slic_by_hand():
@@ -149,9 +229,6 @@ def test_tdpo_by_hand():
 
 
 def test_kto_by_hand():
-    def sigmoid(x):
-        return 1 / (1 + math.exp(-x))
-
     # h = 2 and -3, z = 1
     inputs = column(-10, -8), column(-12, -5), torch.tensor([True, False])
     z, weights = torch.tensor([1.0, 1.0]), {"desirable_weight": 2.0, "undesirable_weight": 3.0}

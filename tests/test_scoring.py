@@ -117,15 +117,17 @@ def assert_equals_autograd(softcap, bias, passes=heads.EAGER):
 
     own, others = logits(hidden, own_head), logits(other, other_head).detach()
     plain = own.gather(1, target[:, None]).squeeze(1), (others.exp() * (others - own)).sum(1)
-    found = token_statistics(hidden, target, own_head, softcap, (other, other_head))
-    torch.testing.assert_close(found, plain)
+    *found, squares = token_statistics(hidden, target, own_head, softcap, (other, other_head), log_squares=True)
+    torch.testing.assert_close(tuple(found), plain)
+    torch.testing.assert_close(squares, own.detach().exp().square().sum(1).log())
+    assert not squares.requires_grad
     torch.testing.assert_close(gradients(*found), gradients(*plain))
 
 
 def test_no_tokens_have_a_gradient_of_zero():
     """The gradient is not None, since it is summed with those of other ranks, which have tokens."""
     own_head, hidden = torch.nn.Linear(6, 50), torch.randn(0, 6, requires_grad=True)
-    logps, _ = token_statistics(hidden, torch.zeros(0, dtype=torch.long), own_head, 3.0)
+    logps, *_ = token_statistics(hidden, torch.zeros(0, dtype=torch.long), own_head, 3.0)
     logps.sum().backward()
     assert own_head.weight.grad.eq(0).all() and own_head.bias.grad.eq(0).all() and hidden.grad.shape == (0, 6)
 
@@ -140,7 +142,7 @@ def test_the_head_sums_its_gradients_in_fp32(monkeypatch):
     exact.load_state_dict(head.state_dict())
     wide = hidden.detach().float().requires_grad_()
     for states, module in ((hidden, head), (wide, exact)):
-        logps, _ = token_statistics(states, target, module, None)
+        logps, *_ = token_statistics(states, target, module, None)
         (-logps.sum()).backward()
     assert head.weight.grad.dtype == torch.bfloat16
     error = (head.weight.grad.float() - exact.weight.grad).norm() / exact.weight.grad.norm()
@@ -165,7 +167,7 @@ def test_extreme_logits_stay_finite():
     head = torch.nn.Linear(4, 8, bias=False)
     torch.nn.init.constant_(head.weight, 0.0)
     head.weight.data[0] = 1e4
-    logps, _ = token_statistics(torch.ones(2, 4, dtype=torch.float32), torch.tensor([0, 1]), head, softcap=None)
+    logps, *_ = token_statistics(torch.ones(2, 4, dtype=torch.float32), torch.tensor([0, 1]), head, softcap=None)
     assert logps.tolist() == pytest.approx([0.0, -4e4])
 
 

@@ -31,7 +31,7 @@ from models import score
 from sae import SAE, ResidualTap, attention_sinks
 from training.checkpoint import Run
 from training.metrics import MetricAccumulator, MetricsLog, StepLines, evaluation_table
-from training.quantities import QUANTITIES, Binding, LossContext
+from training.quantities import OF_TOKENS, QUANTITIES, Binding, LossContext
 from training.reference import Reference, ReferenceCache
 from training.settings import TrainingSettings
 from training.throughput import Flops, ThroughputMeter
@@ -118,7 +118,8 @@ class Update:
 class BasicTrainer:
     """The loop: batches to steps, metrics, evaluations, checkpoints. Subclasses say what a batch's loss is."""
 
-    sides: ClassVar[tuple[str | None, ...]] = (None,)  # which sides of a record a loss may ask for
+    sides: ClassVar[tuple[str | None, ...]] = (None,)  # which sides of a record a loss may ask for,
+    token_sides: ClassVar[tuple[str | None, ...]] = (None,)  # and of which it may have one value for each token
     is_reward: ClassVar[bool] = False  # trains a reward model, not a policy
     control_tokens: ClassVar[tuple[str, ...]] = ()  # added to the vocabulary; sampling starts from the first
     can_plan: ClassVar[bool] = True  # mode=plan can count what it takes
@@ -132,6 +133,7 @@ class BasicTrainer:
         self.policy, self.sae, self.tap = setup.policy, setup.sae, setup.tap
         self.loaders, self.references, self.load = setup.loaders, setup.references, setup.load
         self.kl: Tensor | None = None  # what some trainers add to the evidence
+        self.mean_reward: Tensor | None = None
         self.value_head: nn.Module | None = None
         self.module = self.trained_module()
         reshard(self.module)  # the reference pass has left some of it gathered
@@ -164,6 +166,10 @@ class BasicTrainer:
         """The values [S] of all sequences, or those of one side of the records."""
         return values
 
+    def side_of_tokens(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:  # noqa: ARG002
+        """The values [N] of all completion tokens, or those of the tokens of one side (`token_sides`)."""
+        return values
+
     def weight(self, batch: Batch) -> int:
         """What a batch counts for in the mean over the optimiser step: its number of records."""
         return len(batch.index)
@@ -173,7 +179,7 @@ class BasicTrainer:
         if reference and not batch.reference:
             batch = reference.attach(batch)
         batch = batch.to(self.device)
-        return batch, score(self.policy, batch, self.tap)
+        return batch, score(self.policy, batch, self.tap, log_squares="log_squares" in self.binding.needs)
 
     def steps(self, split: str, start: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step of a split. Each step is prepared while the one before it is in use."""
@@ -223,11 +229,16 @@ class BasicTrainer:
     def compute_loss(self, batch: Batch, split: str, means: MetricAccumulator) -> Tensor:
         """Losses of a batch, one for each record; their sum over the step, divided by its weight, is minimised."""
         batch, scores = self.score(batch, self.references.get(split))
-        evidence = LossContext(batch, scores, self.sae, self.kl, self.value_head)
+        evidence = LossContext(batch, scores, self.sae, self.kl, self.mean_reward, self.value_head)
         options = self.binding.options
         names = dict.fromkeys(i.quantity for i in self.binding.inputs)
         quantities = {name: QUANTITIES[name](evidence, **options[name]) for name in names}
-        inputs = {i.parameter: self.side(quantities[i.quantity], i.side, batch) for i in self.binding.inputs}
+        inputs = {
+            i.parameter: (self.side_of_tokens if i.quantity in OF_TOKENS else self.side)(
+                quantities[i.quantity], i.side, batch
+            )
+            for i in self.binding.inputs
+        }
         result = self.loss(**inputs, **options["loss"])
         losses, *rewards = result if isinstance(result, tuple) else (result,)
         if losses.ndim == 0:  # a custom loss may give the mean of its batch

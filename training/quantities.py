@@ -6,9 +6,9 @@ hyper-parameters:
     def loss(self, policy_chosen_mean_logps, policy_rejected_mean_logps, *, beta): ...
 
 A quantity is one value for each sequence, [S], or, where it says so, for each completion token, [N]. In a loss on
-pairs each is asked for once for the chosen and once for the rejected completions, [B] each: `policy_logps` as
-`policy_chosen_logps` and `policy_rejected_logps`, `feature_drift` as `chosen_feature_drift`, and so on. Short names
-work too: `chosen_logps` is `policy_chosen_logps`, `ref_chosen_logps` is `reference_chosen_logps`.
+pairs each is asked for once for the chosen and once for the rejected completions, [B] each, or those of their tokens:
+`policy_logps` as `policy_chosen_logps` and `policy_rejected_logps`, `feature_drift` as `chosen_feature_drift`, and so
+on. Short names work too: `chosen_logps` is `policy_chosen_logps`, `ref_chosen_logps` is `reference_chosen_logps`.
 """
 
 import inspect
@@ -33,6 +33,7 @@ class LossContext:
     policy: Any  # models.Scores; models.RewardScores of a reward model
     sae: saes.SAE | None = None
     kl: Tensor | None = None  # of the whole optimiser step
+    mean_reward: Tensor | None = None  # of all steps so far
     value_head: nn.Module | None = None
 
 
@@ -93,6 +94,21 @@ def kl(e: LossContext) -> Tensor:
     return e.kl.expand(e.batch.num_sequences)
 
 
+def mean_reward(e: LossContext) -> Tensor:
+    """BCO's running mean of the rewards, one number for all sequences (`BCOTrainer`)."""
+    assert e.mean_reward is not None
+    return e.mean_reward.expand(e.batch.num_sequences)
+
+
+def on_policy_weight(e: LossContext) -> Tensor:
+    """How likely the completion is under the policy, beside what it would sample itself, without gradient:
+    exp of the mean over the tokens of log p(token) - log sum_v p(v)^2 (WPO, 2406.11827, Eq. 4)."""
+    assert e.policy.token_log_squares is not None
+    apart = e.policy.token_logps.detach() - e.policy.token_log_squares
+    sums = apart.new_zeros(e.batch.num_sequences).index_add(0, e.batch.sequence, apart)
+    return (sums / e.policy.lengths).exp()
+
+
 def rewards(e: LossContext) -> Tensor:
     """What a reward model gives the completion."""
     return e.policy.rewards
@@ -106,6 +122,11 @@ def policy_token_logps(e: LossContext) -> Tensor:
 def reference_token_logps(e: LossContext) -> Tensor:
     """The same under the reference."""
     return e.batch.reference["token_logps"]
+
+
+def sequence(e: LossContext) -> Tensor:
+    """Which record each completion token belongs to, [N]: which single completion, or which pair."""
+    return e.batch.sequence % max(1, len(e.batch.index))
 
 
 def values(e: LossContext) -> Tensor:
@@ -136,13 +157,24 @@ QUANTITIES: dict[str, Callable[..., Tensor]] = {
         position_kl,
         desirable,
         kl,
+        mean_reward,
+        on_policy_weight,
         rewards,
         policy_token_logps,
         reference_token_logps,
+        sequence,
         values,
         advantages,
         returns,
     )
+}
+OF_TOKENS = {  # those that are [N]
+    "policy_token_logps",
+    "reference_token_logps",
+    "sequence",
+    "values",
+    "advantages",
+    "returns",
 }
 NEEDS = {  # what has to be there before the first step, for those that take more than the policy's own scores
     "reference_logps": {"reference"},
@@ -150,6 +182,7 @@ NEEDS = {  # what has to be there before the first step, for those that take mor
     "feature_drift": {"reference", "sae"},
     "position_kl": {"live_reference"},
     "kl": {"reference", "kl"},
+    "on_policy_weight": {"log_squares"},
     "reference_token_logps": {"reference"},
 }
 
@@ -169,7 +202,7 @@ class Binding:
 
     inputs: tuple[Input, ...]
     options: dict[str, dict[str, Any]]  # hyper-parameters of `__init__`, `loss`, the loader and each quantity
-    needs: frozenset[str]  # of "reference", "live_reference", "sae", "kl"
+    needs: frozenset[str]  # of "reference", "live_reference", "sae", "kl", "log_squares"
 
     def with_options(self, reader: str, options: dict[str, Any]) -> "Binding":
         """The same binding, with other options for one of their readers."""
@@ -193,11 +226,18 @@ def keyword_only(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def known_parameters(sides: Iterable[str | None]) -> list[str]:
+def may_have(trainer: Any, quantity: str, side: str | None) -> bool:
+    """Whether the losses of a trainer may ask for a quantity of that side."""
+    return side in (trainer.token_sides if quantity in OF_TOKENS else trainer.sides)
+
+
+def known_parameters(trainer: Any) -> list[str]:
     """Every full name that a loss may ask for."""
     names = []
-    for side in sides:
+    for side in trainer.sides:
         for quantity in QUANTITIES:
+            if not may_have(trainer, quantity, side):
+                continue
             owner, _, rest = quantity.partition("_")
             owned = owner in ("policy", "reference")
             names.append("_".join(filter(None, (owner, side, rest) if owned else (side, quantity))))
@@ -216,8 +256,8 @@ def bind(trainer: type, loader: Callable[..., Any], settings: LossSettings) -> B
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
             continue
         found = parse_parameter(parameter.name)
-        if found is None or found.side not in trainer.sides:  # type: ignore[attr-defined]
-            known = known_parameters(trainer.sides)  # type: ignore[attr-defined]
+        if found is None or not may_have(trainer, found.quantity, found.side):
+            known = known_parameters(trainer)
             hint = suggest(parameter.name, known)
             problems.append(f"{name}.loss asks for {parameter.name!r}{hint}; it can have {', '.join(known)}")
         else:
