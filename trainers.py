@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from data.batch import Batch
 from dataloader import BAD, GOOD, DataLoader, MismatchedRecords
 from distributed import parallel
+from modeling.tensor_files import write_safetensors
 from modeling.weights import find_weights
 from models import score_rewards
 from training.loop import BasicTrainer, Setup
@@ -499,7 +500,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         super().write_export(folder, step)
         assert self.value_head is not None
         if parallel.rank() == 0:
-            safetensors.torch.save_model(self.value_head, str(folder / "value_head.safetensors"))
+            write_safetensors(folder / "value_head.safetensors", self.value_head.state_dict(), {"format": "pt"})
 
     def read_export(self, folder: Path) -> None:
         super().read_export(folder)

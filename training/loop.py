@@ -25,8 +25,7 @@ from dataloader import DataLoader
 from distributed import parallel
 from distributed.parallel import Stopped, StopRequest
 from distributed.sharding import full_tensor, reshard
-from modeling import adapters
-from modeling.weights import PolicyFile, gather_weights, load_weights, write_hub_format
+from modeling.weights import load_weights, open_weights, write_weights
 from models import score
 from sae import SAE, ResidualTap, attention_sinks
 from training.checkpoint import Run
@@ -382,6 +381,7 @@ class BasicTrainer:
         norm = self.clip_gradients()
         wrong = torch.stack([(~part.isfinite()).sum() for part in losses])
         self.unchecked.append(Update(step, [batch.index for batch in micro_batches], wrong, norm.to(wrong.device)))
+        self.run.wait_until_read()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -477,15 +477,11 @@ class BasicTrainer:
         return self.run.export(examples, write, keep_others=self.config.intermediate_checkpoints)
 
     def write_export(self, folder: Path, step: int) -> None:
-        """Hub format, and `policy.pt` as HALOs writes it; beside them the adapter alone, if one was trained."""
-        state = gather_weights(self.policy)
+        """The weights in the formats that `export` names, and the tokenizer."""
+        write_weights(self.policy, folder, self.config.export, step_idx=step, metrics=self.last_evaluation)
         if parallel.rank() == 0:
-            write_hub_format(self.policy, state, folder)
             self.tokenizer.save_pretrained(folder)
-            torch.save({"step_idx": step, "state": state, "metrics": self.last_evaluation}, folder / "policy.pt")
-        if self.config.model.use_peft:
-            adapters.write_adapter(self.policy, folder / "adapter")
 
     def read_export(self, folder: Path) -> None:
         """Load the weights that `write_export` wrote, to evaluate them."""
-        load_weights(self.policy, PolicyFile(folder / "policy.pt"))
+        load_weights(self.policy, open_weights(folder))
