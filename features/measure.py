@@ -408,7 +408,7 @@ def sampled_texts(
                 assert runs["sampled"] is not None and runs["sampled"].policy.run is not None
                 file = runs["sampled"].policy.run / f"features.{kind}"
                 opened = logs.enter_context(samples.sample_log(file, identity, parallel.rank() == 0))
-                put(subject.policy, policy_file(run.policy.folder))
+                put(subject.policy, open_weights(run.policy.folder))
                 talks = samples.converse(config, decoding, records, backend, opened)
                 texts += [Text(kind, list(talk.requests[0].prompt_ids), talk.answers[0].ids) for talk in talks]
     return texts

@@ -87,7 +87,7 @@ def off(model: PreTrainedModel) -> Iterator[None]:
 
 
 def begin_adapter(model: PreTrainedModel, folder: Path, layout: Mapping[str, Tensor]) -> TensorFile:
-    """A directory for peft's `PeftModel.from_pretrained`, whose file waits for the adapter's tensors. `layout` has their
+    """A directory for peft's `PeftModel.from_pretrained`, with room for the adapter's tensors. `layout` has their
     shapes and dtypes, by name in the model; in the file each has its `name_alone`."""
     model.peft_config[NAME].save_pretrained(str(folder))
     tensors = {name_alone(name): tensor for name, tensor in layout.items()}

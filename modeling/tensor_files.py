@@ -1,5 +1,5 @@
-"""Files of tensors that are written one tensor at a time, so that no two have to be in memory: safetensors, and the file
-that `torch.save` writes.
+"""Files of tensors that are written one tensor at a time, so that no two have to be in memory: safetensors, and what
+`torch.save` writes.
 
 A file begins with room for all that it will hold; `TensorFile.write` puts each tensor into its place, in any order.
 """

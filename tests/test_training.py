@@ -129,6 +129,19 @@ def test_every_loss_takes_steps(tmp_path, plain_run, loss):
     records = 48 if unpaired else 24  # both sides of each pair, or pairs
     assert len(losses(lines)) == records // 8 and all(map(math.isfinite, losses(lines)))
     assert [line["examples"] for line in lines if "loss/eval" in line] == [0, records]
+    _, classes = settings.check_config(settle(tmp_path, f"loss={loss}")[0])
+    assert lines[-1].keys() - {"step", "examples"} == set(classes.trainer.evaluated(classes.binding))
+
+
+def test_ppo_logs_rewards_kl_and_value_loss(plain_run):
+    first, train, *_, last = metrics(plain_run("ppo"))
+    for split, line in (("eval", first), ("eval", last), ("train", train)):
+        assert line[f"rewards_{split}/chosen"] == 1 and line[f"rewards_{split}/rejected"] == -1
+        assert line[f"value_loss/{split}"] > 0 and line[f"kl/{split}"] >= 0
+    assert first["kl/eval"] == pytest.approx(0, abs=1e-6) and last["kl/eval"] > 1e-6
+    page = (plain_run("ppo") / "report.html").read_text()
+    for title in ("Value loss", "KL to the reference", "Rewards chosen"):
+        assert f"<td>{title}</td>" in page
 
 
 @pytest.mark.parametrize("loss", ["dpo", "fpo", "fpo-mse"])

@@ -65,8 +65,10 @@ FILES = (
     "tensorboard",
     "wandb",
     "LATEST",
+    "BEST",
     "state",
 )
+LINKS = ("LATEST", "BEST")  # to exports
 EXPORT = re.compile(r"step-\d+")
 PLACE = "trainer.json"  # of a state: where the run stood
 LOG = "metrics.jsonl"  # of the run, and of a state: as it was then
@@ -212,7 +214,7 @@ class Run:
         log: bytes = b"",
     ) -> None:
         """Keep all that continuing needs: what is trained, the optimiser, `place` (JSON values with the `step`) and the
-        log so far. The newest `keep` states stay.
+        log so far. The newest `keep` states stay, and one at least.
 
         Another thread writes it while the next step computes its gradient. It makes no copies, so nothing may change
         the tensors before `wait_until_read`.
@@ -255,7 +257,8 @@ class Run:
         self.remove_old_states(keep)
 
     def remove_old_states(self, keep: int, needed: Path | None = None) -> None:
-        for old in self.saved()[keep:]:
+        """All but the newest `keep`, and one at least."""
+        for old in self.saved()[max(1, keep) :]:
             if old != needed:
                 shutil.rmtree(old)
 
@@ -298,17 +301,28 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ exports
 
-    def export(self, examples: int, write: Callable[[Path], None], *, keep_others: bool) -> Path:
-        """Let `write` fill `step-<examples>/`, then point LATEST there in one step.
+    def export(
+        self,
+        examples: int,
+        write: Callable[[Path], None],
+        is_as_wanted: Callable[[Path], bool],
+        *,
+        link: str,
+        keep_others: bool,
+    ) -> Path:
+        """Let `write` fill `step-<examples>/`, then point a link there in one step.
 
-        Earlier exports go afterwards unless they are kept.
+        Exports that no link leads to go afterwards unless they are kept. One that is there already, and as wanted, is
+        not written again: it is for the other link, or by a run killed since, at this very step.
         """
         target = self.folder / f"step-{examples}"
         held: list[Part] = []
 
         def begin() -> Path | None:
-            if target.exists():  # it was written, whole, by a run killed since, at this very step
-                return None
+            if target.exists():
+                if is_as_wanted(target):
+                    return None
+                self.remove([target.name])
             self.list_export(target.name)
             return new_part(target, held)
 
@@ -324,12 +338,12 @@ class Run:
         finally:
             for part in held:
                 part.close()
-        parallel.from_rank_zero(lambda: self.point_at(target, keep_others=keep_others))
+        parallel.from_rank_zero(lambda: self.point_at(target, link, keep_others=keep_others))
         return target
 
-    def point_at(self, target: Path, *, keep_others: bool) -> None:
-        """Let LATEST be a link to an export; the run's other exports go unless they are kept."""
-        link = Part(self.folder / "LATEST")
+    def point_at(self, target: Path, name: str, *, keep_others: bool) -> None:
+        """Let a link lead to an export; the run's exports that none leads to go unless they are kept."""
+        link = Part(self.folder / name)
         try:
             link.path.symlink_to(target.name)
             link.path.rename(link.target)
@@ -338,7 +352,13 @@ class Run:
             link.close()
         exports = [name for name in (self.manifest() or {"files": []})["files"] if EXPORT.fullmatch(name)]
         if not keep_others:
-            self.remove([name for name in exports if name != target.name])
+            used = {self.linked(name) for name in LINKS}
+            self.remove([name for name in exports if name not in used])
+
+    def linked(self, name: str) -> str | None:
+        """The name of the export that a link leads to; None where there is none."""
+        path = self.folder / name
+        return path.readlink().name if path.is_symlink() and path.is_dir() else None
 
 
 class StateWriter(HuggingFaceStorageWriter):
