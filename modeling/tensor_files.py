@@ -52,7 +52,7 @@ class TensorFile:
 
 def content_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in memory, as files have them. Not a copy, if they lie there in this order already."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def safetensors_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> TensorFile:

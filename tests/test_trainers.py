@@ -10,7 +10,7 @@ from test_training import PAIRS, assembled, losses, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import models
-from launch import settings
+from launch import report, settings
 from training import loop
 from utils import UserError
 

@@ -387,7 +387,7 @@ def test_an_export_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
     def fails(*_args, **_options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(loop, "write_hub_format", fails)
+    monkeypatch.setattr(loop, "write_weights", fails)
     trainer = assembled(tmp_path, "loss=dpo", "exp_name=a", "++n_examples=16")
     with pytest.raises(UserError, match="No space left on device"):
         trainer.export(3, 24)
@@ -396,7 +396,7 @@ def test_an_export_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
 
 
 def test_a_save_does_not_see_the_steps_after_it(tmp_path, monkeypatch):
-    """The state is written while training goes on; what is written is what was there when the save began."""
+    """The state is finished while training goes on; what is in it is what was there when the save began."""
     trainer = assembled(tmp_path, "loss=sft", "exp_name=a")
     place = {"step": 1}
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
@@ -408,6 +408,7 @@ def test_a_save_does_not_see_the_steps_after_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "seal", late)
     trainer.run.save_state(trainer.policy, trainer.optimizer, place, keep=1)
+    trainer.run.wait_until_read()
     with torch.no_grad():
         for parameter in trainer.policy.parameters():
             parameter.zero_()
