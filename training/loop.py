@@ -298,7 +298,7 @@ class BasicTrainer:
         loader, flops = self.loaders["train"], Flops.of(self.policy)
         means, pace = MetricAccumulator(), ThroughputMeter(flops)
         lines = StepLines(len(loader), self.step, self.headline)
-        with progress_bar("training", len(loader), self.step) as advance:
+        with progress_bar("training", len(loader), self.step, in_log=False) as advance:
             for micro_batches in self.steps("train", self.step):
                 self.stop_if_asked()
                 self.module.train()
@@ -342,7 +342,7 @@ class BasicTrainer:
         if name not in found:
             raise UserError(f"eval_best={wanted}: the evaluation has no such metric; it has {', '.join(found)}")
         sign = -1 if wanted.startswith("-") else 1
-        if self.best is None or sign * found[name] > sign * self.best["value"]:
+        if math.isfinite(found[name]) and (self.best is None or sign * found[name] > sign * self.best["value"]):
             self.run.finish_saving()
             self.best = {"metric": wanted, "value": found[name], "step": self.step, "examples": self.examples}
             self.export(self.step, self.examples, "BEST")
