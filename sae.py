@@ -333,7 +333,7 @@ def kl_terms(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
         return share / share.sum(1, keepdim=True).clamp(min=SHARE_FLOOR) + ~member
 
     p, q = normalised(policy), normalised(reference)
-    return (q * (q / p).log() - q + p) * weight
+    return (q * (q / p).log() - q + p).clamp(min=0) * weight  # rounding can put it below 0 where p and q are equal
 
 
 def mse_terms(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:

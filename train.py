@@ -57,6 +57,8 @@ def train(raw: DictConfig) -> None:
                 summary.write_summary(trainer, config, paths.model)
         if parallel.rank() == 0:
             report.show_summary(run.folder, finished_before=finished)
+            if config.keep_checkpoints == 0:
+                run.remove(["state"])
 
 
 @hydra.main(version_base=None, config_path="config", config_name="config")

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from data.batch import Batch
 from dataloader import BAD, GOOD, DataLoader, MismatchedRecords
 from distributed import parallel
+from modeling.tensor_files import write_safetensors
 from modeling.weights import find_weights
 from models import score_rewards
 from training.loop import BasicTrainer, Setup
@@ -68,22 +69,31 @@ class PairedPreferenceTrainer(BasicTrainer):
         first = sum(batch.lengths[: len(batch.index)])  # of the rejected completions' tokens
         return values[:first] if side == "chosen" else values[first:]
 
+    @classmethod
+    def evaluated(cls, binding: Binding) -> list[str]:
+        own = [f"{name}_eval/{part}" for name in ("logps", "rewards") for part in ("chosen", "rejected", "accuracies")]
+        return [*super().evaluated(binding), *own, "rewards_eval/margins"]
+
     def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         for side in ("chosen", "rejected"):
             means.add(f"logps_{split}/{side}", self.side(scores.logps, side, batch))
         means.add(f"logps_{split}/accuracies", self.margin(scores.mean_logps, batch) > 0)
         if rewards:
-            report_pair_rewards(means, split, *rewards)
+            # While the policy equals the reference, which reward is higher would be a matter of rounding.
+            report_pair_rewards(means, split, *rewards, accuracy=self.moved or not self.starts_from_reference)
 
     def margin(self, values: Tensor, batch: Batch) -> Tensor:
         return self.side(values, "chosen", batch) - self.side(values, "rejected", batch)
 
 
-def report_pair_rewards(means: MetricAccumulator, split: str, chosen: Tensor, rejected: Tensor) -> None:
+def report_pair_rewards(
+    means: MetricAccumulator, split: str, chosen: Tensor, rejected: Tensor, *, accuracy: bool = True
+) -> None:
     """Each chosen completion's reward against that of its own rejected one."""
     means.add(f"rewards_{split}/chosen", chosen)
     means.add(f"rewards_{split}/rejected", rejected)
-    means.add(f"rewards_{split}/accuracies", chosen > rejected)
+    if accuracy:
+        means.add(f"rewards_{split}/accuracies", chosen > rejected)
     means.add(f"rewards_{split}/margins", chosen - rejected)
 
 
@@ -400,6 +410,10 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
         batch = batch.to(self.device)
         return batch, score_rewards(self.policy, batch)
 
+    @classmethod
+    def evaluated(cls, binding: Binding) -> list[str]:
+        return [name for name in super().evaluated(binding) if not name.startswith("logps")]
+
     def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:  # noqa: ARG002
         report_pair_rewards(means, split, *rewards)
 
@@ -422,6 +436,11 @@ class UnpairedPreferenceTrainer(BasicTrainer):
         for key in ("batch_size", "eval_batch_size"):
             if "kl" in binding.needs and getattr(config.model, key) == 1:
                 raise UserError(f"model.{key}=1: KTO's z needs the completion of another example, so at least 2")
+
+    @classmethod
+    def evaluated(cls, binding: Binding) -> list[str]:
+        own = [f"{name}_eval/{side}" for name in ("logps", "rewards") for side in ("chosen", "rejected")]
+        return [*super().evaluated(binding), *own, *(["kl/eval"] if "kl" in binding.needs else ())]
 
     def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
         return values if side is None else values[batch.record[side]]
@@ -670,6 +689,20 @@ class PPOTrainer(UnpairedPreferenceTrainer):
     def weight(self, batch: Batch) -> int:
         return sum(batch.lengths)
 
+    @classmethod
+    def evaluated(cls, binding: Binding) -> list[str]:
+        return [*super().evaluated(binding), "kl/eval", "value_loss/eval"]
+
+    @torch.no_grad()
+    def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:  # noqa: ARG002
+        """The rewards; the KL to the reference, estimated from the data's completions as the reference's samples
+        (Schulman 2020, "Approximating KL divergence", k3: never negative); half the squared error of the value head."""
+        super().report(means, split, batch, scores, [batch.record["reward"]])
+        logratios = scores.token_logps - batch.reference["token_logps"]
+        means.add(f"kl/{split}", torch.expm1(logratios) - logratios, batch.num_sequences)
+        values = QUANTITIES["values"](LossContext(batch, scores, value_head=self.value_head))
+        means.add(f"value_loss/{split}", 0.5 * (values - batch.record["returns"]).square())
+
     @torch.no_grad()
     def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
         """Rewards, returns and advantages of the whole batch; the advantages whitened over it, on all ranks."""
@@ -677,10 +710,10 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         for batch in micro_batches:
             moved, scores = self.score(batch, None)
             values = QUANTITIES["values"](LossContext(moved, scores, value_head=self.value_head))
-            longest = max(batch.lengths, default=0)
-            episodes = (values, self.rewards(moved), moved.sequence, longest)
+            longest, reward = max(batch.lengths, default=0), self.rewards(moved)
+            episodes = (values, reward, moved.sequence, longest)
             advantages, returns = generalised_advantages(*episodes, gamma=self.gamma, lam=self.lam)
-            batch.record |= {"advantages": advantages, "returns": returns}
+            batch.record |= {"advantages": advantages, "returns": returns, "reward": reward}
             wide = advantages.double()
             moments += torch.stack([wide.sum(), wide.square().sum(), wide.new_full((), len(wide))])
         total, squares, count = parallel.sum_over_ranks(moments)
@@ -706,7 +739,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         super().write_export(folder, step)
         assert self.value_head is not None
         if parallel.rank() == 0:
-            safetensors.torch.save_model(self.value_head, str(folder / "value_head.safetensors"))
+            write_safetensors(folder / "value_head.safetensors", self.value_head.state_dict(), {"format": "pt"})
 
     def read_export(self, folder: Path) -> None:
         super().read_export(folder)

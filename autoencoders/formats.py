@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from autoencoders.settings import SAESection, SAESettings
+from modeling.tensor_files import write_safetensors
 from models import fetch
 from sae import SAE, SINK_NORM, JointSAE
 from utils import UserError, as_json, atomic_write, console, resolve_path, sound_digest, suggest
@@ -671,6 +672,6 @@ def save_saelens(sae: SAE, folder: Path, layer: int, metadata: dict[str, Any]) -
     }
     with atomic_write(folder) as part:
         part.mkdir()
-        tensors = {name: getattr(sae, name).cpu().contiguous() for name in GEMMA_SCOPE_ARRAYS}
-        safetensors.torch.save_file(tensors, part / "sae_weights.safetensors")
+        tensors = {name: getattr(sae, name) for name in GEMMA_SCOPE_ARRAYS}
+        write_safetensors(part / "sae_weights.safetensors", tensors, {"format": "pt"})
         (part / "cfg.json").write_text(as_json(fields, indent=2) + "\n")

@@ -207,6 +207,13 @@ class SAETrainer(BasicTrainer):
                 f"loss.k={options['k']}: more than the loss.d_sae={options['d_sae']} latents that there are"
             )
 
+    @classmethod
+    def evaluated(cls, binding: Binding) -> list[str]:
+        layers = binding.options["init"]["layer"]
+        names = [f"layer_{n}/" for n in layers] if isinstance(layers, list) and len(layers) > 1 else [""]
+        figures = ("l0", "fvu", "ce_recovered", "ce_clean", "ce_sae", "ce_zero", "dead")
+        return ["loss/eval", "sae_eval/left_out", *(f"sae_eval/{name}{key}" for name in names for key in figures)]
+
     # ------------------------------------------------------------------------------------------------ reading
 
     @torch.no_grad()
@@ -410,6 +417,9 @@ class SAETrainer(BasicTrainer):
                 model = str(self.config.model.name_or_path)
                 data = {"dataset_path": ",".join(map(str, self.config.datasets)), "k": own.k}
                 save_saelens(own.frozen(), place / "saelens", number, {"model_name": model, **data})
+
+    def is_export_as_wanted(self, folder: Path) -> bool:
+        return folder.is_dir()
 
     def read_export(self, folder: Path) -> None:
         files = [next(folder.glob(f"layer_{number}/*/*/params.npz")) for number in self.layers]

@@ -1,9 +1,10 @@
 """What saving costs: `python benchmarks/saving.py`.
 
 Trains a Llama-shaped model with random weights (`--gigabytes`) on 1 and 2 ranks of this machine, saves one state in the
-middle and exports at the end. Prints the seconds of a step; how long a save held training up; how long the state took
-to be written, while training went on; the seconds of the steps meanwhile; how much more memory the ranks held at the
-peak of an export, as a multiple of the weights; and what reading the state back took.
+middle and exports at the end. Prints the seconds of a step; those of the step in which a state is written, whose
+optimiser waits until the tensors are in the file; how long it took until the state was complete; what reading it back
+took; and by how much the peak of the fullest rank's memory was higher in the end than after the steps before the save,
+as a multiple of the weights.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def train(folder: Path) -> None:
 
     overrides = [
         *("loss=sft", "model=tiny", f"model.name_or_path={folder}", f"datasets=[{folder / 'pairs.jsonl'}]"),
-        *(f"eval_datasets=[{folder / 'pairs.jsonl'}]", f"cache_dir={folder / 'runs'}", "model.batch_size=2"),
+        *(f"eval_datasets=[{folder / 'pairs.jsonl'}]", f"cache_dir={folder / 'runs'}", "model.batch_size=2", "lr=1e-5"),
     ]
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         config = compose("config", overrides)
@@ -55,36 +56,35 @@ def train(folder: Path) -> None:
         paths = settings.find_paths(config, classes.binding.needs)
     run = Run(folder / "runs" / f"on-{parallel.world_size()}")
     trainer = assembly.prepare(config, classes, paths, run)
-    means, alone, meanwhile = MetricAccumulator(), [], []
+    trainer.start_optimizer()
+    means, alone, meanwhile, peak = MetricAccumulator(), [], 0.0, 0
     for step, micro_batches in enumerate(trainer.loaders["train"].steps()):
-        busy = run.pending is not None and not run.pending.done()
+        busy = run.read is not None
         started = time.monotonic()
         trainer.module.train()
         trainer.optimise(step, micro_batches, means)
-        if step:  # the first one also makes the optimiser's tensors
-            (meanwhile if busy else alone).append(time.monotonic() - started)
+        if busy:
+            meanwhile = time.monotonic() - started
+        elif step:  # the first one also makes the optimiser's tensors
+            alone.append(time.monotonic() - started)
         if step == SAVED_AFTER:
-            started = time.monotonic()
+            peak, started = memory("VmHWM"), time.monotonic()
             run.save_state(trainer.module, trainer.optimizer, {"step": step}, keep=1)
-            held_up = time.monotonic() - started
             ends: list[float] = []
             assert run.pending is not None
             run.pending.add_done_callback(lambda _, ends=ends: ends.append(time.monotonic()))
             begun = started
     run.finish_saving()
     written = ends[0] - begun
-    started = time.monotonic()
-    run.load_state(run.saved()[0], trainer.module, trainer.optimizer)
-    read = time.monotonic() - started
-
-    parallel.wait_for_all()
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
     trainer.export(1, 1)
-    more = parallel.max_over_ranks(memory("VmHWM") - before)
+    more = parallel.max_over_ranks(memory("VmHWM") - peak)
+    run.find_state()
+    started = time.monotonic()
+    run.load_state(trainer.module, trainer.optimizer)
+    read = time.monotonic() - started
     if parallel.rank() == 0:
-        figures = {"step": median(alone), "held_up": held_up, "written": written, "read": read, "more": more}
-        print(json.dumps({**figures, "meanwhile": median(meanwhile) if meanwhile else None}))
+        figures = {"step": median(alone), "meanwhile": meanwhile, "written": written, "read": read}
+        print(json.dumps({**figures, "more": more}))
 
 
 def main() -> None:
@@ -102,22 +102,15 @@ def main() -> None:
         build(folder, arguments.gigabytes)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         print(f"weights: {size / 1e9:.2f} GB, fp32; a state: twice that\n")
-        print(
-            "| ranks | a step, s | a save holds it up, s | written after, s | a step meanwhile, s | read back in, s ",
-            end="",
-        )
-        print("| export: memory beyond training's / weights |\n|---|---|---|---|---|---|---|")
+        print("| ranks | a step, s | with a save, s | complete after, s | read back in, s | memory beyond the steps' |")
+        print("|---|---|---|---|---|---|")
         for ranks in (1, 2):
             command = [sys.executable, __file__, "--train", str(folder), str(ranks)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
             found = json.loads(done.stdout.splitlines()[-1])
-            meanwhile = "" if found["meanwhile"] is None else f"{found['meanwhile']:.2f}"
-            print(
-                f"| {ranks} | {found['step']:.2f} | {found['held_up']:.2f} | {found['written']:.2f} | {meanwhile} ",
-                end="",
-            )
-            print(f"| {found['read']:.2f} | {found['more'] / size:.2f} |", flush=True)
+            seconds = (f"{found[name]:.2f}" for name in ("step", "meanwhile", "written", "read"))
+            print(f"| {ranks} | {' | '.join(seconds)} | {found['more'] / size:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -128,3 +128,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
         return dequantize_4bit(tensor.data, tensor.quant_state)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_layout(tensor: Tensor) -> Tensor:
+    """The shape and dtype of `full_tensor`, as a tensor on the meta device."""
+    whole = getattr(tensor, "quant_state", tensor)
+    return torch.empty(whole.shape, dtype=whole.dtype, device="meta")

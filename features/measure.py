@@ -36,7 +36,7 @@ from features import neuronpedia
 from launch import assembly, settings
 from launch.policies import Policy, find_policy, read_unchecked, require_language_model, require_room
 from launch.settings import Config, RunClasses, RunPaths
-from modeling.weights import PolicyFile, Weights, load_weights, open_weights, weights_digest
+from modeling.weights import Weights, load_weights, open_weights, weights_digest
 from sae import ENCODE_ELEMENTS, SAE, active, attention_sinks, drift_by_feature, summed_features
 from sampling import samples
 from sampling.backends import TransformersBackend
@@ -181,11 +181,6 @@ def put(policy: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
     reshard(policy)
     load_weights(policy, weights, new_tokens)
     policy.eval()
-
-
-def policy_file(folder: Path) -> Weights:
-    """The weights that a run has exported there."""
-    return PolicyFile(folder / "policy.pt")
 
 
 # ----------------------------------------------------------------------------------------------------- reading it
@@ -413,7 +408,7 @@ def sampled_texts(
                 assert runs["sampled"] is not None and runs["sampled"].policy.run is not None
                 file = runs["sampled"].policy.run / f"features.{kind}"
                 opened = logs.enter_context(samples.sample_log(file, identity, parallel.rank() == 0))
-                put(subject.policy, policy_file(run.policy.folder))
+                put(subject.policy, open_weights(run.policy.folder))
                 talks = samples.converse(config, decoding, records, backend, opened)
                 texts += [Text(kind, list(talk.requests[0].prompt_ids), talk.answers[0].ids) for talk in talks]
     return texts
@@ -448,14 +443,14 @@ def look(
     last = own.policy.folder.resolve()
     for examples, folder in checkpoints_of(last.parent).items():
         if folder != last:
-            put(policy, policy_file(folder))
+            put(policy, open_weights(folder))
             checkpoints[examples], _ = reader.measure(f"after {examples:,} examples", kinds, pooled)
     runs = []
     if other is not None:
-        put(policy, policy_file(other.policy.folder))
+        put(policy, open_weights(other.policy.folder))
         profile, _ = reader.measure(f"of {other.name}", [kind for kind in reader.kinds if kind != "sampled"], pooled)
         runs.append(Measured(other, sampled_by_other(reference), sampled_by_other(profile)))
-    put(policy, policy_file(own.policy.folder))
+    put(policy, open_weights(own.policy.folder))
     profile, _ = reader.measure("of the policy", kinds, pooled)
     checkpoints |= {examples: profile for examples, folder in checkpoints_of(last.parent).items() if folder == last}
     runs.insert(0, Measured(own, {kind: reference[kind] for kind in kinds}, profile))

@@ -95,11 +95,14 @@ def make(config: Config, classes: RunClasses, paths: RunPaths, ranks: int) -> Pl
         own_tensors = sum(tensor.nbytes for tensor in load_sources(paths.saes).buffers())
         plan.memory["SAE, and a chunk of its activations"] = own_tensors + 3 * 4 * ENCODE_ELEMENTS
 
-    kept = config.keep_checkpoints + 1  # one more while a new one is written
+    # Saving and exporting hold one full tensor at a time, when gradients and activations, which are more, are gone.
+    kept = max(1, config.keep_checkpoints)
     state = trained * keeps.itemsize * (1 + optimizer_slots(config))
-    plan.disk[f"states to resume from ({config.keep_checkpoints}, and one being written)"] = kept * state
+    until = "" if config.keep_checkpoints else ", until the run has ended"
+    plan.disk[f"states to resume from ({kept}, and one being written){until}"] = (kept + 1) * state
     export = whole * (computes if frozen else keeps).itemsize
-    plan.disk["each export (safetensors and policy.pt)"] = 2 * export
+    formats = " and ".join({"policy_pt": "policy.pt", "hub": "safetensors"}[name] for name in config.export)
+    plan.disk[f"each export ({formats})"] = len(config.export) * export
     if "reference" in classes.binding.needs:
         completions = len([side for side in classes.trainer.sides if side]) or 1
         tokens = completions * (own.max_length - own.max_prompt_length)

@@ -12,7 +12,7 @@ import models
 from distributed import parallel
 from launch import settings
 from launch.settings import Config
-from modeling.weights import weights_digest
+from modeling.weights import only_policy_file, weights_digest
 from training import loop
 from utils import DIGESTS, REPO, UserError, damaged, damaged_files, is_file_name, module_name, resolve_path
 
@@ -31,7 +31,7 @@ DEFAULTS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """The model to sample from: a directory in the Hub's format. `load_from` may replace its weights."""
+    """The model to sample from: a directory in the Hub's format. `load_from` may replace its weights, or bring them."""
 
     folder: Path
     tokenizer: Path
@@ -161,7 +161,7 @@ def find_policy(path: Path, config: Config, overrides: list[str]) -> Policy:
         folder = models.fetch(model.name_or_path, patterns, "model.name_or_path")
         tokenizer_source = model.tokenizer_name_or_path or model.name_or_path
         tokenizer = models.fetch(tokenizer_source, models.CONFIG_FILES, "model.tokenizer_name_or_path")
-        return Policy(folder, tokenizer, model.load_from)
+        return Policy(folder, tokenizer, model.load_from or only_policy_file(folder))
     run = run_of(path) or Path(config.cache_dir) / config.exp_name
     latest = run / "LATEST"
     if not latest.exists():
@@ -172,7 +172,7 @@ def find_policy(path: Path, config: Config, overrides: list[str]) -> Policy:
     if (run / "features").is_symlink():
         raise UserError(f"{run / 'features'} is a link, and could lead anywhere; reports are written into a directory")
     parallel.from_rank_zero(lambda: require_undamaged(latest))
-    return Policy(latest, latest, run=run)
+    return Policy(latest, latest, only_policy_file(latest), run)
 
 
 def require_undamaged(folder: Path) -> None:

@@ -22,6 +22,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from launch.settings import read_saved
+from modeling.weights import formats_in
 from training.metrics import MetricName, clock
 from utils import REPO, SIDES, UserError, console, flat, html_page, json_lines, write_text, written
 
@@ -31,6 +32,8 @@ FIGURE_NAMES = {  # of summary.json, in order; a run has those that apply to it
     "loss_after": "held-out loss after",
     "accuracy_before": "preference accuracy before",
     "accuracy_after": "preference accuracy after",
+    "reward_accuracy_before": "reward accuracy before",
+    "reward_accuracy_after": "reward accuracy after",
     "toy_score_before": "toy score before",
     "toy_score_after": "toy score after",
     "win_rate": "win rate against the start",
@@ -56,6 +59,7 @@ CHARTS = {
     "logps": ("Log-probability", "nats a completion"),
     "feature_drift": ("Feature drift", "from the reference"),
     "kl": ("KL to the reference", "nats a completion"),
+    "value_loss": ("Value loss", "half the squared error of the value head"),
     "sae/l0": ("L0", "active latents a token"),
     "sae/fvu": ("FVU", "squared error over the variance"),
     "sae/dead": ("Dead latents", "share of all latents"),
@@ -126,8 +130,12 @@ def show_summary(folder: Path, *, finished_before: bool = False) -> None:
             table.add_row(", ".join(filter(None, [name, layer])), value)
     console.print(table)
     saes = list((folder / "LATEST").glob("layer_*"))
-    holds = "the SAEs" if saes else "policy.pt and Hub format"
+    there = formats_in(folder / "LATEST")
+    names = {"policy_pt": "policy.pt", "hub": "Hub format"}
+    holds = "the SAEs" if saes else " and ".join(name for key, name in names.items() if key in there)
     console.print(f"{folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
+    if best := figures.get("best"):
+        console.print(f"BEST/: {best['metric']} is best after step {best['step']:,}: {best['value']:.4g}", markup=False)
     if saes:
         one = " ++sae.layer=N" if len(saes) > 1 else ""
         console.print(f"loss=fpo on the same model reads it with ++sae.path={folder}{one}", markup=False)
@@ -251,14 +259,17 @@ def shown(chart: dict[str, Any], value: float) -> str:
 
 
 def outcome(charts: dict[str, dict[str, Any]]) -> str:
-    """The result of the run in a sentence. A start at 0 is left out: rewards are 0 before the first step."""
+    """The result of the run in a sentence. A start at 0 is left out: rewards are 0 before the first step, when their
+    accuracy is not measured."""
     words = []
+    start = min((points[0][0] for chart in charts.values() for _, points in held_out(chart)), default=0)
     for key in OUTCOME:
         for name, points in held_out(charts[key]) if key in charts else []:
             first, last = (shown(charts[key], points[n][1]) for n in (0, -1))
             title = charts[key]["title"]
             title = title[0].lower() + title[1:] if title[1].islower() else title
-            words.append(f"{title} {name} ".replace("  ", " ") + (f"{first} → {last}" if points[0][1] else last))
+            from_start = points[0][0] == start and points[0][1]
+            words.append(f"{title} {name} ".replace("  ", " ") + (f"{first} → {last}" if from_start else last))
     return f"On held-out data: {', '.join(words[:3])}." if words else "Not evaluated yet."
 
 
@@ -290,7 +301,8 @@ def facts_table(lines: Lines, summary: dict[str, Any]) -> str:
     """Figures of the whole run, beside those of its evaluations."""
     paced = [line for line in lines if "tokens_per_second" in line and "seconds" in line]
     seconds = sum(line["seconds"] for line in paced)
-    evaluated = ("loss_before", "loss_after", "accuracy_before", "accuracy_after", "feature_drift", *SAE_FIGURES)
+    ends = [f"{name}_{end}" for name in ("loss", "accuracy", "reward_accuracy") for end in ("before", "after")]
+    evaluated = (*ends, "feature_drift", *SAE_FIGURES)
     facts = {}
     for key, name in FIGURE_NAMES.items():
         if key in summary and key not in evaluated:

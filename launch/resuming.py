@@ -25,13 +25,14 @@ MAY_CHANGE = frozenset(
         *(Config.model_fields.keys() - TrainingSettings.model_fields.keys() - {"sae"}),
         *("exp_name", "cache_dir", "resume", "max_bad_rows", "log_to", "wandb"),
         *("do_first_eval", "eval_every", "n_eval_examples", "log_every", "save_every", "keep_checkpoints"),
-        *("intermediate_checkpoints", "toy_comparison", "model.eval_batch_size", "model.max_tokens"),
+        *("export", "eval_best", "intermediate_checkpoints", "toy_comparison"),
+        *("model.eval_batch_size", "model.max_tokens"),
         *("model.gradient_accumulation_steps", "model.layout", "model.attn_implementation", "model.compile"),
         *("model.activation_checkpointing", "model.hybrid_sharding", "model.cpu_offload"),
     }
 )
 LENGTH = frozenset({"n_epochs", "n_examples"})
-AT_THE_END = frozenset({*LENGTH, "n_eval_examples", "toy_comparison"})  # what a finished run has to do again
+AT_THE_END = frozenset({*LENGTH, "n_eval_examples", "toy_comparison", "export"})  # what a finished run does again
 
 
 def begin(run: Run, config: Config, trainer: type[BasicTrainer], paths: RunPaths) -> tuple[Config, bool]:
@@ -60,10 +61,10 @@ def begin(run: Run, config: Config, trainer: type[BasicTrainer], paths: RunPaths
         return config, True
     if not run.place and parallel.from_rank_zero(run.saved):
         raise UserError(f"{run.states}: every state there is damaged; resume=never starts over")
-    if not run.place and (run.folder / "LATEST").is_symlink():
+    if not run.place and ((run.folder / "LATEST").is_symlink() or (run.folder / "summary.json").is_file()):
         raise UserError(
-            f"{run.folder} holds what a run has trained, and no state that it could go on from. Use another exp_name, "
-            "or resume=never to start over and replace it"
+            f"{run.folder} holds what a run has trained, and no state that it could go on from (keep_checkpoints=0 "
+            "leaves none). Use another exp_name, or resume=never to start over and replace it"
         )
     return config, False
 

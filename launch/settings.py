@@ -119,6 +119,9 @@ ELSEWHERE = {
     "learning_rate": "lr",
     "logging_steps": "log_every",
     "lr_scheduler_type": "lr_schedule",
+    "early_stop": "eval_best, which keeps the best weights; a run goes on to its end",
+    "load_best_model_at_end": "eval_best=METRIC",
+    "metric_for_best_model": "eval_best",
     "max_seq_length": "model.max_length",
     "max_steps": "n_examples",
     "model_name_or_path": "model.name_or_path",
@@ -367,6 +370,13 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
         takes or config.train_on == "targets",
         f"train_on={config.train_on}: loss={config.loss.name} does not read single completions, as sft and sae do",
     )
+    if config.eval_best is not None:
+        there, wanted = classes.trainer.evaluated(classes.binding), config.eval_best.removeprefix("-")
+        problems.expect(
+            wanted in there,
+            f"eval_best={config.eval_best}: loss={config.loss.name} has no such metric{suggest(wanted, there)}; "
+            f"it has {', '.join(there)}; with a minus before its name the lowest is best",
+        )
     with problems.collected():
         check_trackers(config.log_to)
     with problems.collected():

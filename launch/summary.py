@@ -25,10 +25,12 @@ def write_summary(trainer: BasicTrainer, config: Config, start_weights: Path) ->
     """Write summary.json, a run's last file but for its page."""
     trainer.stop_if_asked()
     write_completions(trainer, config, "after")
-    figures = from_metrics(trainer.run.folder / "metrics.jsonl")
+    figures: dict[str, Any] = from_metrics(trainer.run.folder / "metrics.jsonl")
     if config.toy_comparison:
         trainer.stop_if_asked()
         figures |= against_start(trainer, config, start_weights)
+    if trainer.best:
+        figures["best"] = trainer.best
     figures["seconds"] = trainer.seconds()
     figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if parallel.rank() == 0:
@@ -63,17 +65,20 @@ def learnt_little(evaluations: Sequence[dict[str, float]], records: int) -> bool
 
 def from_metrics(path: Path) -> dict[str, float]:
     """What the first and the last evaluation say; of SAEs, the last. Accuracy: the share of pairs whose chosen
-    completion the policy itself finds likelier per token. Drift: the mean over chosen and rejected completions."""
+    completion the policy itself finds likelier per token; reward accuracy, of a reward model: that it finds better.
+    Drift: the mean over chosen and rejected completions."""
     evaluations = evaluations_in(path)
     if not evaluations:
         return {}
     figures = {"loss_after": evaluations[-1]["loss/eval"]}
     if evaluations[0]["step"] == 0:
         figures["loss_before"] = evaluations[0]["loss/eval"]
-    if "logps_eval/accuracies" in evaluations[-1]:
-        figures["accuracy_after"] = evaluations[-1]["logps_eval/accuracies"]
+    policy = "logps_eval/accuracies" in evaluations[-1]
+    name, key = ("logps_eval/accuracies", "accuracy") if policy else ("rewards_eval/accuracies", "reward_accuracy")
+    if name in evaluations[-1]:
+        figures[f"{key}_after"] = evaluations[-1][name]
         if evaluations[0]["step"] == 0:
-            figures["accuracy_before"] = evaluations[0]["logps_eval/accuracies"]
+            figures[f"{key}_before"] = evaluations[0][name]
     drifts = [value for key, value in evaluations[-1].items() if key.startswith("feature_drift_eval/")]
     if drifts:
         figures["feature_drift"] = sum(drifts) / len(drifts)

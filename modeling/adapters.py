@@ -6,18 +6,17 @@ adapters turned off, the model is what it was before training, and so it is the 
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distributed import parallel
-from distributed.sharding import full_tensor, reshard
+from distributed.sharding import full_tensor
 from modeling.settings import ModelSettings
+from modeling.tensor_files import TensorFile, safetensors_file
 
 NAME = "default"  # the adapter's name within the model
 
@@ -87,14 +86,14 @@ def off(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def write_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter alone, for peft's `PeftModel.from_pretrained`. Every rank must call it; rank 0 writes."""
-    reshard(model)
-    state = {
-        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": full_tensor(parameter).cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if is_adapter(name)
-    }
-    if parallel.rank() == 0:
-        model.peft_config[NAME].save_pretrained(str(folder))
-        safetensors.torch.save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+def begin_adapter(model: PreTrainedModel, folder: Path, layout: Mapping[str, Tensor]) -> TensorFile:
+    """A directory for peft's `PeftModel.from_pretrained`, with room for the adapter's tensors. `layout` has their
+    shapes and dtypes, by name in the model; in the file each has its `name_alone`."""
+    model.peft_config[NAME].save_pretrained(str(folder))
+    tensors = {name_alone(name): tensor for name, tensor in layout.items()}
+    return safetensors_file(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+
+
+def name_alone(name: str) -> str:
+    """What peft calls a parameter of an adapter that is written by itself."""
+    return f"base_model.model.{name.replace(f'.{NAME}.', '.')}"

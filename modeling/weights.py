@@ -1,17 +1,18 @@
-"""Weights on disk: find them, read each rank's slices into a model, and write a full model.
+"""Weights on disk: find them, read each rank's slices into a model, and write a full model, one tensor at a time.
 
 Two formats are read: safetensors in Hub format, and `policy.pt`. No pickle that could run code is loaded. Some models
 have other names, or fewer and larger tensors, on disk than in memory; transformers knows the conversion.
 """
 
 import copy
+import json
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -26,12 +27,15 @@ from transformers.core_model_loading import (
 )
 
 from distributed import parallel
-from distributed.sharding import full_tensor, local_ranges, local_slice, reshard
+from distributed.sharding import full_layout, full_tensor, local_ranges, local_slice, reshard
 from modeling import adapters
+from modeling.tensor_files import TensorFile, TorchFile, safetensors_file
 from utils import UserError, fingerprint, resolve_path, sound_digest
 
 # A directory can hold other safetensors: the value head of a PPO run, or the same weights under their authors' names.
 WEIGHTS = "model*.safetensors"
+POLICY_FILE = "policy.pt"
+FORMATS = {"policy_pt": POLICY_FILE, "hub": WEIGHTS}  # of an export: the files that its weights are in
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # buffers in older checkpoints
 REWARD_HEAD = "score."
 MEAN_ROWS = 4096  # rows read at once to compute a mean
@@ -161,14 +165,30 @@ def find_weights(load_from: str) -> Path:
         path = path / "LATEST"
     if path.is_file() or list(path.glob(WEIGHTS)):
         return path
-    if (path / "policy.pt").is_file():
-        return path / "policy.pt"
+    if (path / POLICY_FILE).is_file():
+        return path / POLICY_FILE
     raise UserError(f"model.load_from={load_from}: no policy.pt, safetensors or run directory there")
 
 
-def open_weights(directory: Path, load_from: str | None) -> Weights:
+def formats_in(folder: Path) -> set[str]:
+    """The formats in which a directory holds weights, of those that an export may have."""
+    return {name for name, files in FORMATS.items() if list(folder.glob(files))}
+
+
+def only_policy_file(folder: Path) -> str | None:
+    """The path of a directory's policy.pt, if it holds no weights in the Hub's format beside it."""
+    return str(folder / POLICY_FILE) if formats_in(folder) == {"policy_pt"} else None
+
+
+def source_of(directory: Path, load_from: str | None) -> Path:
+    """Where weights are: in `directory`, or what `load_from` names."""
+    load_from = load_from or only_policy_file(directory)
+    return directory if load_from is None else find_weights(load_from)
+
+
+def open_weights(directory: Path, load_from: str | None = None) -> Weights:
     """The weights in `directory` or, unless it is None, those that `load_from` names."""
-    source = directory if load_from is None else find_weights(load_from)
+    source = source_of(directory, load_from)
     return PolicyFile(source) if source.is_file() else SafetensorsWeights(source)
 
 
@@ -177,7 +197,7 @@ def weights_digest(directory: Path, load_from: str | None) -> str:
 
     Raises UserError where a run has exported them and they are not what it wrote.
     """
-    source = directory if load_from is None else find_weights(load_from)
+    source = source_of(directory, load_from)
     files = [source] if source.is_file() else [source / "config.json", *weight_files(source)]
     return parallel.from_rank_zero(lambda: fingerprint([sound_digest(file) for file in files]))
 
@@ -274,38 +294,121 @@ def read_rows(weights: Weights, name: str, ranges: tuple[slice, ...]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- out of a model
 
 
-def gather_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All weights by name, full, on the CPU of rank 0, with adapters merged; an empty dictionary on other ranks.
+class Export:
+    """The files of an export, which rank 0 writes: in `hub` format for `from_pretrained` and vLLM, as `policy_pt`, or
+    both. Beside them the model's configuration and, of a model with adapters, these by themselves."""
 
-    Every rank must call it. The names of a tied parameter share one tensor.
+    def __init__(self, model: PreTrainedModel, folder: Path, formats: Collection[str]) -> None:
+        self.model, self.folder, self.formats = model, folder, formats
+        self.policy: TorchFile | None = None
+        self.hub: dict[str, TensorFile] = {}  # by the name of a tensor in it
+        self.adapter: TensorFile | None = None
+
+    def open(self, layout: dict[str, Tensor], aliases: dict[str, str], rest: dict[str, Any]) -> None:
+        """Begin the files. `layout` has the shapes and dtypes of what `write` will get."""
+        config = copy.deepcopy(self.model.config)
+        config.architectures = [type(self.model).__name__]
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the weights written are not quantised
+        config.save_pretrained(self.folder)
+        if isinstance(self.model.generation_config, GenerationConfig):
+            self.model.generation_config.save_pretrained(self.folder)
+        added = {name: tensor for name, tensor in layout.items() if adapters.is_adapter(name)}
+        own = {name: tensor for name, tensor in layout.items() if name not in added}
+        if added:
+            self.adapter = adapters.begin_adapter(self.model, self.folder / "adapter", added)
+        if "policy_pt" in self.formats:
+            self.policy = TorchFile(self.folder / POLICY_FILE, own, aliases, rest)
+        if "hub" in self.formats:
+            self.open_hub(own)
+
+    def open_hub(self, layout: dict[str, Tensor]) -> None:
+        converted = revert_weight_conversion(self.model, layout)
+        tensors = {name: full_layout(tensor) for name, tensor in converted.items()}  # some were parts of one
+        shards = split_torch_state_dict_into_shards(tensors)
+        for file_name, names in shards.filename_to_tensors.items():
+            file = safetensors_file(self.folder / file_name, {name: tensors[name] for name in names}, {"format": "pt"})
+            self.hub |= dict.fromkeys(names, file)
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Put some weights, that belong together, into each file."""
+        if adapters.is_adapter(next(iter(tensors))):
+            assert self.adapter is not None
+            for name, tensor in tensors.items():
+                self.adapter.write(adapters.name_alone(name), tensor)
+            return
+        if self.policy:
+            for name, tensor in tensors.items():
+                self.policy.write(name, tensor)
+        if self.hub:
+            for name, tensor in revert_weight_conversion(self.model, tensors).items():
+                self.hub[name].write(name, tensor)
+
+    def close(self) -> None:
+        for file in {*self.hub.values(), self.policy, self.adapter} - {None}:
+            file.close()
+
+
+def write_weights(model: PreTrainedModel, folder: Path, formats: Collection[str], **rest: Any) -> None:
+    """Write all weights of a model, full, with adapters merged; `rest` goes into the `policy_pt`. See `Export`.
+
+    Only one tensor is gathered at a time; or a few, if they become tensors of the files together. For all ranks to
+    call. Raises OSError on rank 0 where it cannot write, once the other ranks need it no more.
     """
     reshard(model)
-    state: dict[str, Tensor] = {}
-    gathered: dict[int, Tensor] = {}
+    state = model.state_dict(keep_vars=True)
+    names, aliases = names_of_weights(model, state)
+    layout = {own: full_layout(state[name]) for own, name in names.items()}
+    export, failures = Export(model, folder, formats), []
+
+    def on_rank_zero(work: Callable[..., None], *arguments: Any) -> None:
+        if parallel.rank() == 0 and not failures:
+            try:
+                work(*arguments)
+            except OSError as error:
+                failures.append(error)
+
+    on_rank_zero(export.open, layout, aliases, rest)
+    added = [name for name in names if adapters.is_adapter(name)]
+    own = [name for name in names if name not in added]
+    for group in (*converted_together(model, own), *([name] for name in added)):
+        full = {name: adapters.merged(model, names[name], full_tensor(state[names[name]])) for name in group}
+        on_rank_zero(export.write, full)
+        del full  # before the next one is there
+    on_rank_zero(export.close)
+    if failures:
+        raise failures[0]
+
+
+def names_of_weights(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
+    """The weights in a model's state by their names without adapters: {name: name in the state}. And the other names of
+    tied ones: {name: the first}."""
     known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if adapters.is_adapter(name) or name not in known:  # quantisation keeps other tensors beside a weight
+    first: dict[int, str] = {}
+    names, aliases = {}, {}
+    for name, tensor in state.items():
+        if name not in known:  # quantisation keeps other tensors beside a weight
             continue
-        if id(tensor) not in gathered:
-            full = adapters.merged(model, name, full_tensor(tensor))
-            # Copied, since a tensor gathered on the CPU may be a view of a larger one.
-            copied = torch.empty_like(full, device="cpu").copy_(full) if parallel.rank() == 0 else full[:0]
-            gathered[id(tensor)] = copied
-        state[adapters.name_in_base(name)] = gathered[id(tensor)]
-    return state if parallel.rank() == 0 else {}
+        own = adapters.name_in_base(name)
+        if id(tensor) in first:
+            aliases[own] = first[id(tensor)]
+        else:
+            first[id(tensor)] = own
+            names[own] = name
+    return names, aliases
 
 
-def write_hub_format(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
-    """Write the directory that `from_pretrained` and vLLM read, from the result of `gather_weights` on rank 0."""
-    first_names = {id(tensor): name for name, tensor in reversed(state.items())}  # one for each tied parameter
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights written are not quantised
-    config.save_pretrained(folder)
-    if isinstance(model.generation_config, GenerationConfig):
-        model.generation_config.save_pretrained(folder)
-    own = revert_weight_conversion(model, {name: state[name] for name in first_names.values()})
-    # Parts of one tensor share its memory, which safetensors takes for one tensor with two names.
-    apart = {n: t if t.nbytes == t.untyped_storage().nbytes() else t.clone() for n, t in own.items()}
-    save_torch_state_dict(apart, folder)
+def converted_together(model: PreTrainedModel, names: Sequence[str]) -> list[list[str]]:
+    """The names in groups: weights of one group become tensors of the files together (`revert_weight_conversion`)."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    reversed_ones = [each.reverse_transform() for each in conversions[::-1] if isinstance(each, WeightConverter)]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        becomes, pattern = rename_source_key(name, [], reversed_ones, reverse=True)
+        groups.setdefault(name if pattern is None else becomes, []).append(name)
+    return list(groups.values())

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from modeling.weights import gather_weights, write_hub_format  # noqa: E402
+from modeling.weights import write_weights  # noqa: E402
 from utils import UserError, atomic_write, console  # noqa: E402
 
 PROMPT = "What is the capital of France?"
@@ -40,7 +40,8 @@ def convert(file: Path, out: Path, dtype: torch.dtype) -> str:
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UserError(f"{file}: transformers cannot read it ({str(error).splitlines()[0]})") from error
     with atomic_write(out) as part:
-        write_hub_format(model, gather_weights(model), part)
+        part.mkdir()
+        write_weights(model, part, ["hub"])
         tokenizer.save_pretrained(part)
         written = AutoModelForCausalLM.from_pretrained(part, dtype=dtype)
         return greedy_completion(written, AutoTokenizer.from_pretrained(part))

@@ -59,11 +59,11 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
     rows = toy.preferences("train", seed=1, count=36)
     data = files(tmp_path, train=rows, test=PAIRS["test"])
     options = [*QUICK, *data, "n_examples=36", "model.batch_size=4", "save_every=8", "exp_name=cut"]
-    half = "open(args[1], 'wb').write(b'half a file')"
+    half = "open(args[0], 'wb').write(b'half a file')"
     killed(options, "training.reference", "write_arrow", 2)  # the second of three shards
     killed(options, "torch.optim", "AdamW.step", 4)
-    killed(options, "safetensors.torch", "save_file", 1, half)
-    killed(options, "torch", "save", 1, half)
+    killed(options, "training.checkpoint", "write_safetensors", 1, half)
+    killed(options, "modeling.weights", "safetensors_file", 1, half)
     out = train(options).stdout
     assert "resuming after 9 of 9 steps" in out
     cut = tmp_path / "out" / "cut"

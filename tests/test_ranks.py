@@ -87,12 +87,10 @@ def trained(data):
 
 
 def assert_same_metrics(run, one, rel):
-    """Except for the reward accuracy while policy and reference are equal: then it depends on rounding alone."""
     for expected, found in zip(metrics(one), metrics(run), strict=True):
         assert expected.keys() == found.keys()
         for key in expected:
-            if abs(expected.get(key.replace("accuracies", "margins"), 1)) > 1e-6 or not key.endswith("accuracies"):
-                assert found[key] == pytest.approx(expected[key], rel=rel, abs=1e-5), (key, expected["step"])
+            assert found[key] == pytest.approx(expected[key], rel=rel, abs=1e-5), (key, expected["step"])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from test_training import PAIRS, assembled, losses, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import models
-from launch import settings
+from launch import report, settings
 from training import loop
 from utils import UserError
 
@@ -134,6 +134,15 @@ def test_reward_model_loads_elsewhere_with_the_same_rewards(tmp_path, plain_run)
 
 
 # ---------------------------------------------------------------------------------------------------- control tokens
+
+
+def test_a_reward_model_shows_its_accuracy(plain_run, capsys):
+    folder = plain_run("bradley-terry")
+    report.show_summary(folder)
+    figures, lines = json.loads((folder / "summary.json").read_text()), metrics(folder)
+    assert "reward accuracy after" in capsys.readouterr().out
+    assert figures["reward_accuracy_before"] == lines[0]["rewards_eval/accuracies"]
+    assert figures["reward_accuracy_after"] == lines[-1]["rewards_eval/accuracies"]
 
 
 def test_control_tokens_survive_and_are_learnt(tmp_path, plain_run):

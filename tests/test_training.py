@@ -129,6 +129,19 @@ def test_every_loss_takes_steps(tmp_path, plain_run, loss):
     records = 48 if unpaired else 24  # both sides of each pair, or pairs
     assert len(losses(lines)) == records // 8 and all(map(math.isfinite, losses(lines)))
     assert [line["examples"] for line in lines if "loss/eval" in line] == [0, records]
+    _, classes = settings.check_config(settle(tmp_path, f"loss={loss}")[0])
+    assert lines[-1].keys() - {"step", "examples"} == set(classes.trainer.evaluated(classes.binding))
+
+
+def test_ppo_logs_rewards_kl_and_value_loss(plain_run):
+    first, train, *_, last = metrics(plain_run("ppo"))
+    for split, line in (("eval", first), ("eval", last), ("train", train)):
+        assert line[f"rewards_{split}/chosen"] == 1 and line[f"rewards_{split}/rejected"] == -1
+        assert line[f"value_loss/{split}"] > 0 and line[f"kl/{split}"] >= 0
+    assert first["kl/eval"] == pytest.approx(0, abs=1e-6) and last["kl/eval"] > 1e-6
+    page = (plain_run("ppo") / "report.html").read_text()
+    for title in ("Value loss", "KL to the reference", "Rewards chosen"):
+        assert f"<td>{title}</td>" in page
 
 
 @pytest.mark.parametrize("loss", ["dpo", "fpo", "fpo-mse"])
@@ -374,7 +387,7 @@ def test_an_export_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
     def fails(*_args, **_options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(loop, "write_hub_format", fails)
+    monkeypatch.setattr(loop, "write_weights", fails)
     trainer = assembled(tmp_path, "loss=dpo", "exp_name=a", "++n_examples=16")
     with pytest.raises(UserError, match="No space left on device"):
         trainer.export(3, 24)
@@ -383,7 +396,7 @@ def test_an_export_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
 
 
 def test_a_save_does_not_see_the_steps_after_it(tmp_path, monkeypatch):
-    """The state is written while training goes on; what is written is what was there when the save began."""
+    """The state is finished while training goes on; what is in it is what was there when the save began."""
     trainer = assembled(tmp_path, "loss=sft", "exp_name=a")
     place = {"step": 1}
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
@@ -395,6 +408,7 @@ def test_a_save_does_not_see_the_steps_after_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "seal", late)
     trainer.run.save_state(trainer.policy, trainer.optimizer, place, keep=1)
+    trainer.run.wait_until_read()
     with torch.no_grad():
         for parameter in trainer.policy.parameters():
             parameter.zero_()

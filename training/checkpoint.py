@@ -4,8 +4,9 @@
     config.yaml       the whole configuration, resolved
     metrics.jsonl     one line for each logged step and evaluation
     report.html       the run page, made from the other files (launch/report.py)
-    step-<examples>/  policy.pt as HALOs writes it, and the same weights in Hub format
+    step-<examples>/  the weights: policy.pt as HALOs writes it, the Hub's format, or both
     LATEST            a link to the newest of those
+    BEST              with eval_best, a link to the best of those
     state/step-<n>/   what a resumed run needs: weights, optimiser, place in the data, the log so far
 
 Every directory appears whole or not at all, and with the digests of its files. No file here holds a pickle that has to
@@ -29,10 +30,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, SavePlan, SavePlanner
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+from torch.distributed.checkpoint.storage import WriteResult
 
 from distributed import parallel
 from distributed.sharding import reshard
+from modeling.tensor_files import write_safetensors
 from training.settings import TrainingSettings
 from utils import (
     Part,
@@ -61,8 +65,10 @@ FILES = (
     "tensorboard",
     "wandb",
     "LATEST",
+    "BEST",
     "state",
 )
+LINKS = ("LATEST", "BEST")  # to exports
 EXPORT = re.compile(r"step-\d+")
 PLACE = "trainer.json"  # of a state: where the run stood
 LOG = "metrics.jsonl"  # of the run, and of a state: as it was then
@@ -77,7 +83,8 @@ class Run:
         self.state: Path | None = None  # that the run goes on from,
         self.place: dict[str, Any] = {}  # and where it stood
         self.inputs: dict[str, str] = {}  # digests of all that it is trained from
-        self.pending: Future[Any] | None = None  # the state being written, by another thread
+        self.pending: Future[Any] | None = None  # the state being written, by another thread,
+        self.read: Future[Any] | None = None  # and this rank's part of that: done when all tensors are in a file
         self.group: dist.ProcessGroup | None = None  # of its own, for that thread
 
     # ------------------------------------------------------------------------------------------------ whose it is
@@ -207,9 +214,10 @@ class Run:
         log: bytes = b"",
     ) -> None:
         """Keep all that continuing needs: what is trained, the optimiser, `place` (JSON values with the `step`) and the
-        log so far. The newest `keep` states stay.
+        log so far. The newest `keep` states stay, and one at least.
 
-        Every rank copies its part, and another thread writes the copies while training goes on.
+        Another thread writes it while the next step computes its gradient. It makes no copies, so nothing may change
+        the tensors before `wait_until_read`.
         """
         self.finish_saving()
         if dist.is_initialized() and self.group is None:
@@ -217,19 +225,21 @@ class Run:
         held: list[Part] = []
         target = self.states / f"step-{place['step']:09d}"
         folder = parallel.from_rank_zero(lambda: new_part(target, held))
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        tensors = trained_tensors(module) | own_buffers(module) | optimizer_tensors(module, optimizer)
-        written = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
-        assert isinstance(written, Future)
+        buffers = {name: buffer.clone() for name, buffer in own_buffers(module).items()}  # a forward pass changes them
+        tensors = trained_tensors(module) | buffers | optimizer_tensors(module, optimizer)
         groups = optimizer.state_dict()["param_groups"]
         place = {**place, "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in groups]}
         texts = {PLACE: json.dumps(place).encode(), LOG: log}
-        if held:
-            pool = ThreadPoolExecutor(1)
-            self.pending = pool.submit(self.complete, written, held[0], texts, keep)
-            pool.shutdown(wait=False)  # not `with`, which would wait
-        else:
-            self.pending = written
+        pool, writer = ThreadPoolExecutor(1), StateWriter(str(folder), save_distributed=True)
+        self.read = pool.submit(dcp.save, tensors, storage_writer=writer, process_group=self.group)
+        self.pending = pool.submit(self.complete, self.read, held[0], texts, keep) if held else self.read
+        pool.shutdown(wait=False)  # not `with`, which would wait
+
+    def wait_until_read(self) -> None:
+        """Wait until the state that is being written needs this rank's tensors no more."""
+        if self.read is not None:
+            self.read.exception()  # which `finish_saving` raises
+            self.read = None
 
     def complete(self, written: "Future[Any]", part: Part, texts: dict[str, bytes], keep: int) -> None:
         """Finish a state once every rank has written its part: add the rest, rename it, and remove older states; and
@@ -247,7 +257,8 @@ class Run:
         self.remove_old_states(keep)
 
     def remove_old_states(self, keep: int, needed: Path | None = None) -> None:
-        for old in self.saved()[keep:]:
+        """All but the newest `keep`, and one at least."""
+        for old in self.saved()[max(1, keep) :]:
             if old != needed:
                 shutil.rmtree(old)
 
@@ -258,7 +269,7 @@ class Run:
         """
         if self.pending is None:
             return
-        pending, self.pending = self.pending, None
+        pending, self.pending, self.read = self.pending, None, None
         error = pending.exception()
         if parallel.sum_over_ranks(torch.tensor(int(error is not None))):
             reason = "; ".join(map(str, root_causes(error))) if error else "another rank says why"
@@ -290,17 +301,28 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ exports
 
-    def export(self, examples: int, write: Callable[[Path], None], *, keep_others: bool) -> Path:
-        """Let `write` fill `step-<examples>/`, then point LATEST there in one step.
+    def export(
+        self,
+        examples: int,
+        write: Callable[[Path], None],
+        is_as_wanted: Callable[[Path], bool],
+        *,
+        link: str,
+        keep_others: bool,
+    ) -> Path:
+        """Let `write` fill `step-<examples>/`, then point a link there in one step.
 
-        Earlier exports go afterwards unless they are kept.
+        Exports that no link leads to go afterwards unless they are kept. One that is there already, and as wanted, is
+        not written again: it is for the other link, or by a run killed since, at this very step.
         """
         target = self.folder / f"step-{examples}"
         held: list[Part] = []
 
         def begin() -> Path | None:
-            if target.exists():  # it was written, whole, by a run killed since, at this very step
-                return None
+            if target.exists():
+                if is_as_wanted(target):
+                    return None
+                self.remove([target.name])
             self.list_export(target.name)
             return new_part(target, held)
 
@@ -316,12 +338,12 @@ class Run:
         finally:
             for part in held:
                 part.close()
-        parallel.from_rank_zero(lambda: self.point_at(target, keep_others=keep_others))
+        parallel.from_rank_zero(lambda: self.point_at(target, link, keep_others=keep_others))
         return target
 
-    def point_at(self, target: Path, *, keep_others: bool) -> None:
-        """Let LATEST be a link to an export; the run's other exports go unless they are kept."""
-        link = Part(self.folder / "LATEST")
+    def point_at(self, target: Path, name: str, *, keep_others: bool) -> None:
+        """Let a link lead to an export; the run's exports that none leads to go unless they are kept."""
+        link = Part(self.folder / name)
         try:
             link.path.symlink_to(target.name)
             link.path.rename(link.target)
@@ -330,7 +352,30 @@ class Run:
             link.close()
         exports = [name for name in (self.manifest() or {"files": []})["files"] if EXPORT.fullmatch(name)]
         if not keep_others:
-            self.remove([name for name in exports if name != target.name])
+            used = {self.linked(name) for name in LINKS}
+            self.remove([name for name in exports if name not in used])
+
+    def linked(self, name: str) -> str | None:
+        """The name of the export that a link leads to; None where there is none."""
+        path = self.folder / name
+        return path.readlink().name if path.is_symlink() and path.is_dir() else None
+
+
+class StateWriter(HuggingFaceStorageWriter):
+    """Writes each rank's part as a safetensors file, from where the tensors are, one at a time."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> "torch.futures.Future[list[WriteResult]]":
+        tensors, offsets = {}, {}
+        for item in plan.items:
+            assert item.tensor_data is not None and item.index.fqn not in tensors
+            tensors[item.index.fqn] = planner.resolve_data(item)
+            offsets[item.index.fqn] = {SAVED_OFFSETS_KEY: list(item.tensor_data.chunk.offsets)}
+        if tensors:
+            path = self.path / f"rank-{plan.storage_data['shard_index']:05}.safetensors"
+            write_safetensors(path, tensors, {CUSTOM_METADATA_KEY: json.dumps(offsets)})
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result([])  # only an index of the files would need them
+        return done
 
 
 def new_part(target: Path, held: list[Part]) -> Path:

@@ -25,8 +25,7 @@ from dataloader import DataLoader
 from distributed import parallel
 from distributed.parallel import Stopped, StopRequest
 from distributed.sharding import full_tensor, reshard
-from modeling import adapters
-from modeling.weights import PolicyFile, gather_weights, load_weights, write_hub_format
+from modeling.weights import formats_in, load_weights, open_weights, write_weights
 from models import score
 from sae import SAE, ResidualTap, attention_sinks
 from training.checkpoint import Run
@@ -50,6 +49,7 @@ HEADLINE = {  # what the terminal shows of a step, and as what
     "rewards_train/accuracies": "accuracy",
     "rewards_train/margins": "margin",
     "kl/train": "KL",
+    "value_loss/train": "value loss",
 }
 
 
@@ -143,8 +143,13 @@ class BasicTrainer:
         self.earlier_end: int | None = None  # the last step, before the run was made longer
         self.last_evaluation: dict[str, float] = {}
         self.evaluated_step: int | None = None  # when that was
+        self.best: dict[str, Any] | None = None  # the evaluation that is exported as BEST
+        self.moved = False  # whether an update has changed the weights
         self.began, self.seconds_before = time.monotonic(), 0.0  # of this process, and of those before it
         self.unchecked: list[Update] = []
+        self.starts_from_reference = self.config.model.reference_path is None and bool(
+            self.binding.needs & {"reference", "live_reference"}
+        )
 
     def start_optimizer(self) -> None:
         """Make the optimiser and its schedule. A trainer that only evaluates has none."""
@@ -226,6 +231,12 @@ class BasicTrainer:
         """What else it is trained from: by the key that names them, weights as `model.load_from` names them."""
         return {}
 
+    @classmethod
+    def evaluated(cls, binding: Binding) -> list[str]:
+        """The names of the metrics that an evaluation has."""
+        drift = [*(f"feature_drift_eval/{side}" for side in cls.sides if side), "sae_eval/left_out"]
+        return ["loss/eval", *(drift if "feature_drift" in binding.options else ())]
+
     def compute_loss(self, batch: Batch, split: str, means: MetricAccumulator) -> Tensor:
         """Losses of a batch, one for each record; their sum over the step, divided by its weight, is minimised."""
         batch, scores = self.score(batch, self.references.get(split))
@@ -280,6 +291,7 @@ class BasicTrainer:
             self.saved_step, self.seconds_before = self.step, place["seconds"]
             self.earlier_end = end if end == self.step else None
             self.last_evaluation, self.evaluated_step = place["evaluation"], place["evaluated_step"]
+            self.best, self.moved = self.best_of(place), place.get("moved", True)
             self.schedule = make_schedule(self.config, self.optimizer, total, done=self.step)
             console.print(
                 f"resuming after {self.step:,} of {total:,} steps ({self.examples:,} examples) from {self.run.state}"
@@ -326,10 +338,32 @@ class BasicTrainer:
         loses nothing."""
         if self.evaluation_is_due() and self.evaluated_step != self.step:
             self.log(self.step, self.examples, self.evaluate())
+            self.keep_best()
         if self.export_is_due():
             self.run.finish_saving()
             self.stop_if_asked()
             self.export(self.step, self.examples)
+
+    def keep_best(self) -> None:
+        """Export the weights as BEST where the last evaluation is the best one since the weights first changed."""
+        wanted, found = self.config.eval_best, self.last_evaluation
+        if wanted is None or not self.moved:
+            return
+        name = wanted.removeprefix("-")
+        if name not in found:
+            raise UserError(f"eval_best={wanted}: the evaluation has no such metric; it has {', '.join(found)}")
+        sign = -1 if wanted.startswith("-") else 1
+        if math.isfinite(found[name]) and (self.best is None or sign * found[name] > sign * self.best["value"]):
+            self.run.finish_saving()
+            self.best = {"metric": wanted, "value": found[name], "step": self.step, "examples": self.examples}
+            self.export(self.step, self.examples, "BEST")
+
+    def best_of(self, place: dict[str, Any]) -> dict[str, Any] | None:
+        """The best evaluation before a state, where later ones compare with it and BEST still is its export. A run that
+        was killed later may have led BEST on; this one will, too."""
+        best, before = place.get("best"), place["config"]
+        same = all(before.get(key) == getattr(self.config, key) for key in ("eval_best", "n_eval_examples"))
+        return best if best and same and self.run.linked("BEST") == f"step-{best['examples']}" else None
 
     def save_is_due(self) -> bool:
         return self.is_due(self.config.save_every)
@@ -393,6 +427,8 @@ class BasicTrainer:
         norm = self.clip_gradients()
         wrong = torch.stack([(~part.isfinite()).sum() for part in losses])
         self.unchecked.append(Update(step, [batch.index for batch in micro_batches], wrong, norm.to(wrong.device)))
+        self.run.wait_until_read()
+        self.moved |= any(group["lr"] for group in self.optimizer.param_groups)  # a warm-up begins with 0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -467,6 +503,8 @@ class BasicTrainer:
             "seconds": self.seconds(),
             "evaluation": self.last_evaluation,
             "evaluated_step": self.evaluated_step,
+            "best": self.best,
+            "moved": self.moved,
             # A run that is made longer keeps its warm-up.
             "config": {**self.config.model_dump(), "warmup_steps": warmup_of(self.config, len(self.loaders["train"]))},
             "inputs": self.run.inputs,
@@ -479,24 +517,26 @@ class BasicTrainer:
         """How long the run has taken, with what a killed process before it had saved."""
         return self.seconds_before + time.monotonic() - self.began
 
-    def export(self, step: int, examples: int) -> Path:
+    def export(self, step: int, examples: int, link: str = "LATEST") -> Path:
         """The trained weights, for others to use. For all ranks to call; rank 0 writes."""
 
         def write(folder: Path) -> None:
             self.write_export(folder, step)
 
-        return self.run.export(examples, write, keep_others=self.config.intermediate_checkpoints)
+        keep_others = self.config.intermediate_checkpoints
+        return self.run.export(examples, write, self.is_export_as_wanted, link=link, keep_others=keep_others)
+
+    def is_export_as_wanted(self, folder: Path) -> bool:
+        """Whether an export has the files that `write_export` would write."""
+        return formats_in(folder) == set(self.config.export)
 
     def write_export(self, folder: Path, step: int) -> None:
-        """Hub format, and `policy.pt` as HALOs writes it; beside them the adapter alone, if one was trained."""
-        state = gather_weights(self.policy)
+        """The weights in the formats that `export` names, and the tokenizer."""
+        write_weights(self.policy, folder, self.config.export, step_idx=step, metrics=self.last_evaluation)
         if parallel.rank() == 0:
-            write_hub_format(self.policy, state, folder)
             self.tokenizer.save_pretrained(folder)
-            torch.save({"step_idx": step, "state": state, "metrics": self.last_evaluation}, folder / "policy.pt")
-        if self.config.model.use_peft:
-            adapters.write_adapter(self.policy, folder / "adapter")
 
     def read_export(self, folder: Path) -> None:
         """Load the weights that `write_export` wrote, to evaluate them."""
-        load_weights(self.policy, PolicyFile(folder / "policy.pt"))
+        load_weights(self.policy, open_weights(folder))
+        self.moved = True

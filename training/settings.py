@@ -1,8 +1,8 @@
 """The keys of the configuration that the training loop reads."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from data.settings import DataSettings
 from modeling.settings import ModelSettings
@@ -51,7 +51,9 @@ class TrainingSettings(DataSettings):
     n_eval_examples: Count | None
     log_every: Count
     save_every: Count | None
-    keep_checkpoints: Count
+    keep_checkpoints: Natural
+    export: Annotated[list[Literal["policy_pt", "hub"]], Field(min_length=1)]
+    eval_best: str | None
     intermediate_checkpoints: bool
     toy_comparison: Count | None
     log_to: list[Literal["tensorboard", "wandb"]]
