@@ -1,13 +1,17 @@
 """Downloads, from a server on this machine that speaks the Hub's protocol."""
 
 import errno
+import importlib.util
 import json
 import shutil
+from fnmatch import fnmatch
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import HH_100, REPO, metrics
 from hub_server import HubServer
 from huggingface_hub import constants
@@ -17,6 +21,7 @@ from safetensors.torch import save_file
 import dataloader
 import models
 import train
+from autoencoders import formats
 from autoencoders.formats import fetch_sae
 from data import hub, rows, toy
 from utils import UserError
@@ -196,3 +201,80 @@ def test_a_name_alone_gives_model_sae_and_data(
     assert first["loss/eval"] == pytest.approx(0.6931, abs=1e-4)
     assert last["feature_drift_eval/chosen"] > first["feature_drift_eval/chosen"]
     assert reads in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- the real Hub
+
+KNOWN = json.loads((REPO / "tests/data/hub_paths.json").read_text())
+
+
+class Asked(Exception):
+    """What a download asked for: repository, patterns."""
+
+
+def asked(*arguments, **_):
+    raise Asked(*arguments)
+
+
+def requested(function, *arguments):
+    with pytest.raises(Asked) as caught:
+        function(*arguments)
+    return caught.value.args
+
+
+def settings_of(folder):
+    return {file.stem: yaml.safe_load(file.read_text()) for file in sorted((REPO / "config" / folder).glob("*.yaml"))}
+
+
+def test_each_model_of_the_config_has_safetensors_on_the_hub():
+    sources = {
+        settings["name_or_path"] for name, settings in settings_of("model").items() if name not in ("base", "tiny")
+    }
+    assert sources == {*KNOWN["models"], *KNOWN["models without a record of their files"]}
+    for name, record in KNOWN["models"].items():
+        for patterns in (models.CONFIG_FILES, models.WEIGHT_FILES):
+            assert any(fnmatch(file, pattern) for file in record["files"] for pattern in patterns), name
+
+
+def test_each_sae_of_the_config_is_on_the_hub(monkeypatch):
+    monkeypatch.setattr(formats, "fetch", asked)
+    paths = {settings["path"] for name, settings in settings_of("sae").items() if name != "tiny"}
+    repositories = set()
+    for path in paths:
+        repository, patterns, _ = requested(fetch_sae, path, "sae.path")
+        files = KNOWN["saes"][repository]["files"]
+        own = [file for file in files if f"{repository}/{file}".startswith(path) or file == "config.json"]
+        assert {file for file in files if any(fnmatch(file, pattern) for pattern in patterns)} == set(own), path
+        form = next(form for form in formats.SAE_FORMATS.values() if any(fnmatch(f, f"*{form.weights}") for f in own))
+        assert form.config is None or form.config_optional or any(fnmatch(f, f"*{form.config}") for f in own), path
+        repositories.add(repository)
+    assert repositories == KNOWN["saes"].keys()
+
+
+def test_each_named_data_set_is_on_the_hub(monkeypatch):
+    monkeypatch.setattr(dataloader, "hub_files", asked)
+    repositories = set()
+    for name, loader in dataloader.named_loaders().items():
+        if name in ("toy", "toy_sft"):
+            continue
+        for split in ("test",) if name in ("alpacaeval", "arenahard", "mtbench") else ("train", "test"):
+            repository, patterns, split, *_ = requested(loader, split)
+            files = KNOWN["data sets"][repository]["files"]
+            found = [any(fnmatch(file, pattern.format(split=split)) for file in files) for pattern in patterns]
+            # arenahard and mtbench also have the pattern of the authors' own repositories
+            assert all(found) if name not in ("arenahard", "mtbench") else found == [True, False], (name, split)
+            repositories.add(repository)
+    assert repositories == KNOWN["data sets"].keys()
+
+
+def test_the_record_of_saes_is_saelens_index():
+    spec = importlib.util.find_spec("sae_lens")  # its import takes long
+    if not spec or not spec.origin:
+        pytest.skip("sae-lens is not installed")
+    index = yaml.load((Path(spec.origin).parent / "pretrained_saes.yaml").read_text(), yaml.CSafeLoader)
+    listed = {(release["repo_id"], sae["path"]) for release in index.values() for sae in release["saes"]}
+    for repository, record in KNOWN["saes"].items():
+        if record["from"] == "SAELens's index":
+            for file in record["files"]:
+                folders = [str(parent) for parent in (Path(file), *Path(file).parents)]
+                assert file == "config.json" or any((repository, folder) in listed for folder in folders), file
