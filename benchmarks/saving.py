@@ -50,12 +50,13 @@ def train(folder: Path) -> None:
         *(f"eval_datasets=[{folder / 'pairs.jsonl'}]", f"cache_dir={folder / 'runs'}", "model.batch_size=2"),
     ]
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        config = compose("config", overrides)
-        config, classes = settings.check_config(config)
+        config, classes = settings.check_config(compose("config", overrides))
         paths = settings.find_paths(config, classes.binding.needs)
+    config = settings.with_defaults(config, paths)
     run = Run(folder / "runs" / f"on-{parallel.world_size()}")
     trainer = assembly.prepare(config, classes, paths, run)
-    means, alone, meanwhile = MetricAccumulator(), [], []
+    trainer.start_optimizer()
+    means, alone, meanwhile = MetricAccumulator(), list[float](), list[float]()
     for step, micro_batches in enumerate(trainer.loaders["train"].steps()):
         busy = run.pending is not None and not run.pending.done()
         started = time.monotonic()
@@ -74,7 +75,8 @@ def train(folder: Path) -> None:
     run.finish_saving()
     written = ends[0] - begun
     started = time.monotonic()
-    run.load_state(run.saved()[0], trainer.module, trainer.optimizer)
+    run.find_state()
+    run.load_state(trainer.module, trainer.optimizer)
     read = time.monotonic() - started
 
     parallel.wait_for_all()
