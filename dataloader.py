@@ -15,8 +15,9 @@ import math
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
@@ -579,7 +580,7 @@ def load_tokens(
                 f"{data.name} ({split_name}) has {len(data)} prompts but no {loader_class.needs}, "
                 f"which {loader_class.__name__} works on"
             )
-        records += found
+        records += [{**record, "data_set": data.name} for record in found]
         bad[data.name] = data.bad.report()
 
     template = tokenise.make_template(settings, tokenizer)
@@ -631,6 +632,13 @@ def _write_tokens(
 # ---------------------------------------------------------------------------------------------- from tokens to batches
 
 
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """A name for metrics for each data set: its own, of a file its stem, or its whole path where stems are equal."""
+    stems = {name: Path(name).name.partition(".")[0] for name in names}
+    taken = Counter(stems.values())
+    return {name: stem if taken[stem] == 1 else name.strip("/").replace("/", ".") for name, stem in stems.items()}
+
+
 class DataLoader:
     """Batches of tokenised records, in an order that is a function of the seed and the epoch alone.
 
@@ -657,8 +665,9 @@ class DataLoader:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        apart: bool = False,
     ) -> None:
-        """Raises UserError for numbers that make no run."""
+        """`apart`: a batch holds records of one data set only. Raises UserError for numbers that make no run."""
         if n_epochs is None and n_examples is None:
             raise UserError("One of n_epochs and n_examples must say when the run ends")
         counts = {
@@ -683,6 +692,7 @@ class DataLoader:
         self.steps_per_epoch = math.ceil(len(self.rows) / batch_size)
         columns = [name for name in ("desirable", "score") if self.rows.data.column(name).null_count == 0]
         self.values = self.rows.select_columns(["prompt_ids", "completion_ids", *columns])
+        self.names = short_names(self.rows.data.column("data_set").unique().to_pylist() if apart else [])
 
     @staticmethod
     def records(data: Dataset) -> list[dict[str, Any]]:
@@ -714,8 +724,22 @@ class DataLoader:
         """This rank's micro-batches of each optimiser step, from step `start` on. All ranks get the same number of
         them, some of no records (see `batch.micro_batches`)."""
         for step in range(start, len(self)):
-            indices = self.indices(step)
-            yield [self.batch([indices[i] for i in own]) for own in self.shares(self.shapes(indices))]
+            groups = self.by_data_set(self.indices(step))
+            yield [batch for name, indices in groups.items() for batch in self.micro_batches(indices, name)]
+
+    def by_data_set(self, indices: list[int]) -> dict[str | None, list[int]]:
+        """Some rows by the name of their data set, where data sets are apart; else all of them by None."""
+        if len(self.names) < 2:
+            return {None: indices}
+        found: dict[str | None, list[int]] = {name: [] for name in self.names.values()}
+        for index, name in zip(indices, self.rows.with_format("arrow")[indices]["data_set"].to_pylist()):
+            found[self.names[name]].append(index)
+        return {name: own for name, own in found.items() if own}
+
+    def micro_batches(self, indices: list[int], data_set: str | None) -> list[Batch]:
+        """This rank's micro-batches of some rows."""
+        batches = [self.batch([indices[i] for i in own]) for own in self.shares(self.shapes(indices))]
+        return [replace(batch, data_set=data_set) for batch in batches]
 
     def shares(self, shapes: list[tuple[int, list[int]]]) -> list[list[int]]:
         """Which records of an optimiser step, given their shapes, each of this rank's micro-batches holds."""

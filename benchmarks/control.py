@@ -114,7 +114,7 @@ SWEEP = [Case("format", loss, "moved format", weight) for loss in ("fpo", "fpo-m
 
 def pairs(pushed: str, split: str, count: int) -> list[dict[str, str]]:
     """Pairs whose chosen completion has both wanted values and whose rejected one has neither."""
-    prefer, found, seed = (WANTED[pushed], WANTED["tone"]), [], 0
+    prefer, found, seed = (WANTED[pushed], WANTED["tone"]), list[dict[str, str]](), 0
     while len(found) < count:
         for row in toy.preferences(split, seed, 4000, prefer):
             scores = [toy.toy_score(row["prompt"], row[side], prefer) for side in ("chosen", "rejected")]
@@ -365,10 +365,9 @@ def picture(panels: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
     ]
     top = size + 105
     for number, (colour, name) in enumerate(zip(COLOURS, names)):
-        x, y = gap + (number % 2) * (size + gap), top + number // 2 * 20
-        parts.append(
-            f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{colour}"/><text x="{x + 12}" y="{y}" class="key">{name}</text>'
-        )
+        across, down = gap + (number % 2) * (size + gap), top + number // 2 * 20
+        parts.append(f'<circle cx="{across}" cy="{down - 4}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{across + 12}" y="{down}" class="key">{name}</text>')
     width, height = 2 * gap + len(panels) * (size + gap), top + 20 * (len(names) // 2) + 10
     style = (
         "text{font:13px sans-serif;text-anchor:middle;fill:#222}.title{font-size:15px}.key{text-anchor:start}"

@@ -91,7 +91,7 @@ STEPS = 4  # measured; the one before makes the optimiser's tensors
 
 
 def tensors() -> None:
-    given: dict[str, Any] = {"device": "cpu", "batch": 8, "steps": STEPS, "threads": 1, "lengths": "hh"}
+    given: dict[str, Any] = {"device": "cpu", "batch": 8, "steps": STEPS, "threads": 1, "lengths": "hh", "model": None}
     print("| `loss=` | peak of the tensors, MB | over `simpo` |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         child(Path(name), given)
@@ -114,7 +114,7 @@ def peak_of_tensors(folder: Path, given: dict[str, Any], loss: str) -> float:
         before = sum({storage.data_ptr(): storage.nbytes() for storage in alive.values()}.values())
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             update(step, *others)
-        events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        events = profiler.profiler.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         now = most = 0
         for _, change in changes:

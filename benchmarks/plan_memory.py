@@ -95,8 +95,7 @@ def planned(folder: Path, own: list[str], ranks: int) -> float:
     from launch import settings as checks
 
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        config = compose("config", settings(folder, own, "plan"))
-        config, classes = checks.check_config(config, ["plan"])
+        config, classes = checks.check_config(compose("config", settings(folder, own, "plan")), ["plan"])
         made = plan.make(config, classes, checks.find_paths(config, classes.binding.needs), ranks)
     return sum(made.memory.values())
 

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
@@ -49,13 +50,13 @@ def measure(trainer: str, seed: int) -> dict[str, dict[str, float]]:
 
     name, arguments = f"{trainer.replace(' ', '-')}-{seed}", overrides(seed, TRAINERS[trainer])
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        config = compose("config", overrides=[*arguments, f"exp_name={name}", "resume=never"])
-        config, classes = settings.check_config(config)
+        raw = compose("config", overrides=[*arguments, f"exp_name={name}", "resume=never"])
+        config, classes = settings.check_config(raw)
         paths = settings.find_paths(config, classes.binding.needs)
     run = Run(OUTPUT / name)
     with run.writing():
-        run.start(config, None)
-        own = assembly.prepare(config, classes, paths, run)
+        run.start(config)
+        own: Any = assembly.prepare(config, classes, paths, run)
         if trainer == "this repo":
             own.train()
             return dict.fromkeys(("as saved", "same L0"), figures(own, own.last_evaluation))
@@ -129,7 +130,7 @@ def in_a_process(seed: int) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def table(found: dict[int, dict[str, dict[str, dict[str, float]]]], which: str) -> list[str]:
-    """MetricAccumulator over the seeds, and the standard deviation."""
+    """Mean over the seeds, and the standard deviation."""
     lines = [f"| trainer | {' | '.join(MEASURES.values())} |", "|---" * (len(MEASURES) + 1) + "|"]
     for trainer in TRAINERS:
         cells = []

@@ -108,7 +108,8 @@ def main() -> None:
     parser.add_argument("--only", nargs=2, metavar=("WAY", "KIND"), help="measure one, in this process")
     arguments = parser.parse_args()
     if arguments.only:
-        print(measure(*arguments.only, arguments.tokens))
+        way, kind = arguments.only
+        print(measure(way, kind, arguments.tokens))
         return
     print("| | ReLU, JumpReLU, MB | bound | TopK, MB | bound |\n|---|---|---|---|---|")
     broken = False

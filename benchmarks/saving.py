@@ -51,13 +51,13 @@ def train(folder: Path) -> None:
         *(f"eval_datasets=[{folder / 'pairs.jsonl'}]", f"cache_dir={folder / 'runs'}", "model.batch_size=2", "lr=1e-5"),
     ]
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        config = compose("config", overrides)
-        config, classes = settings.check_config(config)
+        config, classes = settings.check_config(compose("config", overrides))
         paths = settings.find_paths(config, classes.binding.needs)
+    config = settings.with_defaults(config, paths)
     run = Run(folder / "runs" / f"on-{parallel.world_size()}")
     trainer = assembly.prepare(config, classes, paths, run)
     trainer.start_optimizer()
-    means, alone, meanwhile, peak = MetricAccumulator(), [], 0.0, 0
+    means, alone, meanwhile, peak = MetricAccumulator(), list[float](), 0.0, 0
     for step, micro_batches in enumerate(trainer.loaders["train"].steps()):
         busy = run.read is not None
         started = time.monotonic()

@@ -73,7 +73,13 @@ def train(count: int) -> None:
         started = time.process_time()
         loaded: list[float] = []
         load = dataloader.load_tokens
-        dataloader.load_tokens = lambda *a, **k: (load(*a, **k), loaded.append(time.process_time() - started))[0]
+
+        def timed_load(*positional: Any, **named: Any) -> Any:
+            tokens = load(*positional, **named)
+            loaded.append(time.process_time() - started)
+            return tokens
+
+        dataloader.load_tokens = timed_load
         given = ["loss=dpo", "model=tiny", f"datasets=[{file}]", f"cache_dir={folder}", "do_first_eval=false"]
         given += [
             f"model.batch_size={BATCH}",
@@ -117,7 +123,7 @@ def vocabulary() -> None:
     batch = batches.collate(records, "shared_prefix", pad_id=0, eos_id=2)
     ways: dict[str, Callable[[], object]] = {}
     for words in (32_768, 262_144):
-        config = Gemma2Config(**{**SHAPES["cpu"], "vocab_size": words}, attn_implementation="segments")
+        config = Gemma2Config(**{**SHAPES["cpu"], "vocab_size": words, "attn_implementation": "segments"})
         model = Gemma2ForCausalLM(config)
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
@@ -134,9 +140,9 @@ def vocabulary() -> None:
     times = median_times(ways, TURNS)
     print(f"{batch.input_ids.numel():,} positions, {len(batch.target):,} completion tokens; CPU ms\n")
     print("| words | embedding and layers | head | optimiser |\n|---|---|---|---|")
-    for words in ("32,768", "262,144"):
-        cells = [f"{times[f'{words} {part}']:,.0f}" for part in ("layers", "head", "optimiser")]
-        print(f"| {words} | {' | '.join(cells)} |")
+    for label in ("32,768", "262,144"):
+        cells = [f"{times[f'{label} {part}']:,.0f}" for part in ("layers", "head", "optimiser")]
+        print(f"| {label} | {' | '.join(cells)} |")
 
 
 # ---------------------------------------------------------------------------------------------------- the start

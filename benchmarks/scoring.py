@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,7 +30,7 @@ from modeling import head
 from models import score
 
 WORDS, WIDTH = 32_768, 256
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": WORDS,
     "hidden_size": WIDTH,
     "intermediate_size": 1024,

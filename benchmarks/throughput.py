@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                          every contender, at the lengths of real data
     python benchmarks/throughput.py --lengths 300:100        prompts of 150 to 450 tokens, completions of 50 to 150
     python benchmarks/throughput.py --only 'dpo *' 'trl dpo *' --steps 4 --rounds 3
+    python benchmarks/throughput.py --model models/smollm2   a real model on its text, by its chat template
     python benchmarks/throughput.py --device cuda            Gemma-2-2B's shape in bfloat16 (not run so far: no GPU)
 
 Each run is a process of its own, and the contenders take turns, round by round. The model has random weights: on the
@@ -16,7 +17,8 @@ CPU, its completion-only head, which TRL keeps for GPUs ("head forced"). What it
 
 Lengths come from data (`alpaca`, `hh`: words and punctuation marks of $FPO_DATA) or are drawn evenly from half to
 one and a half times the ones given (`PROMPT:COMPLETION`). `log-normal` is drawn with alpaca's means and spreads, for
-where that is absent. The text is random words of the built-in tokenizer, each one token.
+where that is absent. The text is random words of the built-in tokenizer, each one token. `--model` names a directory
+in the Hub's format instead, which reads the text of that data itself.
 """
 
 import argparse
@@ -100,6 +102,9 @@ def contenders(device: str) -> list[Contender]:
 # ---------------------------------------------------------------------------------------------------- lengths
 
 
+Pair = tuple[list[dict[str, str]], str, str]  # the turns of the prompt, chosen and rejected completion
+
+
 def lengths(kind: str, count: int) -> list[tuple[int, int, int]]:
     """Tokens of the prompts, chosen and rejected completions of some pairs."""
     draw = random.Random(0)
@@ -113,20 +118,35 @@ def lengths(kind: str, count: int) -> list[tuple[int, int, int]]:
     if kind == "log-normal":
         spreads = ((3.2, 0.8), (5.9, 0.8), (5.4, 1.0))
         return [tuple(max(1, round(draw.lognormvariate(*own))) for own in spreads) for _ in range(count)]  # type: ignore[misc]
+    header = 2 if kind == "hh" else 0  # HH writes "Human:" or "Assistant:" before a turn
+    return [
+        (
+            sum(header + tokens_in(turn["content"]) for turn in prompt),
+            header + tokens_in(chosen),
+            header + tokens_in(rejected),
+        )
+        for prompt, chosen, rejected in real_pairs(kind, count)
+    ]
+
+
+def real_pairs(kind: str, count: int) -> list[Pair]:
+    """Some pairs of a file of real data."""
     files = {"alpaca": DATA / "alpaca_eval/preferences_train.jsonl.gz", "hh": DATA / "hh/harmless-base/test.jsonl.gz"}
-    if not files[kind].is_file():
-        sys.exit(f"--lengths {kind}: there is no {files[kind]}; log-normal needs no data")
+    if kind not in files or not files[kind].is_file():
+        sys.exit(f"--lengths {kind}: no real data" if kind not in files else f"there is no {files[kind]}")
     with gzip.open(files[kind], "rt") as file:
         rows = [json.loads(line) for line in file]
-    return [tuple(map(tokens_in, texts(row))) for row in draw.sample(rows, count)]  # type: ignore[misc]
+    return [texts(row) for row in random.Random(0).sample(rows, count)]
 
 
-def texts(row: dict[str, str]) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected completion; HH has the prompt in both dialogues."""
+def texts(row: dict[str, str]) -> Pair:
+    """HH has the whole dialogue on both sides."""
     if "prompt" in row:
-        return row["prompt"], row["chosen"], row["rejected"]
-    cut = row["chosen"].rindex("\n\nAssistant:")
-    return row["chosen"][:cut], row["chosen"][cut:], row["rejected"][row["rejected"].rindex("\n\nAssistant:") :]
+        return [{"role": "user", "content": row["prompt"]}], row["chosen"], row["rejected"]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    chosen, rejected = (re.split(r"\n\n(Human|Assistant):", row[side])[1:] for side in SIDES)
+    turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(chosen[:-2:2], chosen[1:-2:2])]
+    return turns, chosen[-1].strip(), rejected[-1].strip()
 
 
 def tokens_in(text: str) -> int:
@@ -146,33 +166,36 @@ def build(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     from training import throughput
 
     torch.manual_seed(0)
-    device = arguments["device"]
-    config = Gemma2Config(**SHAPES[device])
-    Gemma2ForCausalLM(config).save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(REPO / "assets/tiny" / name, folder / "model")
-    wide = torch.randn(config.hidden_size, LATENTS[device]).div_(config.hidden_size**0.5)
+    device, kind, count = arguments["device"], arguments["lengths"], arguments["batch"] * (arguments["steps"] + 1)
+    if arguments["model"]:
+        (folder / "model").symlink_to(Path(arguments["model"]).resolve(strict=True))
+        pairs = real_pairs(kind, count)
+    else:
+        Gemma2ForCausalLM(Gemma2Config(**SHAPES[device])).save_pretrained(folder / "model")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(REPO / "assets/tiny" / name, folder / "model")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        words = [word[1:] for word in tokenizer.get_vocab() if re.fullmatch("Ġ[a-z]{3,}", word)]
+        draw, pairs = random.Random(1), []
+        for own in lengths(kind, count):
+            prompt, chosen, rejected = (" ".join(draw.choices(words, k=tokens)) for tokens in own)
+            pairs.append(([{"role": "user", "content": prompt}], chosen, rejected))
+    shape = json.loads((folder / "model/config.json").read_text())
+    wide = torch.randn(shape["hidden_size"], LATENTS[device]).div_(shape["hidden_size"] ** 0.5)
     zeros = torch.zeros(LATENTS[device])
     # of the tapped stream, whose numbers here are of the order of 1: a few in a hundred latents are active
     save_sae(SAE(wide, zeros, wide.T.contiguous(), torch.zeros(len(wide)), zeros + 2), folder / "params.npz")
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    words = [word[1:] for word in tokenizer.get_vocab() if re.fullmatch("Ġ[a-z]{3,}", word)]
-    draw = random.Random(1)
-    pairs = lengths(arguments["lengths"], arguments["batch"] * (arguments["steps"] + 1))
-
-    def text(tokens: int) -> str:
-        return " ".join(draw.choices(words, k=tokens))
-
-    rows = [dict(zip(("prompt", *SIDES), map(text, own))) for own in pairs]
-    sides = [(row["prompt"], row[side], side) for row in rows for side in SIDES]
-    labelled = [{"prompt": prompt, "completion": text, "label": side == "chosen"} for prompt, text, side in sides]
-    turns = [({"role": "user", "content": prompt}, {"role": "assistant", "content": text}) for prompt, text, _ in sides]
-    for name, records in (("dpo", rows), ("kto", labelled), ("sft", [{"messages": own} for own in turns])):
+    sides = [(turns, text, side) for turns, *both in pairs for side, text in zip(SIDES, both)]
+    whole = [[*turns, {"role": "assistant", "content": text}] for turns, text, _ in sides]
+    labelled = [{"prompt": turns, "completion": text, "label": side == "chosen"} for turns, text, side in sides]
+    rows = [dict(zip(SIDES, both)) for both in zip(whole[::2], whole[1::2])]
+    for name, records in (("dpo", rows), ("kto", labelled), ("sft", [{"messages": turns} for turns in whole])):
         write_lines(folder / f"{name}.jsonl", records)
     for loss in ("dpo", "kto", "sft"):
         write_lines(folder / f"trl_{loss}.jsonl", trl_rows(folder, arguments, loss))
-    return {"rate": throughput.peak_flops() or multiplications(device), "pairs": shapes_of(folder, arguments)}
+    rate = throughput.peak_flops() or multiplications(device)
+    return {"rate": rate, "pairs": shapes_of(folder, arguments), "shape": shape}
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -297,7 +320,7 @@ def assemble(given: list[str]) -> Any:
     parallel.init_process_group(0, 1, dist.HashStore())
     config, classes = checked(given)
     run = Run(Path(config.cache_dir) / config.exp_name)
-    run.start(config, None)
+    run.start(config)
     paths = settings.find_paths(config, classes.binding.needs)
     trainer = assembly.prepare(config, classes, paths, run, cached=("train",))
     trainer.start_optimizer()
@@ -311,7 +334,8 @@ def run_ours(folder: Path, arguments: dict[str, Any], contender: Contender) -> d
     from launch import assembly
 
     reference = timed(assembly, "load_or_build", arguments["device"])
-    dataloader.DataLoader._order = lambda loader, _epoch: np.arange(len(loader.rows))  # that of the file, as TRL's
+    # the order of the file, as TRL's
+    dataloader.DataLoader._order = lambda loader, _epoch: np.arange(len(loader.rows))  # type: ignore[method-assign, assignment]
     trainer = assemble(overrides(folder, arguments, contender.loss, contender.layout or ""))
     losses: list[float] = []
     trainer.log = lambda _step, _examples, values: losses.append(values["loss/train"])
@@ -345,11 +369,13 @@ def run_trl(folder: Path, arguments: dict[str, Any], contender: Contender) -> di
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if contender.forced:
-        trl.trainer.utils._use_triton = lambda _device: True
+        trl.trainer.utils._use_triton = lambda device: True  # noqa: ARG005
     on_cpu, kind = arguments["device"] == "cpu", contender.loss.upper()
 
+    capped = "attn_logit_softcapping" in json.loads((folder / "model/config.json").read_text())  # sdpa cannot do that
+
     def load() -> Any:
-        how = {"dtype": torch.float32, "attn_implementation": contender.attention or "eager"}
+        how = {"dtype": torch.float32, "attn_implementation": contender.attention or ("eager" if capped else "sdpa")}
         return AutoModelForCausalLM.from_pretrained(folder / "model", **how)
 
     rows = [json.loads(line) for line in (folder / f"trl_{contender.loss}.jsonl").read_text().splitlines()]
@@ -403,21 +429,24 @@ def run_trl(folder: Path, arguments: dict[str, Any], contender: Contender) -> di
 
 @dataclass(frozen=True)
 class Work:
-    """What the model takes: parameters of the layers, and of the head; the sum of the layers' widths of attention."""
+    """What the model takes: parameters of the layers, words and width; the sum of the layers' widths of attention."""
 
     layers: float
-    head: float
+    words: int
+    width: int
     attention: float
 
     @classmethod
     def of(cls, shape: dict[str, Any]) -> "Work":
-        width, depth = shape["hidden_size"], shape["num_hidden_layers"]
-        queries, keys = (
-            shape.get(name, default) * shape.get("head_dim", 256)
-            for name, default in (("num_attention_heads", 8), ("num_key_value_heads", 4))
-        )
+        width, depth, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
+        size = shape.get("head_dim") or width // heads
+        queries, keys = heads * size, shape["num_key_value_heads"] * size
         layer = width * (2 * queries + 2 * keys + 3 * shape["intermediate_size"])
-        return cls(depth * layer, width * shape["vocab_size"], depth * queries)
+        return cls(depth * layer, shape["vocab_size"], width, depth * queries)
+
+    @property
+    def head(self) -> int:
+        return self.words * self.width
 
     def operations(self, forwards: float, positions: int, projections: int, pairs: float) -> float:
         """Of so many forward passes; a backward pass is two."""
@@ -458,9 +487,9 @@ def counted(work: Work, contender: Contender, step: list[tuple[int, list[int]]],
         forwards += 2 if contender.loss == "kto" else 1
     again = projections  # whose logits are computed in the backward pass too
     if contender.layout:
-        chunk = (1 << 26) // SHAPES[device]["vocab_size"]  # head.CHUNK_ELEMENTS; the last one is still there
+        chunk = (1 << 26) // work.words  # head.CHUNK_ELEMENTS; the last one is still there
         again = (projections - 1) // chunk * chunk * (2 if contender.loss == "tdpo2" else 1)
-    sae = 2 * SHAPES[device]["hidden_size"] * LATENTS[device] * projections if contender.loss == "fpo" else 0
+    sae = 2 * work.width * LATENTS[device] * projections if contender.loss == "fpo" else 0
     return work.operations(forwards, positions, projections, pairs) + 2 * work.head * again + sae
 
 
@@ -496,7 +525,9 @@ def work_of_child(given: dict[str, Any]) -> None:
 
 def measure(arguments: argparse.Namespace, chosen: list[Contender], kind: str) -> None:
     """All rounds at one kind of lengths, and their table."""
-    given = {name: getattr(arguments, name) for name in ("device", "batch", "steps", "threads")} | {"lengths": kind}
+    given = {name: getattr(arguments, name) for name in ("device", "batch", "steps", "threads", "model")} | {
+        "lengths": kind
+    }
     with tempfile.TemporaryDirectory() as name:
         built = child(Path(name), given)
         runs: dict[Contender, list[dict[str, Any]]] = {contender: [] for contender in chosen}
@@ -518,7 +549,7 @@ def report(
     """A table. Time, operations and peak are also beside those of the first of the same loss; the last column is how
     near a run comes to doing what is needed at the rate of a matrix product; on a known GPU, its data sheet's (MFU)."""
     device, batch, steps = arguments.device, arguments.batch, arguments.steps
-    work, clock = Work.of(SHAPES[device]), "cpu" if device == "cpu" else "seconds"
+    work, clock = Work.of(built["shape"]), "cpu" if device == "cpu" else "seconds"
     pairs = [(prompt, completions) for prompt, completions in built["pairs"]]
     parts = [pairs[start : start + batch] for start in range(batch, len(pairs), batch)]  # the first step warms up
     tokens = sum(prompt + own for prompt, completions in pairs[batch:] for own in completions)
@@ -563,6 +594,9 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--model", metavar="DIRECTORY", help="a real model, on its own text; with --lengths alpaca or hh"
+    )
     parser.add_argument("--lengths", nargs="+", default=["alpaca"], metavar="KIND")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of contenders' names")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")

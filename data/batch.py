@@ -41,6 +41,7 @@ class Batch:
     index: list[Any]  # [B] the records' row numbers in the tokenised data set
     record: dict[str, Tensor] = field(default_factory=dict)  # [B] or [S] labels, scores; indices of sides
     reference: dict[str, Any] = field(default_factory=dict)  # [S] the reference model's cached values
+    data_set: str | None = None  # that all records are of, where each data set is measured by itself
 
     @property
     def num_sequences(self) -> int:

@@ -5,7 +5,7 @@ whatever follows it, and the boundary between prompt and completion is exact.
 
 A record, made by a loader in dataloader.py, is
     {"prompt": [messages], "completions": [str, ...], "desirable": bool | None, "score": float | None,
-     "truncation_mode": "keep_start" | "keep_end", "source": str}
+     "truncation_mode": "keep_start" | "keep_end", "source": str, "data_set": str, which may be absent}
 """
 
 import json
@@ -144,6 +144,7 @@ FEATURES = datasets.Features(
         "desirable": datasets.Value("bool"),
         "score": datasets.Value("float64"),
         "source": datasets.Value("string"),
+        "data_set": datasets.Value("string"),
     }
 )
 
@@ -319,6 +320,7 @@ def _encode(
             if any(eos_id in answer for answer in answers):
                 raise BadRow(f"the completion holds the end-of-sequence token {eos} inside its text")
             row = {
+                "data_set": None,
                 **record,
                 "prompt": prompt,
                 "messages": json.dumps(record["prompt"], ensure_ascii=False),

@@ -215,7 +215,8 @@ def make_loader(
 ) -> DataLoader:
     """The loader of "train" or "eval". Evaluation sees the same records whatever the run's seed."""
     model = config.model
-    own: dict[str, Any] = {"batch_size": model.eval_batch_size, "n_examples": config.n_eval_examples, "seed": 0}
+    own: dict[str, Any] = {"batch_size": model.eval_batch_size, "n_examples": config.n_eval_examples}
+    own |= {"seed": 0, "apart": True}
     if split == "train":
         own = {
             "batch_size": model.batch_size,

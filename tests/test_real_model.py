@@ -4,7 +4,10 @@ import json
 import math
 
 import pytest
+import torch
 from conftest import HH_100, command, look_at, metrics, transformers_server
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 DATA = ["datasets=[hh]", f"data_dir={HH_100}"]
@@ -58,3 +61,43 @@ def test_its_features_in_a_browser(trained, browser, tmp_path):
     command("eval.py", f"--config-path={folder / 'fpo'}", *options)
     page, said = look_at(browser, folder / "fpo/features/report.html", tmp_path / "browser")
     assert said == [] and "What fpo did to the features: fpo" in page
+
+
+def test_dpo_equals_trls_on_the_same_pairs(smollm2, tmp_path):
+    """The loss before the first step, and the summed log-probabilities, of TRL's trainer on the same conversations."""
+    trl = pytest.importorskip("trl")
+    pairs = [
+        ("Name a fruit.", "An apple.", "No."),
+        ("What is two plus two?", "Two plus two is four.", "Five, I think, or six."),
+    ]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        for prompt, chosen, rejected in pairs
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [f"model={smollm2}", *SHORT, f"cache_dir={tmp_path}", "exp_name=dpo", "++max_new_tokens=1"]
+    command("train.py", "loss=dpo", *own, f"datasets=[{file}]", f"eval_datasets=[{file}]", "++model.batch_size=2")
+    ours = metrics(tmp_path / "dpo")[0]
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    # TRL also scores the line break that the template writes after <|im_end|>; a sample stops before it, and so do we
+    ending = "'<|im_end|>' + '\n'"
+    assert tokenizer.chat_template.count(ending) == 1
+    last = "'<|im_end|>' + ('' if message['role'] == 'assistant' else '\n')"
+    tokenizer.chat_template = tokenizer.chat_template.replace(ending, last)
+    trainer = trl.DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32),
+        args=trl.DPOConfig(str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, per_device_eval_batch_size=2),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    theirs = trainer.evaluate()
+    assert ours["loss/eval"] == pytest.approx(theirs["eval_loss"], abs=1e-6) == pytest.approx(math.log(2), abs=1e-6)
+    for side in ("chosen", "rejected"):
+        assert ours[f"logps_eval/{side}"] == pytest.approx(theirs[f"eval_logps/{side}"], abs=1e-4)

@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import dataloader
 import eval as evaluation
 import models
 import train
@@ -531,3 +532,36 @@ def test_schedules_equal_transformers(name, warmup, steps):
             optimizer.step()
             schedule.step()
     assert rates[0] == pytest.approx(rates[1])
+
+
+# ---------------------------------------------------------------------------------------------------- data sets apart
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_each_evaluation_set_is_reported_by_its_name(tmp_path, loss, capsys):
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("near", "far")}
+    for seed, (name, count) in enumerate({"near": 5, "far": 7}.items(), 1):
+        rows = toy.preferences("test", seed=seed, count=count)
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [f"loss={loss}", "++model.eval_batch_size=4", "n_examples=8"]
+
+    def evaluated(exp_name, *sets):
+        paths = ",".join(str(files[name]) for name in sets)
+        return run(tmp_path, *own, f"eval_datasets=[{paths}]", f"exp_name={exp_name}")[0]
+
+    both = evaluated("both", "near", "far")
+    assert "near after 0 steps" in capsys.readouterr().out
+    of_sets = {key for key in both if "eval/near" in key or "eval/far" in key}
+    for name in files:
+        alone = evaluated(name, name)
+        assert alone.keys() == both.keys() - of_sets
+        for metric in ("logps_eval/chosen", "logps_eval/rejected"):
+            assert both[metric.replace("eval", f"eval/{name}")] == pytest.approx(alone[metric], rel=1e-5)
+    weights = {"near": 5 / 12, "far": 7 / 12}
+    together = sum(weight * both[f"logps_eval/{name}/chosen"] for name, weight in weights.items())
+    assert both["logps_eval/chosen"] == pytest.approx(together, rel=1e-5)
+
+
+def test_data_sets_with_the_same_file_name_are_told_apart():
+    names = dataloader.short_names(["hh", "/data/a/test.jsonl", "/data/b/test.jsonl", "new/chats.jsonl.gz"])
+    assert list(names.values()) == ["hh", "data.a.test.jsonl", "data.b.test.jsonl", "chats"]

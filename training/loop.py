@@ -7,6 +7,7 @@ import functools
 import math
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,14 @@ from modeling.weights import formats_in, load_weights, open_weights, write_weigh
 from models import score
 from sae import SAE, ResidualTap, attention_sinks
 from training.checkpoint import Run
-from training.metrics import MetricAccumulator, MetricsLog, StepLines, evaluation_table
+from training.metrics import (
+    MetricAccumulator,
+    MetricsLog,
+    StepLines,
+    by_data_set,
+    evaluation_table,
+    of_data_set,
+)
 from training.quantities import OF_TOKENS, QUANTITIES, Binding, LossContext
 from training.reference import Reference, ReferenceCache
 from training.settings import TrainingSettings
@@ -471,17 +479,20 @@ class BasicTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The means of the metrics over the whole evaluation set."""
+        """The means of the metrics over all evaluation data, and of several data sets those of each."""
         self.module.eval()
-        loader, means = self.loaders["eval"], MetricAccumulator()
+        loader, means = self.loaders["eval"], defaultdict[str | None, MetricAccumulator](MetricAccumulator)
         with progress_bar("evaluating", len(loader), 0) as advance:
             for step, micro_batches in enumerate(self.steps("eval")):
                 self.stop_if_asked()
                 self.before_step("eval", step, micro_batches)
                 for batch in micro_batches:
-                    self.compute_loss(batch, "eval", means)
+                    self.compute_loss(batch, "eval", means[batch.data_set])
                 advance(step + 1, None)
-        return means.read()
+        together = MetricAccumulator.together(means.values())
+        apart = {name: own for name, own in means.items() if name is not None}
+        each = {of_data_set(key, name): value for name, own in apart.items() for key, value in own.read().items()}
+        return {**together.read(), **each}
 
     # ------------------------------------------------------------------------------------------------ what is kept
 
@@ -490,7 +501,8 @@ class BasicTrainer:
         self.metrics.write({"step": step, "examples": examples, **values})
         if "loss/eval" in values:
             self.last_evaluation, self.evaluated_step = values, step
-            console.print(evaluation_table(step, examples, values))
+            for data_set, own in by_data_set(values, self.loaders["eval"].names.values()).items():
+                console.print(evaluation_table(step, examples, own, data_set))
             if parallel.rank() == 0:
                 self.on_evaluation()
 

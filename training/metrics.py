@@ -5,7 +5,7 @@ import netrc
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -34,6 +34,20 @@ class MetricName(NamedTuple):
         return cls(found[1], found[2], tuple(filter(None, found[3].split("/")))) if found else cls(name, None, ())
 
 
+def of_data_set(name: str, data_set: str) -> str:
+    """The name of an evaluation's metric on one of several data sets: `rewards_eval/hh/margins`, `loss/eval/hh`."""
+    return re.sub(r"([_/]eval)(?=/|$)", rf"\1/{data_set}", name, count=1)
+
+
+def by_data_set(values: dict[str, float], names: Iterable[str]) -> dict[str | None, dict[str, float]]:
+    """Metrics on all data, by None, and on each data set, by its name and under the metric's plain name."""
+    found: dict[str | None, dict[str, float]] = {None: dict(values)}
+    for name in names:
+        own = {key: found[None].pop(whole) for key in values if (whole := of_data_set(key, name)) in found[None]}
+        found |= {name: own} if own else {}
+    return found
+
+
 def clock(seconds: float) -> str:
     """`1:02:03`, or `2:03` for less than an hour."""
     minutes, rest = divmod(round(seconds), 60)
@@ -54,6 +68,14 @@ class MetricAccumulator:
             total + values.detach().float().sum(),
             count + (values.numel() if weight is None else weight),
         )
+
+    @classmethod
+    def together(cls, parts: Iterable["MetricAccumulator"]) -> "MetricAccumulator":
+        """Of all that was added to some others."""
+        found = cls()
+        for name, (total, count) in (item for part in parts for item in part.sums.items()):
+            found.add(name, total, count)
+        return found
 
     def read(self) -> dict[str, float]:
         """The means. Every rank has to ask, and to have added the same names."""
@@ -102,7 +124,7 @@ class StepLines:
         self.since, self.due = [], now + SECONDS_BETWEEN_LINES
 
 
-def evaluation_table(step: int, examples: int, values: dict[str, float]) -> Table:
+def evaluation_table(step: int, examples: int, values: dict[str, float], data_set: str | None = None) -> Table:
     """The metrics of an evaluation; those of chosen and rejected completions, or of several layers, side by side."""
     rows: dict[str, dict[str, float]] = {}
     columns = [""]
@@ -112,7 +134,8 @@ def evaluation_table(step: int, examples: int, values: dict[str, float]) -> Tabl
         row = "/".join([group, *(part for part in parts if part != column)])
         rows.setdefault(row, {})[column] = value
         columns += [column] if column not in columns else []
-    title = f"held-out data after {step:,} steps ({examples:,} examples)"
+    data = "held-out data" if data_set is None else data_set
+    title = f"{data} after {step:,} steps ({examples:,} examples)"
     table = Table("", title=title, title_justify="left", title_style="bold", box=None, show_header=len(columns) > 1)
     for column in columns:
         table.add_column(column, justify="right", min_width=8)
