@@ -57,7 +57,7 @@ class Kind:
 
 
 def kinds() -> list[Kind]:
-    own = {"fpo": "", "kto": "", "ppo": "", "sae": "loss.d_sae=64 loss.k=4 loss.batch_tokens=256"}
+    own = {"fpo": "", "kto": "", "ppo": "", "sae": "loss.d_sae=64 loss.k=4 loss.batch_tokens=64 loss.buffer_tokens=256"}
     found = [
         Kind(name, "train.py", f"loss={name} {options} {TRAIN} ++nproc={ranks}", ranks)
         for ranks in (1, 2)
