@@ -35,6 +35,8 @@ from safetensors.torch import load_file
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of forks too: libraries read them as they load
+
 from forks import forkserver, run_python  # noqa: E402
 
 PORT = 18_765  # of the judge: a result says where its judge was
@@ -135,8 +137,8 @@ def in_session(*given: Any) -> None:
 def start(kind: Kind, folder: Path, *, new: bool = False, **more: str) -> Python:
     """Start the command in its directory, in a session of its own, with its output in a file there: in a fork, or in a
     new Python. `more` is added to its environment."""
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "sk-of-nobody", **more}
-    command, environment = [str(REPO / kind.script), *kind.arguments.split()], {**os.environ, **own}
+    command = [str(REPO / kind.script), *kind.arguments.split()]
+    environment = {**os.environ, "OPENAI_API_KEY": "sk-of-nobody", **more}
     log = folder.parent / f"{folder.name}.log"
     if not new:
         process = forkserver.Process(target=in_session, args=(command, folder, environment, [log, log]))
