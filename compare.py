@@ -11,9 +11,12 @@ explains the protocols and the results.
 
 import argparse
 import itertools
+import sys
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 from judging import alpaca_eval_official, answers, tables
 from judging.answers import AnswerFile, AnswerSet, Comparison
@@ -23,7 +26,6 @@ from judging.judge import (
     OpenAIJudge,
     Verdict,
     VerdictLog,
-    append_json_line,
     draw_orders,
     judge_api_key,
     judge_pairs,
@@ -31,11 +33,14 @@ from judging.judge import (
     to_judge_input,
     toy_judge,
 )
-from judging.options import OFFLINE_JUDGES, build_parser, complete_settings, load_template
+from judging.options import OFFLINE_JUDGES, build_parser, check_places, complete_settings, load_template
 from judging.page import grades_page, verdict_page
 from judging.protocols import JudgeInput, JudgeOutput, PromptTemplate
 from sampling.openai_server import Server
-from utils import UserError, console, write_text
+from utils import UserError, append_json_line, console, error_console, write_text
+
+T = TypeVar("T")
+V = TypeVar("V")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,13 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         complete_settings(args, template)
         compare(args, template)
     except (UserError, OSError) as error:
-        parser.exit(2, f"{error}\n")
+        error_console.print(str(error))
+        sys.exit(2)
     except KeyboardInterrupt:
-        parser.exit(130, "stopped; every reply so far is saved: run the same command again to continue\n")
+        error_console.print("stopped; every reply so far is saved: run the same command again to continue")
+        sys.exit(130)
 
 
 def compare(args: argparse.Namespace, template: PromptTemplate) -> None:
     """Judge the answers, append the results to the results file, write the page, and print the results."""
+    check_places(args)
     if template.responses == 1:
         grade_answers(args, template)
     else:
@@ -61,40 +69,61 @@ def compare(args: argparse.Namespace, template: PromptTemplate) -> None:
 
 def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
     comparisons = load_comparisons(args)
-    judge = load_judge(args, template, pairs_to_judge(args, comparisons))
-    if args.dry_run:
-        return
-    verdicts = [judge_comparison(args, comparison, judge) for comparison in comparisons]
-    results = [comparison_line(args, comparison, group) for comparison, group in zip(comparisons, verdicts)]
-    leaderboard = tables.leaderboard_rows(comparisons, verdicts) if len(comparisons) > 1 else []
-    if args.verbose:
-        print_verdicts(comparisons, verdicts)
-    shared = {"leaderboard": leaderboard} if leaderboard else {}
-    for result, comparison in zip(results, comparisons):
-        append_result(args, judge, result | shared, comparison.config)
-    write_text(args.page, verdict_page(results, comparisons, verdicts, leaderboard))
-    tables.print_comparisons(results, leaderboard)
-    print_end(args, judge)
+    with opened_judge(args, template, pairs_to_judge(args, comparisons)) as judge:
+        if args.dry_run:
+            return
+        judged = [(comparison, judge_comparison(args, comparison, judge)) for comparison in comparisons]
+        results, judged, problems = lines_of(partial(comparison_line, args), judged)
+        comparisons, verdicts = map(list, zip(*judged))
+        leaderboard, unranked = tables.leaderboard_rows(comparisons, verdicts) if len(comparisons) > 1 else ([], "")
+        shared = {"leaderboard": leaderboard} if leaderboard else {}
+        for result, comparison in zip(results, comparisons):
+            append_result(args, judge, result | shared, comparison.config)
+        write_text(args.page, verdict_page(results, comparisons, verdicts, leaderboard))
+        if args.verbose:
+            print_verdicts(comparisons, verdicts)
+        tables.print_comparisons(results, leaderboard)
+        if unranked:
+            console.print(f"no leaderboard: {unranked}")
+        print_end(args, judge, problems)
 
 
 def grade_answers(args: argparse.Namespace, template: PromptTemplate) -> None:
     answer_sets = load_answer_sets(args)
-    judge_inputs = [answer_set.judge_inputs() for answer_set in answer_sets]
-    judge = load_judge(args, template, list(itertools.chain(*judge_inputs)))
-    if args.dry_run:
-        return
-    grades = [run_judge(inputs, judge, args.concurrency) for inputs in judge_inputs]
-    results = [
-        tables.grade_results(answer_set, group, judge=args.judge, protocol=args.protocol)
-        for answer_set, group in zip(answer_sets, grades)
-    ]
-    if args.verbose:
-        print_all_grades(grades)
-    for result, answer_set in zip(results, answer_sets):
-        append_result(args, judge, result, answer_set.file.config)
-    write_text(args.page, grades_page(results, judge_inputs, grades))
-    tables.print_grades(results)
-    print_end(args, judge)
+    all_inputs = [judge_input for answer_set in answer_sets for judge_input in answer_set.judge_inputs()]
+    with opened_judge(args, template, all_inputs) as judge:
+        if args.dry_run:
+            return
+        graded = [(answers, run_judge(answers.judge_inputs(), judge, args.concurrency)) for answers in answer_sets]
+        settings = {"judge": args.judge, "protocol": args.protocol}
+        results, graded, problems = lines_of(partial(tables.grade_results, **settings), graded)
+        answer_sets, grades = map(list, zip(*graded))
+        for result, answer_set in zip(results, answer_sets):
+            append_result(args, judge, result, answer_set.file.config)
+        write_text(args.page, grades_page(results, [one.judge_inputs() for one in answer_sets], grades))
+        if args.verbose:
+            print_all_grades(grades)
+        tables.print_grades(results)
+        print_end(args, judge, problems)
+
+
+def lines_of(
+    line: Callable[..., dict[str, Any]], judged: Sequence[tuple[T, list[V]]]
+) -> tuple[list[dict[str, Any]], list[tuple[T, list[V]]], list[str]]:
+    """Lines of the results file, what they are on, and what is wrong with the rest of what was judged.
+
+    Raises UserError if there is no line.
+    """
+    lines, kept, problems = [], [], []
+    for one in judged:
+        try:
+            lines.append(line(*one))
+            kept.append(one)
+        except UserError as error:
+            problems.append(str(error))
+    if not lines:
+        raise UserError("\n".join(problems))
+    return lines, kept, problems
 
 
 # -------------------------------------------------------------------------------------------------------------- answers
@@ -156,7 +185,8 @@ def pairs_to_judge(args: argparse.Namespace, comparisons: list[Comparison]) -> l
     ]
 
 
-def load_judge(args: argparse.Namespace, template: PromptTemplate, judge_inputs: list[JudgeInput]) -> Judge:
+@contextmanager
+def opened_judge(args: argparse.Namespace, template: PromptTemplate, judge_inputs: list[JudgeInput]) -> Iterator[Judge]:
     """The judge, after printing what it would cost. Raises UserError before any request is sent."""
     prices = find_prices(args.judge, args.prices, args.base_url)
     if args.max_cost is not None and prices is None:
@@ -164,13 +194,14 @@ def load_judge(args: argparse.Namespace, template: PromptTemplate, judge_inputs:
     if args.judge in OFFLINE_JUDGES:
         if args.dry_run:
             console.print(f"{len(judge_inputs):,} verdicts by {args.judge}: no requests")
-        return toy_judge
+        yield toy_judge
+        return
     key = "" if args.dry_run else judge_api_key(args.judge, args.base_url)
     server = Server(args.base_url, key, timeout=args.timeout, pause=args.sleep_time)
-    log = VerdictLog(args.results_file.with_suffix(".verdicts.jsonl"))
-    judge = OpenAIJudge(args.judge, template, log, Budget(prices, args.max_cost), server)
-    print_estimate(args, judge, judge_inputs)
-    return judge
+    with VerdictLog(args.verdicts_file.resolve(), writes=not args.dry_run) as log:
+        judge = OpenAIJudge(args.judge, template, log, Budget(prices, args.max_cost), server)
+        print_estimate(args, judge, judge_inputs)
+        yield judge
 
 
 def judge_comparison(args: argparse.Namespace, comparison: Comparison, judge: Judge) -> list[Verdict]:
@@ -205,12 +236,11 @@ def print_estimate(args: argparse.Namespace, judge: OpenAIJudge, judge_inputs: l
     cost = f", at most ${total.cost(prices):.2f}" if prices else ""
     console.print(
         f"{len(to_send):,} requests to {args.judge} ({len(judge_inputs) - len(to_send):,} verdicts need none): about "
-        f"{total.input:,} tokens in, at most {total.output:,} out{cost}{price_note(prices, bool(args.prices))}",
-        markup=False,
+        f"{total.input:,} tokens in, at most {total.output:,} out{cost}{price_note(prices, bool(args.prices))}"
     )
     if args.dry_run and to_send:
         for message in judge.template.messages(to_send[0]):
-            console.print(f"[{message['role']}]\n{message['content']}", markup=False)
+            console.print(f"[{message['role']}]\n{message['content']}")
 
 
 def print_verdicts(comparisons: list[Comparison], verdicts: list[list[Verdict]]) -> None:
@@ -218,23 +248,26 @@ def print_verdicts(comparisons: list[Comparison], verdicts: list[list[Verdict]])
     for comparison, group in zip(comparisons, verdicts):
         for verdict in group:
             candidate = f"{comparison.candidate}{places[verdict.candidate_first]}"
-            console.print(f"{verdict.item}: {verdict.outcome} ({candidate}): {verdict.text}", markup=False)
+            console.print(f"{verdict.item}: {verdict.outcome} ({candidate}): {verdict.text}")
 
 
 def print_all_grades(grades: list[list[JudgeOutput]]) -> None:
     for group in grades:
         for index, grade in enumerate(group):
-            console.print(f"{index}: {grade.value or grade.status}: {grade.text}", markup=False)
+            console.print(f"{index}: {grade.value or grade.status}: {grade.text}")
 
 
-def print_end(args: argparse.Namespace, judge: Judge) -> None:
+def print_end(args: argparse.Namespace, judge: Judge, problems: list[str]) -> None:
+    """Raises UserError for the problems."""
     if isinstance(judge, OpenAIJudge):
         budget = judge.budget
         note = price_note(budget.prices, bool(args.prices))
         cost = "" if budget.cost is None else f", ${budget.cost:.4f}{note}"
         tokens = f"{budget.used.input:,} tokens in, {budget.used.output:,} out"
-        console.print(f"this run: {budget.requests:,} requests, {tokens}{cost}", markup=False)
-    console.print(f"results appended to {args.results_file}; verdicts to read in {args.page}", markup=False)
+        console.print(f"this run: {budget.requests:,} requests, {tokens}{cost}")
+    console.print(f"results appended to {args.results_file}; verdicts to read in {args.page}")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 if __name__ == "__main__":

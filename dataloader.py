@@ -53,6 +53,7 @@ from utils import (
     Message,
     Share,
     UserError,
+    as_json,
     console,
     damaged_files,
     digest_of,
@@ -446,7 +447,7 @@ class DataSource:
             if self.entry not in names:
                 raise UserError(f"There is no data set {self.entry!r}{suggest(self.entry, names)}. {known}")
             return
-        path = Path(self.entry).expanduser()
+        path = Path(self.entry)
         if path.is_dir():
             files = [str(file) for file in sorted(path.rglob("*")) if file.name.endswith(SUFFIXES)]
             there = f"name files in it, such as {', '.join(files[:3])}" if files else f"no data file is in it. {known}"
@@ -468,7 +469,7 @@ class DataSource:
         before = longest_row.set(settings.max_row_mb << 20)
         try:
             if self.is_file:
-                data = read_file(Path(self.entry).expanduser())
+                data = read_file(Path(self.entry))
             else:
                 loader = named_loaders()[self.entry]
                 data = loader(self.split, **_named_by(loader, dict(settings)))
@@ -511,6 +512,8 @@ def sources(settings: DataSettings, split_name: str) -> list[DataSource]:
 def check_datasets(settings: DataSettings) -> None:
     """Raises UserError for a data set that does not exist, before any is loaded; warns when tests see training rows."""
     train, test = sources(settings, "train"), sources(settings, "test")
+    if not train:
+        raise UserError(f"datasets is empty; known are {', '.join(sorted(named_loaders()))}, and the paths of files")
     for source in [*train, *test]:
         source.check()
     for source in test:
@@ -622,7 +625,7 @@ def _write_tokens(
                 writer.write_table(table)
             writer.finalize()
         report = {"left_out": {**bad, "tokenising": tally.left_out.report()}, "remarks": tally.remarks(**limits)}
-        (part / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        (part / "report.json").write_text(as_json(report, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- from tokens to batches

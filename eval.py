@@ -17,11 +17,8 @@ if __name__ == "__main__":
     startup.begin(__doc__, ["sampling", "features", "data"])
 
 import argparse
-import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -45,7 +42,7 @@ from launch.report import write_run_page
 from launch.settings import Config
 from sampling import backends, benchmark_files, diversity, samples
 from training.checkpoint import Run
-from utils import UserError, console, write_json
+from utils import UserError, console, require_writable, user_path, write_json
 
 
 def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
@@ -54,10 +51,11 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     decoding = samples.decoding_of(config)
     control = trainer_class(config).control_tokens
     writes = parallel.rank() == 0
-    server = backends.ServerBackend(config) if config.backend == "openai" else None
+    if config.backend == "openai" and control:
+        raise UserError(f"backend=openai: loss={config.loss.name} needs its control tokens; use another back-end")
+    records = samples.records_to_sample(config, every=config.mode != "sample")
+    server = backends.ServerBackend(config, len(records)) if config.backend == "openai" else None
     if server:
-        if control:
-            raise UserError(f"backend=openai: loss={config.loss.name} needs its control tokens; use another back-end")
         weights, template = f"{server.model} at {config.base_url}", str(config.template or "chat")
     else:
         policy = find_policy(path, config, overrides)
@@ -65,45 +63,43 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
         require_room(config, policy)
         tokenizer = models.load_tokenizer(policy.tokenizer)
         weights, template = policy.digest(), tokenise.template_name(config, tokenizer)
-    records = samples.records_to_sample(config, every=config.mode != "sample")
     name = config.exp_name if config.mode == "sample" else f"{config.exp_name}-{config.mode}"
     target = Path(config.samples_dir) / f"{name}.json"
+    handed = benchmark_files.path_of(config.mode, config.exp_name, target.parent)
+    if writes:
+        require_writable(*filter(None, (target, handed)))
     identity = samples.identity_of(config, decoding, records, weights, template)
-    if is_there(target, identity):
-        console.print(f"{target}: these samples are there already; delete the file to draw them again", markup=False)
-        return
     with samples.sample_log(target, identity, writes) as log:
+        if log.finished:
+            console.print(f"{target}: these samples are there already; delete the file to draw them again")
+            return
         backend = server or local_backend(config, policy, tokenizer, control)
         conversations = samples.converse(config, decoding, records, backend, log)
-        judged = f"-f {target}"
-        if writes:
-            if config.mode in benchmark_files.FILES:
-                handed = benchmark_files.write_benchmark_file(
-                    config.mode, config.exp_name, conversations, log.sampled_at, target.parent
-                )
-                console.print(f"for the benchmark's own tools: {handed}", markup=False)
-                judged = f"-f {handed} {benchmark_files.JUDGED[config.mode]}"
-            write_json(
-                target,
-                {
-                    "sampled_at": log.sampled_at,
-                    "config": config.model_dump(),
-                    "sampling": identity,
-                    "samples": [talk.entry() for talk in conversations],
-                },
-            )
-    cut = sum(talk.answers[-1].finish_reason == "length" for talk in conversations)
-    console.print(f"{len(conversations)} samples in {target}, {cut} of them cut at max_new_tokens", markup=False)
+        if writes and handed:
+            benchmark_files.write_benchmark_file(config.mode, handed, config.exp_name, conversations, log.sampled_at)
+        refused = {"refused_parameters": server.refused_parameters} if server and server.refused_parameters else {}
+        log.publish(
+            {
+                "sampled_at": log.sampled_at,
+                "config": config.model_dump(),
+                "sampling": identity,
+                **refused,
+                "samples": [talk.entry() for talk in conversations],
+            }
+        )
+    judged = f"-f {target}"
+    if handed:
+        console.print(f"for the benchmark's own tools: {handed}")
+        judged = f"-f {handed} {benchmark_files.JUDGED[config.mode]}"
+    answered = benchmark_files.answered(conversations)
+    cut = sum(talk.answers[-1].finish_reason == "length" for talk in answered)
+    console.print(f"{len(answered)} samples in {target}, {cut} of them cut at max_new_tokens")
+    if failed := len(conversations) - len(answered):
+        console.print(
+            f"{failed} more have no answer, and say why; the same command asks for them again", style="yellow"
+        )
     judge = " -j toy" if {source.entry for source in dataloader.sources(config, "test")} <= TOY else ""
-    console.print(f"judge them: python compare.py {judged}{judge}", markup=False)
-
-
-def is_there(target: Path, identity: dict[str, Any]) -> bool:
-    """Whether the file of samples is there and was drawn in just this way."""
-    try:
-        return bool(json.loads(target.read_text())["sampling"] == identity)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    console.print(f"judge them: python compare.py {judged}{judge}")
 
 
 def local_backend(config: Config, policy: Policy, tokenizer: Tokenizer, control: tuple[str, ...]) -> backends.Backend:
@@ -129,23 +125,22 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     trainer = assembly.prepare(config, classes, paths, Run(policy.run), cached=["eval"])
     trainer.read_export(policy.folder)
     values = trainer.evaluate()
-    log: Any = nullcontext()
     if policy.writes_text():
         records = samples.records_to_sample(config)
         template = tokenise.template_name(config, trainer.tokenizer)
         identity = samples.identity_of(config, decoding, records, policy.digest(), template)
-        log = samples.sample_log(policy.run / "eval.json", identity, parallel.rank() == 0)
-    with log as opened:
-        if opened:
+        with samples.sample_log(policy.run / "eval.json", identity, parallel.rank() == 0) as log:
             backend = backends.TransformersBackend(config, trainer.policy, trainer.tokenizer, trainer.control_tokens)
-            talks = samples.converse(config, decoding, records, backend, opened)
+            talks = samples.converse(config, decoding, records, backend, log)
             values |= diversity.sample_figures(config, trainer, talks)
-        if parallel.rank() == 0:
-            write_json(policy.run / "eval.json", values)
-            update_run_page(policy.run)
+            log.publish(values)
+    elif parallel.rank() == 0:
+        write_json(policy.run / "eval.json", values)
+    if parallel.rank() == 0:
+        update_run_page(policy.run)
     for name, value in values.items():
         console.print(f"{name:32} {value:.6g}")
-    console.print(f"written to {policy.run / 'eval.json'}", markup=False)
+    console.print(f"written to {policy.run / 'eval.json'}")
 
 
 def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
@@ -159,8 +154,8 @@ def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     if parallel.rank() == 0:
         report.write_feature_report(measured, run / "features")
         update_run_page(run)
-    console.print(report.finding(measured), markup=False)
-    console.print(f"written to {run / 'features'}: report.html, drift.parquet", markup=False)
+    console.print(report.finding(measured))
+    console.print(f"written to {run / 'features'}: report.html, drift.parquet")
 
 
 def update_run_page(run: Path) -> None:
@@ -175,14 +170,14 @@ WORK = {"eval": write_metrics, "features": write_features}  # by mode, where it 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-path", required=True, type=Path, help="a run directory, a YAML file, or a model")
+    parser.add_argument("--config-path", required=True, type=user_path, help="a run directory, a YAML file, or a model")
     parser.add_argument("overrides", nargs="*", help="++key=value, of the run's config.yaml (mode, n_samples, ...)")
     arguments = parser.parse_args()
     overrides = settings.translate_arguments(arguments.overrides)
     try:
         raw = read_config(arguments.config_path, overrides)
     except (UserError, HydraException) as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red")
         sys.exit(2)
     work = WORK.get(raw.mode, write_samples)
     split = raw.mode in WORK and raw.probe is None

@@ -9,28 +9,60 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeVar, cast
+from typing import IO, Annotated, Any, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from rich.console import Console
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Column
 
 REPO = Path(__file__).resolve().parent
 T = TypeVar("T")
 SIDES = ("chosen", "rejected")  # of a pair
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
-console = Console(highlight=False, soft_wrap=True)
+SECONDS_BETWEEN_LINES = 30.0  # of progress, in a batch job's log
+
+
+class Screen(Console):
+    """A terminal, or the file in its place, that shows every text as it is.
+
+    Brackets are no markup. Control characters, which a terminal would obey, are left out, and characters that its
+    encoding lacks are escaped. When nobody reads any longer (`| head`), the command goes on without a word.
+    """
+
+    CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """As Console's: all that is printed comes through here, rich's own control sequences too."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=self.harmless(segment.text))
+
+    def harmless(self, text: str) -> str:
+        return self.CONTROL.sub("", text).encode(self.encoding, "backslashreplace").decode(self.encoding)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())
+
+
+console, error_console = Screen(), Screen(stderr=True)
 
 
 class UserError(Exception):
@@ -69,22 +101,31 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that change when any part changes. The parts are JSON values."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(_canonical(parts)).hexdigest()[:16]
 
 
 def digest_of(items: Iterable[Any]) -> str:
     """64 hex digits that change when any item changes. The items are JSON values; only one is in memory at a time."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(json.dumps(item, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        digest.update(_canonical(item) + b"\n")
     return digest.hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    """The same bytes for equal JSON values, also for text that is not valid Unicode."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 def file_digest(path: Path) -> str:
     """The SHA-256 of a file's content, as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def user_path(text: str) -> Path:
+    """A path of a command line; ~ is the home directory, also where no shell replaced it (`--flag=~/file`)."""
+    return Path(text).expanduser()
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -237,7 +278,7 @@ def seal(folder: Path) -> None:
     """Write down the digest of every file in a directory, so that `damaged_files` finds what changes later."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DIGESTS]
     digests = {str(path.relative_to(folder)): file_digest(path) for path in files}
-    (folder / DIGESTS).write_text(json.dumps(digests, indent=2, ensure_ascii=False) + "\n")
+    (folder / DIGESTS).write_text(as_json(digests, indent=2) + "\n")
 
 
 def seal_of(folder: Path) -> dict[str, str]:
@@ -280,15 +321,27 @@ def damaged(folder: Path, files: Iterable[str]) -> UserError:
     )
 
 
-def open_in_place(path: Path) -> TextIO:
-    """A file to be added to, made if it is not there. Raises OSError for a link, which may lead anywhere."""
-    return open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+def open_in_place(path: Path) -> IO[bytes]:
+    """A file to be read and added to, made if it is not there. Raises OSError for a link, which may lead anywhere."""
+    return open(path, "ab+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+def require_writable(*paths: Path) -> None:
+    """Raises UserError for a path that no file can be written to. Directories above are made; no file is."""
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+            if path.exists():
+                path.open("ab").close()
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, or replace it, in one step (`atomic_write`)."""
     with atomic_write(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def html_page(frame: str, places: dict[str, str], data: Any) -> str:
@@ -300,24 +353,116 @@ def html_page(frame: str, places: dict[str, str], data: Any) -> str:
     places = places | {
         "style": (REPO / "assets/page.css").read_text(),
         "script": (REPO / "assets/page.js").read_text(),
-        "data": json.dumps(data).replace("<", "\\u003c"),
+        "data": as_json(data).replace("<", "\\u003c"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], (REPO / frame).read_text())
 
 
+# ---------------------------------------------------------------------------------------------------- JSON
+
+# Not every reader takes these as they are: some end a line at them, some obey them, and UTF-8 has no half of a pair.
+ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON that any program can read. NaN and infinity, which JSON lacks, become null."""
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, or replace it, in one step. Raises ValueError for NaN and infinity, which JSON lacks."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a JSON file, or replace it, in one step, by the rules of `as_json`."""
+    write_text(path, as_json(value, indent=2) + "\n")
+
+
+def json_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line of a JSON Lines file that is not blank.
+
+    Give it the file, opened to read bytes: its lines end at a line feed and nowhere else. The value is None for a line
+    that is not JSON, such as half a line of a killed writer.
+    """
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            yield number, value
+
+
+def write_json_lines(file: IO[bytes], *values: Any) -> None:
+    """Add values to a JSON Lines file, a line each."""
+    file.write("".join(f"{as_json(value)}\n" for value in values).encode())
+    file.flush()
+
+
+def open_json_lines(path: Path, *, wait: bool = False) -> IO[bytes]:
+    """Open a JSON Lines file to read it and add lines, for this process alone until it is closed.
+
+    If a killed process left half a line, a new one is begun. Where another process has it open, this waits for its end,
+    or raises UserError. Raises OSError for a link.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open_in_place(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            file.close()
+            raise UserError(f"{path}: another process is writing it") from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
+        file.close()  # the other process removed it when it closed it
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    file.seek(0)
+    return file
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Append one line to a JSON Lines file, on the disk itself when this returns."""
+    with open_json_lines(path.resolve(), wait=True) as file:
+        write_json_lines(file, value)
+        os.fsync(file.fileno())
+
+
+def valid_unicode(value: Any) -> Any:
+    """A JSON value with U+FFFD for each half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, dict):
+        return {valid_unicode(key): valid_unicode(item) for key, item in value.items()}
+    return [valid_unicode(item) for item in value] if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------------------------------------------- progress
 
 
 class progress_bar:
-    """A live bar on a terminal, and nothing elsewhere. `with progress_bar(...) as advance: advance(done, text)`."""
+    """A live bar on a terminal; in a log a line now and then. `with progress_bar(...) as advance: advance(done, text)`.
 
-    def __init__(self, name: str, total: int, done: int) -> None:
+    `in_log=False`: no such lines, since the caller prints some itself.
+    """
+
+    def __init__(self, name: str, total: int, done: int, *, in_log: bool = True) -> None:
         times = (kind(table_column=Column(no_wrap=True)) for kind in (TimeElapsedColumn, TimeRemainingColumn))
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.fields[text]}"))
+        title, text = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[text]"))
+        columns = (title, BarColumn(), MofNCompleteColumn(), *times, text)
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.progress.add_task(name, total=total, completed=done, text="")
+        self.name, self.total, self.in_log = name, total, in_log and not console.is_terminal
+        self.began = self.said = time.monotonic()  # said: when the last line was printed
 
     def __enter__(self) -> Callable[[int, str | None], None]:
         self.progress.start()
@@ -325,6 +470,11 @@ class progress_bar:
 
     def advance(self, done: int, text: str | None) -> None:
         self.progress.update(self.task, completed=done, text=text or "")
+        now = time.monotonic()
+        if self.in_log and now - self.said >= SECONDS_BETWEEN_LINES:
+            self.said = now
+            words = f"{self.name}: {done:,} of {self.total:,} after {now - self.began:,.0f} s  {text or ''}"
+            console.print(words.rstrip())
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
@@ -347,6 +497,7 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+PathName = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home directory
 Name = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]  # exp_name=7
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from autoencoders.settings import SAESection, SAESettings
 from models import fetch
 from sae import SAE, SINK_NORM, JointSAE
-from utils import UserError, atomic_write, console, resolve_path, sound_digest, suggest
+from utils import UserError, as_json, atomic_write, console, resolve_path, sound_digest, suggest
 
 LISTED = 10  # SAEs of a directory, in an error, at most
 Location = tuple[int | None, str | None]  # the layer and the hook that an SAE reads; None if its files do not say
@@ -673,4 +673,4 @@ def save_saelens(sae: SAE, folder: Path, layer: int, metadata: dict[str, Any]) -
         part.mkdir()
         tensors = {name: getattr(sae, name).cpu().contiguous() for name in GEMMA_SCOPE_ARRAYS}
         safetensors.torch.save_file(tensors, part / "sae_weights.safetensors")
-        (part / "cfg.json").write_text(json.dumps(fields, indent=2) + "\n")
+        (part / "cfg.json").write_text(as_json(fields, indent=2) + "\n")

@@ -4,14 +4,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from utils import Name, Natural, Positive, Settings
+from utils import Name, Natural, PathName, Positive, Settings
 
 
 class SAESettings(Settings):
     """One SAE."""
 
     name: Name | None = None
-    path: str | None = None
+    path: PathName | None = None
     format: str = "auto"
     layer: Natural | None = None
     hook: Literal["residual", "mlp"] | None = None

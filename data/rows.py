@@ -426,7 +426,7 @@ def hub_files(repo: str, patterns: Sequence[str], split: str, data_dir: str | No
         except UserError as error:
             raise UserError(f"{error}\ndata_dir= names a folder with a local copy.") from error
     else:
-        base = Path(data_dir).expanduser()
+        base = Path(data_dir)
         tried = [base / repo, base / repo.split("/")[1], *([base / folder] if folder else []), base]
         copies = [folder for folder in tried if any(list(folder.glob(pattern)) for pattern in any_split)]
         if not copies:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from utils import Count, Natural, Settings, Share
+from utils import Count, Natural, PathName, Settings, Share
 
 
 class TemplateSettings(Settings):
@@ -20,14 +20,14 @@ class TemplateSettings(Settings):
 class DataSettings(TemplateSettings):
     """Which data is read, and which part of it."""
 
-    datasets: str | Annotated[list[str], Field(min_length=1)]
-    eval_datasets: str | Annotated[list[str], Field(min_length=1)] | None
-    data_dir: str | None
+    datasets: PathName | Annotated[list[PathName], Field(min_length=1)]
+    eval_datasets: PathName | Annotated[list[PathName], Field(min_length=1)] | None
+    data_dir: PathName | None
     train_split: str
     eval_split: str
     held_out: Annotated[float, Field(gt=0, lt=1)]
     max_bad_rows: Share
     max_row_mb: Count
     train_on: Literal["targets", "all"]
-    cache_dir: str
+    cache_dir: PathName
     seed: Natural

@@ -6,6 +6,7 @@ and answers.
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from judging.judge import Item, Verdict
 from judging.protocols import JudgeInput, parse_arena_verdict
-from utils import Message, UserError, console, fingerprint, suggest
+from utils import Message, UserError, console, fingerprint, json_lines, suggest
 
 SINGLE_KEY = ""  # the key of the answers in a file with one answer per row
 
@@ -63,14 +64,18 @@ class Comparison(NamedTuple):
 
 def read_json(path: Path) -> Any:
     """The content of a .json or .jsonl file (a list of its lines), also with .gz. Raises UserError."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
-        if ".jsonl" in path.suffixes:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return json.loads(text)
-    except (OSError, ValueError, EOFError) as error:
+        with opener(path, "rb") as file:
+            if ".jsonl" not in path.suffixes:
+                return json.load(file)
+            lines = dict(json_lines(file))
+    except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
         near = "" if path.exists() else suggest(path.name, [other.name for other in path.parent.glob("*.json*")])
         raise UserError(f"cannot read {path}{near}: {error}") from None
+    if None in lines.values():
+        raise UserError(f"cannot read {path}: line {next(n for n, value in lines.items() if value is None)} is no JSON")
+    return list(lines.values())
 
 
 def read_answers(
@@ -124,6 +129,8 @@ def sample_rows(path: Path, samples: list[dict[str, Any]], config: dict[str, Any
         match sample:  # with several turns, `policy` answers the first
             case {"followups": [_, *_] as prompts, "turns": [first, *later]}:
                 for turn, (prompt, answer) in enumerate(zip(prompts, later), 2):
+                    if not isinstance(answer, str):  # a server never gave it
+                        break
                     messages = [*messages, {"role": "assistant", "content": first}, *user_message(prompt)]
                     rows.append(Row(messages, {"policy": answer}, question, turn=turn))
                     first = answer
@@ -391,7 +398,6 @@ def model_name(rows: list[dict[str, Any]], side: int, path: Path) -> str:
         console.print(
             f"{path}: `generator_{side}` names {len(names)} models; all its answers count as {name}'s",
             style="yellow",
-            markup=False,
         )
     return name
 

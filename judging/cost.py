@@ -36,7 +36,8 @@ class TokenUsage(NamedTuple):
 
 def estimate_usage(messages: list[Message], max_tokens: int) -> TokenUsage:
     """A request's tokens, estimated before it is sent: 4 bytes of UTF-8 per token, and a reply of full length."""
-    return TokenUsage(sum(len(message["content"].encode()) // 4 + 8 for message in messages), max_tokens)
+    sizes = [len(message["content"].encode(errors="replace")) for message in messages]
+    return TokenUsage(sum(size // 4 + 8 for size in sizes), max_tokens)
 
 
 def find_prices(model: str, given: Prices | None, base_url: str | None) -> Prices | None:

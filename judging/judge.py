@@ -1,30 +1,28 @@
 """Judge pairs of answers: draw which one the judge sees first, send requests in parallel, and save every reply."""
 
-import json
 import os
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple
-
-import openai
 
 from data import toy
 from judging.cost import Budget, TokenUsage, estimate_usage
 from judging.protocols import JudgeInput, JudgeOutput, PromptTemplate, Reply, Status
 from sampling import openai_server
-from sampling.openai_server import GIVE_UP_AFTER, Server
-from utils import Message, UserError, console, fingerprint, progress_bar
+from sampling.openai_server import GIVE_UP_AFTER, NoAnswer, Server, ask_all
+from utils import (
+    Message,
+    UserError,
+    console,
+    fingerprint,
+    json_lines,
+    open_json_lines,
+    progress_bar,
+    write_json_lines,
+)
 
-INVALID_REPLY_TRIES = 3  # requests for one reply while the server sends something that is not a chat completion
-
-Judge = Callable[[JudgeInput], JudgeOutput]  # may raise JudgeError
-
-
-class JudgeError(Exception):
-    """The judge sent no reply."""
+Judge = Callable[[JudgeInput], JudgeOutput]  # may raise NoAnswer
 
 
 class Item(NamedTuple):
@@ -96,30 +94,16 @@ def run_judge(judge_inputs: Sequence[JudgeInput], judge: Judge, concurrency: int
     Raises UserError if `GIVE_UP_AFTER` requests in a row fail, or all requests if there are fewer.
     """
     keys = [fingerprint(judge_input) for judge_input in judge_inputs]
-
-    def ask(judge_input: JudgeInput) -> JudgeOutput:
-        try:
-            return judge(judge_input)
-        except JudgeError as error:
-            return JudgeOutput(None, str(error), "failed")
-
+    unique = dict(zip(keys, judge_inputs))
+    places = list(unique)
     outputs: dict[str, JudgeOutput] = {}
-    failed_in_a_row = 0
-    pool = ThreadPoolExecutor(concurrency)
-    try:
-        futures = {pool.submit(ask, one): key for key, one in dict(zip(keys, judge_inputs)).items()}
-        with progress_bar("judging", len(futures), 0) as advance:
-            for future in as_completed(futures):
-                output = outputs[futures[future]] = future.result()
-                advance(len(outputs), None)
-                failed_in_a_row = failed_in_a_row + 1 if output.status == "failed" else 0
-                if failed_in_a_row == min(GIVE_UP_AFTER, len(futures)):
-                    raise UserError(
-                        f"{failed_in_a_row} requests to the judge failed in a row; the last error: {output.text}\n"
-                        "Check the server, the model's name and OPENAI_API_KEY. A rerun sends only what is missing."
-                    )
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with progress_bar("judging", len(unique), 0) as advance:
+        patience = min(GIVE_UP_AFTER, len(unique))
+        for found in ask_all(judge, list(unique.values()), concurrency, give_up_after=patience):
+            if found:
+                place, said = found
+                outputs[places[place]] = JudgeOutput(None, str(said), "failed") if isinstance(said, NoAnswer) else said
+            advance(len(outputs), None)
     return [outputs[key] for key in keys]
 
 
@@ -135,24 +119,30 @@ def toy_judge(judge_input: JudgeInput) -> JudgeOutput:
 class VerdictLog:
     """The file of replies so far, one JSON line each: key, model, messages, reply, refused, alternatives, cut, tokens.
 
-    An incomplete line, left by a killed run, is reported and its request is sent again.
+    An incomplete line, left by a killed run, is reported and its request is sent again. Who `writes` has the file alone
+    until the end of `with`, so that no reply is paid for twice: for another, UserError is raised.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
         self.replies: dict[str, Reply] = {}
         self._lock = Lock()
+        self._file = open_json_lines(path) if writes else (path if path.exists() else Path(os.devnull)).open("rb")
         damaged = 0
-        with (path if path.exists() else Path(os.devnull)).open(errors="replace") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                    reply = Reply(record["reply"], record["refused"], record["alternatives"], record["cut"])
-                    self.replies[record["key"]] = reply
-                except (ValueError, KeyError, TypeError):
+        for _, record in json_lines(self._file):
+            match record:
+                case {"key": str(key), "reply": str(text), "refused": bool(refused), "cut": bool(cut)}:
+                    self.replies[key] = Reply(text, refused, record.get("alternatives"), cut)
+                case _:
                     damaged += 1
         if damaged:
-            console.print(f"{path}: ignored {damaged} incomplete line(s); sending those requests again", markup=False)
+            console.print(f"{path}: ignored {damaged} incomplete line(s); sending those requests again")
+
+    def __enter__(self) -> "VerdictLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def add(self, key: str, model: str, messages: list[Message], reply: Reply, used: TokenUsage) -> None:
         """Save a reply to disk, then keep it in memory."""
@@ -160,21 +150,9 @@ class VerdictLog:
         record |= {"refused": reply.refused, "alternatives": reply.alternatives, "cut": reply.cut}
         record["tokens"] = list(used)
         with self._lock:
-            append_json_line(self.path, record)
+            write_json_lines(self._file, record)
+            os.fsync(self._file.fileno())
             self.replies[key] = reply
-
-
-def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line and flush it to disk. If a killed run left half a line, start a new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------- model judge
@@ -198,10 +176,9 @@ OPTIONAL_PARAMETERS = {  # reasoning models do not accept these; what happens wi
 
 
 class OpenAIJudge:
-    """A chat model behind OpenAI's API or a compatible server. Calling it raises JudgeError if a request fails.
+    """A chat model behind OpenAI's API or a compatible server. Calling it raises NoAnswer if a request fails.
 
-    An invalid reply is requested up to `INVALID_REPLY_TRIES` times. Two equal responses are a tie without a request,
-    as in AlpacaEval.
+    Two equal responses are a tie without a request, as in AlpacaEval.
     """
 
     def __init__(self, model: str, template: PromptTemplate, log: VerdictLog, budget: Budget, server: Server) -> None:
@@ -272,55 +249,26 @@ class OpenAIJudge:
                 f"{self.model}: a reply was cut at --max_tokens {self.template.max_tokens} before its verdict; "
                 "a judge that reasons at length needs more tokens",
                 style="yellow",
-                markup=False,
             )
 
     def _send(self, request: dict[str, Any]) -> tuple[Reply, TokenUsage]:
-        """Raises JudgeError if there is no valid reply, UserError if the server gives no log-probabilities."""
-        for attempt in range(INVALID_REPLY_TRIES):
-            try:
-                return self._read_completion(self._complete(request), request)
-            except openai.APIResponseValidationError:
-                pass
-            except openai.OpenAIError as error:
-                raise JudgeError(self.server.reason(error)) from None
-            except (AttributeError, IndexError, TypeError, ValueError):  # the client does not check what it receives
-                pass
-            time.sleep(0.2 * 2**attempt)
-        raise JudgeError("the server's response is not a chat completion")
-
-    def _complete(self, request: dict[str, Any]) -> Any:
+        """Raises NoAnswer if there is no reply, UserError if the server gives no log-probabilities."""
+        other = "Name another model or server, or judge with -p pairwise."
         try:
-            return self.server.chat(request, OPTIONAL_PARAMETERS)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            message = self.server.redact(str(error))
-            if self.template.logprobs and "logprobs" in message:
+            answer = self.server.ask("/chat/completions", request, OPTIONAL_PARAMETERS)
+        except NoAnswer as error:
+            if self.template.logprobs and "logprobs" in str(error):
                 raise UserError(
-                    f"judge {self.model!r} gives no log-probabilities, but this protocol needs them: {message}\n"
-                    "Name another model or server, or judge with -p pairwise."
+                    f"judge {self.model!r} gives no log-probabilities, but this protocol needs them: {error}\n{other}"
                 ) from None
             raise
-
-    def _read_completion(self, completion: Any, request: dict[str, Any]) -> tuple[Reply, TokenUsage]:
-        choice = completion.choices[0]
-        refused = bool(getattr(choice.message, "refusal", None)) or choice.finish_reason == "content_filter"
-        text = choice.message.content or getattr(choice.message, "refusal", None) or ""
-        if not isinstance(text, str):
-            raise TypeError("the reply is not text")
-        alternatives = None
-        if self.template.logprobs and not refused:
-            if not (choice.logprobs and choice.logprobs.content and choice.logprobs.content[0].top_logprobs):
-                raise UserError(
-                    f"judge {self.model!r} answered without log-probabilities, but this protocol needs them; name "
-                    "another model or server, or judge with -p pairwise"
-                )
-            candidates = choice.logprobs.content[0].top_logprobs
-            alternatives = {candidate.token: float(candidate.logprob) for candidate in candidates}
-        usage = completion.usage  # not every server reports it
-        known = usage is not None and isinstance(usage.prompt_tokens, int) and isinstance(usage.completion_tokens, int)
-        estimate = estimate_usage(request["messages"], request["max_tokens"])
-        used = TokenUsage(usage.prompt_tokens, usage.completion_tokens) if known else estimate
-        return Reply(self.server.redact(text), refused, alternatives, choice.finish_reason == "length"), used
+        if self.template.logprobs and answer.refusal is None and answer.alternatives is None:
+            raise UserError(
+                f"judge {self.model!r} answered without log-probabilities, but this protocol needs them. {other}"
+            )
+        used = TokenUsage(*answer.usage) if answer.usage else estimate_usage(request["messages"], request["max_tokens"])
+        text = answer.text or answer.refusal or ""
+        return Reply(text, answer.refusal is not None, answer.alternatives, answer.is_cut), used
 
 
 def responses_are_equal(judge_input: JudgeInput) -> bool:

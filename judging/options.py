@@ -6,10 +6,11 @@ from typing import Any
 
 from judging import protocols
 from judging.protocols import PROTOCOLS, PromptTemplate
-from utils import UserError, load_class, suggest
+from sampling.openai_server import TIMEOUT
+from utils import UserError, load_class, require_writable, suggest, user_path
 
 OFFLINE_JUDGES = ("toy", "recorded")  # they send no requests
-A_FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+A_FILE: dict[str, Any] = {"type": user_path, "metavar": "FILE"}
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -93,7 +94,13 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help=f"longest reply (default: {PromptTemplate.max_tokens}; {bounds})",
     )
-    add("--timeout", metavar="SECONDS", type=float, help="longest wait for a reply (default: 60 + max_tokens / 10)")
+    add(
+        "--timeout",
+        metavar="SECONDS",
+        type=float,
+        default=TIMEOUT,
+        help="longest wait for a reply (default: %(default)g)",
+    )
 
 
 def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +124,7 @@ def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
 def add_cost_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "cost and speed",
-        "Every reply is saved in <results_file>.verdicts.jsonl: a rerun sends only the\nmissing requests.",
+        "Every reply is saved in <results>.verdicts.jsonl: a rerun sends only the\nmissing requests.",
     ).add_argument
     add(
         "--dry_run",
@@ -164,7 +171,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         default=results,
         help="JSONL file to append the results to (default: %(default)s)",
     )
-    add("--page", **A_FILE, help="HTML page of results and verdicts (default: <results_file>.html)")
+    add("--page", **A_FILE, help="HTML page of results and verdicts (default: <results>.html)")
     add(
         "--official_lc",
         "--official-lc",
@@ -225,6 +232,20 @@ def complete_settings(args: argparse.Namespace, template: PromptTemplate) -> Non
         raise UserError("--official_lc needs AlpacaEval's preferences: -p alpacaeval, or -j recorded")
     args.protocol = "recorded" if args.judge == "recorded" else args.protocol
     args.both_orders = template.both_orders if args.both_orders is None else args.both_orders
-    args.timeout = args.timeout or 60 + template.max_tokens / 10
     args.prices = tuple(args.prices) if args.prices else None
-    args.page = args.page or args.results_file.with_suffix(".html")
+    stem = args.results_file.name.removesuffix(".jsonl")
+    args.page = args.page or args.results_file.with_name(f"{stem}.html")
+    args.verdicts_file = args.results_file.with_name(f"{stem}.verdicts.jsonl")
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Raises UserError for files that would overwrite each other, or cannot be written."""
+    inputs = [*args.file, *filter(None, (args.against, args.questions, args.references))]
+    outputs = {"-r": args.results_file, "--page": args.page, "its verdicts": args.verdicts_file}
+    seen = {path.resolve(): f"the file of answers {path}" for path in inputs}
+    for flag, path in outputs.items():
+        if other := seen.get(path.resolve()):
+            raise UserError(f"{flag} {path} would overwrite {other}; name another file")
+        seen[path.resolve()] = f"{flag} {path}"
+    if not args.dry_run:
+        require_writable(*outputs.values())

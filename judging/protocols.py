@@ -6,10 +6,12 @@ docs/judging.md explains how far the results can be compared with the published 
 
 import math
 import re
-from typing import Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, TypeVar
 
 from utils import Message
 
+T = TypeVar("T")
 Status = Literal["judged", "malformed", "refused", "failed"]
 
 
@@ -46,6 +48,10 @@ class JudgeOutput(NamedTuple):
     status: Status = "judged"
     weight: int = 1
 
+
+REASONING = r"(?i)[<\[]{}(?:think|thinking|thought|reasoning)[>\]]"  # the tags around it, with / or without
+LEAD = r"(?:(?:my |the )?(?:final )?(?:answer|choice|decision|judge?ment|pick|verdict)(?: is)?:?[\s*_\"'`]{0,4})?"
+LEAST_MASS = 0.5  # probability of both names of AlpacaEval's models; GPT-4's published verdicts have 0.72 and more
 
 REFUSAL_OPENING = re.compile(
     r"\W*(?:i['’]?m (?:very |so )?sorry|sorry|i (?:apologi[sz]e|can ?not|can['’]t|won['’]t|am (?:unable|not able))"
@@ -87,37 +93,39 @@ class PromptTemplate:
         return [*system, {"role": "user", "content": self.request(judge_input)}]
 
     def read(self, reply: Reply) -> JudgeOutput:
-        """The decision in a reply. A reply without a verdict is refused or malformed; nothing is guessed."""
-        value, weight = (None, 1) if reply.refused else self.verdict(reply)
+        """The decision in a reply. A reply without a verdict is refused or malformed; nothing is guessed.
+
+        A reply that was cut has no verdict, unless log-probabilities of its first token are all that is asked for.
+        Verdicts in the judge's reasoning (`<think>` and the like) do not count.
+        """
+        if reply.cut and not self.logprobs:
+            return JudgeOutput(None, reply.text, "refused" if reply.refused else "malformed")
+        said = reply._replace(text=without_reasoning(reply.text))
+        value, weight = (None, 1) if reply.refused else self.verdict(said)
         if value is not None:
             return JudgeOutput(value, reply.text, weight=weight)
-        refused = reply.refused or REFUSAL_OPENING.match(reply.text)
+        refused = reply.refused or REFUSAL_OPENING.match(said.text)
         return JudgeOutput(None, reply.text, "refused" if refused else "malformed")
 
     def verdict(self, reply: Reply) -> tuple[float | None, int]:
         """(preference for the first response, weight). The preference is None if the reply states none.
 
-        A reply that names one response chooses it. If a reply names both, the last sentence or line that names only
-        one and ends with its name decides ("I pick Response 2.").
+        A verdict is a line that is nothing but the name of a response, be it in bold, in quotes or after "Verdict:". If
+        several lines name different responses, there is none.
         """
-        name = rf"(?i:\bresponse)\W{{0,3}}([{re.escape(self.labels)}])"
-
-        def named(text: str) -> set[str]:
-            return set(re.findall(rf"{name}\b", text))
-
-        chosen = named(reply.text)
-        if len(chosen) == 2:
-            sentences = re.split(r"\n+|(?<=[.!?])\s+", reply.text)
-            ends = [one for one in sentences if len(named(one)) == 1 and re.search(rf"{name}\W*$", one)]
-            chosen = named(ends[-1]) if ends else set()
-        return (float(chosen == {self.labels[0]}) if chosen else None), 1
+        name = re.compile(rf"(?i:{LEAD}response)[\s#*_]{{1,3}}([{re.escape(self.labels)}])")
+        lines = re.sub(r":[\s*_]*\n\s*", ": ", reply.text).splitlines()  # a colon's line goes on in the next
+        found = [name.fullmatch(line.strip(" \t*_`.!\"'“”‘’")) for line in lines]
+        label = the_one(match[1] for match in found if match)
+        return (None if label is None else float(label == self.labels[0])), 1
 
 
 class AlpacaEval(PromptTemplate):
     """AlpacaEval 2's weighted verdict: one token, `m` or `M`, and the judge's probability of each.
 
     The preference for the first response is P(m) / (P(m) + P(M)). A token that is not among the candidates has
-    probability 0; if both are missing, the reply is malformed (alpaca_eval 0.6.6, `logprob_parser`).
+    probability 0 (alpaca_eval 0.6.6, `logprob_parser`). Where both together have less than LEAST_MASS, the judge was
+    about to say something else, and the reply is malformed.
     """
 
     question = "Which model gave the better response, as a careful human reader would see it?"
@@ -135,14 +143,19 @@ class AlpacaEval(PromptTemplate):
         )
 
     def verdict(self, reply: Reply) -> tuple[float | None, int]:
-        first, second = (math.exp((reply.alternatives or {}).get(token, -math.inf)) for token in "mM")
-        return (first / (first + second) if first + second else None), 1
+        likely = dict.fromkeys("mM", 0.0)
+        for token, logprob in (reply.alternatives or {}).items():
+            if token.strip() in likely:
+                likely[token.strip()] += math.exp(logprob)
+        mass = sum(likely.values())
+        return (likely["m"] / mass if mass >= LEAST_MASS else None), 1
 
 
 class ArenaHard(PromptTemplate):
     """Arena-Hard's five verdicts: [[A>>B]], [[A>B]], [[A=B]], [[B>A]], [[B>>A]]. A strong one (>>) counts three times.
 
-    The last verdict in the reply counts. Single brackets count if there are no double ones.
+    Single brackets count if there are no double ones. A reply with different verdicts has none (as in arena-hard-auto
+    until v0.1; v2.0 takes the last).
     """
 
     system = (
@@ -165,9 +178,11 @@ class ArenaHard(PromptTemplate):
         )
 
     def verdict(self, reply: Reply) -> tuple[float | None, int]:
-        text = reply.text.upper()
-        found = re.findall(r"\[\[([AB<>=]+)\]\]", text) or re.findall(r"\[([AB<>=]+)\]", text)
-        return parse_arena_verdict(found[-1]) if found else (None, 1)
+        for brackets in (2, 1):
+            verdicts = [parse_arena_verdict(mark.upper()) for mark in marks(reply.text, brackets)]
+            if given := [verdict for verdict in verdicts if verdict[0] is not None]:
+                return the_one(given) or (None, 1)
+        return None, 1
 
 
 def parse_arena_verdict(label: str) -> tuple[float | None, int]:
@@ -181,7 +196,8 @@ def parse_arena_verdict(label: str) -> tuple[float | None, int]:
 
 
 class MTBench(PromptTemplate):
-    """MT-Bench's grade of a single answer, from 1 to 10: the first [[n]], else the first [n].
+    """MT-Bench's grade of a single answer, from 1 to 10: [[n]]. A reply with different grades has none (FastChat takes
+    the first, which may be a citation).
 
     The judge also sees the reference answer if the question has one (mathematics, reasoning, coding).
     """
@@ -202,9 +218,30 @@ class MTBench(PromptTemplate):
         )
 
     def verdict(self, reply: Reply) -> tuple[float | None, int]:
-        found = re.search(r"\[\[(\d+\.?\d*)\]\]", reply.text) or re.search(r"\[(\d+\.?\d*)\]", reply.text)
-        score = float(found[1]) if found else None
+        grades = [re.fullmatch(r"(\d{1,2}(?:\.\d+)?)(?:/10)?", mark, re.ASCII) for mark in marks(reply.text, 2)]
+        score = the_one(float(grade[1]) for grade in grades if grade)
         return (score if score is not None and 1 <= score <= 10 else None), 1
+
+
+def without_reasoning(text: str) -> str:
+    """What a judge says once it has thought: after the last end of a block such as <think>, before one that is open.
+
+    The block's beginning may be missing, since some models' prompts end with it.
+    """
+    after = re.split(REASONING.format("/"), text)[-1]
+    return re.split(REASONING.format(""), after, maxsplit=1)[0]
+
+
+def marks(text: str, brackets: int) -> list[str]:
+    """What stands between so many square brackets, without spaces and markdown."""
+    found = re.findall(r"\[" * brackets + r"([^\[\]\n]{1,20})" + r"\]" * brackets, text)
+    return [re.sub(r"[\s*_`$]", "", mark) for mark in found]
+
+
+def the_one(found: Iterable[T]) -> T | None:
+    """What all that was found is; None if it differs, or nothing was."""
+    different = set(found)
+    return different.pop() if len(different) == 1 else None
 
 
 PROTOCOLS = {"pairwise": PromptTemplate, "alpacaeval": AlpacaEval, "arenahard": ArenaHard, "mtbench": MTBench}

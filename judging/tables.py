@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Column, Table
 
 from judging import alpaca_eval_official, statistics
@@ -134,10 +133,10 @@ def mean_preferences(verdicts: Sequence[Verdict]) -> dict[int, float]:
     return {index: sum(group) / len(group) for index, group in values.items()}
 
 
-def leaderboard_rows(comparisons: list[Comparison], verdicts: list[list[Verdict]]) -> list[dict[str, Any]]:
+def leaderboard_rows(comparisons: list[Comparison], verdicts: list[list[Verdict]]) -> tuple[list[dict[str, Any]], str]:
     """The leaderboard of several comparisons, best model first. The anchor is the model that was compared most often.
 
-    If the models cannot be ranked together, the leaderboard is [] and a line says why.
+    If the models cannot be ranked together, the leaderboard is [], and the text beside it says why.
     """
     games = [
         statistics.Game(
@@ -156,9 +155,8 @@ def leaderboard_rows(comparisons: list[Comparison], verdicts: list[list[Verdict]
     try:
         standings = statistics.leaderboard(games, anchor)
     except ValueError as error:
-        console.print(f"no leaderboard: {error}", markup=False)
-        return []
-    return [
+        return [], str(error)
+    rows = [
         {
             "name": standing.name,
             **interval_fields("rating", standing.rating),
@@ -167,6 +165,7 @@ def leaderboard_rows(comparisons: list[Comparison], verdicts: list[list[Verdict]
         }
         for standing in standings
     ]
+    return rows, ""
 
 
 def grade_results(graded: AnswerSet, grades: list[JudgeOutput], *, judge: str, protocol: str) -> dict[str, Any]:
@@ -240,10 +239,10 @@ def print_comparisons(results: list[dict[str, Any]], leaderboard: list[dict[str,
 def print_wins(result: dict[str, Any]) -> None:
     by = "recorded" if result["judge"] == "recorded" else f"by {result['judge']}"
     title = f"{result['total']} verdicts on {result['prompts']} prompts, {by}"
-    table = Table(Column(overflow="fold"), "wins", "mean words", "mean characters", title=escape(title))
+    table = Table(Column(overflow="fold"), "wins", "mean words", "mean characters", title=title)
     for side in (result["candidate"], result["baseline"]):
         words = f"{np.mean(side['lengths']):.1f}"
-        table.add_row(escape(side["name"]), str(side["wins"]), words, f"{side['characters']:.0f}")
+        table.add_row(side["name"], str(side["wins"]), words, f"{side['characters']:.0f}")
     table.add_row("ties", str(result["ties"]), "", "")
     console.print(table)
 
@@ -253,12 +252,11 @@ def print_rates(result: dict[str, Any]) -> None:
     low, high, p = (result[key] for key in ("win_rate_low", "win_rate_high", "sign_test_p"))
     console.print(
         f"{name} wins {result['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%}); a tie counts half; "
-        f"sign test p = {p:.2g}",
-        markup=False,
+        f"sign test p = {p:.2g}"
     )
     if result["length_controlled_win_rate"] is not None:
         rate = percent_with_interval(result, "length_controlled_win_rate")
-        console.print(f"at equal lengths {rate}, by a regression on this comparison alone", markup=False)
+        console.print(f"at equal lengths {rate}, by a regression on this comparison alone")
     if result["first_shown"] is not None:
         agree = result["orders_agree"]
         text = f"; both orders agree on {agree:.1%} of the prompts" if agree is not None else ""
@@ -270,11 +268,11 @@ def print_rates(result: dict[str, Any]) -> None:
 
 
 def print_leaderboard(leaderboard: list[dict[str, Any]]) -> None:
-    against = f"win rate against {escape(leaderboard[0]['anchor'])}"
+    against = f"win rate against {leaderboard[0]['anchor']}"
     table = Table(Column(overflow="fold"), "rating", "95 % interval", against, title="leaderboard")
     for row in leaderboard:
         interval = f"{row['rating_low']:+.0f} to {row['rating_high']:+.0f}"
-        table.add_row(escape(row["name"]), f"{row['rating']:+.0f}", interval, f"{row['win_rate']:.1%}")
+        table.add_row(row["name"], f"{row['rating']:+.0f}", interval, f"{row['win_rate']:.1%}")
     console.print(table)
 
 
@@ -300,14 +298,13 @@ def grade_table_rows(results: list[dict[str, Any]]) -> list[tuple[str, list[str]
 
 def print_grades(results: list[dict[str, Any]]) -> None:
     """Print the scores as a table with a column for each set of answers."""
-    names = [Column(escape(result["candidate"]["name"]), overflow="fold") for result in results]
-    table = Table("", *names, title=f"grades by {escape(results[0]['judge'])}")
+    names = [Column(result["candidate"]["name"], overflow="fold") for result in results]
+    table = Table("", *names, title=f"grades by {results[0]['judge']}")
     for label, values in grade_table_rows(results):
-        table.add_row(escape(label), *values)
+        table.add_row(label, *values)
     console.print(table)
     for result in results:
         console.print(
             f"{result['candidate']['name']}: {result['total']} answers graded, {result['with_reference']} of them "
-            f"with a reference answer; not in the mean: {counts_left_out(result)}",
-            markup=False,
+            f"with a reference answer; not in the mean: {counts_left_out(result)}"
         )

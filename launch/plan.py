@@ -53,7 +53,7 @@ def print_plan(config: Config, classes: RunClasses, paths: RunPaths) -> None:
         for name, size in rows.items():
             table.add_row(name, f"{size / 1e9:,.2f}")
         if rows is plan.memory:
-            table.add_row("[bold]together[/bold]", f"[bold]{sum(rows.values()) / 1e9:,.2f}[/bold]")
+            table.add_row("together", f"{sum(rows.values()) / 1e9:,.2f}", style="bold")
         console.print(table)
 
 

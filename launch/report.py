@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from html import escape
-from math import ceil, isfinite
+from math import ceil, isfinite, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from launch.settings import read_saved
 from training.metrics import MetricName, clock
-from utils import REPO, SIDES, UserError, console, flat, html_page, write_text, written
+from utils import REPO, SIDES, UserError, console, flat, html_page, json_lines, write_text, written
 
 CURVE_POINTS = 500  # of a curve, at most
 FIGURE_NAMES = {  # of summary.json, in order; a run has those that apply to it
@@ -135,16 +135,11 @@ def show_summary(folder: Path, *, finished_before: bool = False) -> None:
 
 
 def read_lines(path: Path) -> Lines:
-    """The lines of a metrics.jsonl, without damaged ones and a last line that a killed run did not finish."""
-    found = []
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            found.append(line)
-    return found
+    """The lines of a metrics.jsonl, without damaged ones, such as half a line of a killed run. What JSON lacks is
+    NaN."""
+    with path.open("rb") as file:
+        lines = [line for _, line in json_lines(file) if isinstance(line, dict)]
+    return [{name: nan if value is None else value for name, value in line.items()} for line in lines]
 
 
 def run_page(folder: Path, lines: Lines) -> str:

@@ -35,7 +35,19 @@ from training import loop
 from training.metrics import check_trackers
 from training.quantities import Binding, bind
 from training.settings import LossSettings, TrainingSettings
-from utils import REPO, Count, NonNegative, Settings, UserError, checked, console, known_keys, load_class, suggest
+from utils import (
+    REPO,
+    Count,
+    NonNegative,
+    PathName,
+    Settings,
+    UserError,
+    checked,
+    console,
+    known_keys,
+    load_class,
+    suggest,
+)
 
 S = TypeVar("S", bound=Settings)
 GROUPS = ("loss", "model", "sae", "experiment")  # each a directory of config/
@@ -47,8 +59,8 @@ class Config(TrainingSettings, SamplingSettings):
     mode: Literal["train", "plan", "sample", "eval", "features", "alpacaeval", "arenahard", "mtbench"]
     nproc: Count | None
     sae: SAESection
-    compare_to: str | None
-    probe: str | list[str] | None
+    compare_to: PathName | None
+    probe: PathName | list[PathName] | None
     probe_texts: Count
     probe_features: Count
     probe_min_auc: Annotated[float, Field(ge=0.5, le=1)]

@@ -13,7 +13,7 @@ from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
 from launch.completions import draw, prompts_of, write_completions
-from launch.report import SAE_FIGURES
+from launch.report import SAE_FIGURES, read_lines
 from launch.settings import Config
 from sampling.diversity import log_likelihoods
 from sampling.generate import Decoding, Request, Sample
@@ -44,8 +44,7 @@ def write_summary(trainer: BasicTrainer, config: Config, start_weights: Path) ->
 
 def evaluations_in(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl that are evaluations."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line for line in lines if "loss/eval" in line]
+    return [line for line in read_lines(path) if "loss/eval" in line]
 
 
 def learnt_little(evaluations: Sequence[dict[str, float]], records: int) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from utils import Count, Name, Positive, Settings, Share
+from utils import Count, Name, PathName, Positive, Settings, Share
 
 
 class AdapterSettings(Settings):
@@ -18,10 +18,10 @@ class ModelSettings(Settings):
     """`model` of the configuration."""
 
     name: Name
-    name_or_path: str
-    tokenizer_name_or_path: str | None
-    load_from: str | None
-    reference_path: str | None
+    name_or_path: PathName
+    tokenizer_name_or_path: PathName | None
+    load_from: PathName | None
+    reference_path: PathName | None
     policy_dtype: Literal["float32", "bfloat16"]
     weights_dtype: Literal["float32", "bfloat16"]
     attn_implementation: Literal["auto", "segments", "flex", "flash_attention_2", "sdpa", "eager"]

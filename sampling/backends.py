@@ -5,12 +5,10 @@ come: by the place of their request, in whatever groups and order.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import openai
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -23,8 +21,8 @@ from distributed.sharding import DTYPES
 from modeling import attention
 from modeling.weights import find_weights
 from sampling import openai_server
-from sampling.generate import Decoding, Request, Sample, before_stop, sample_batches
-from sampling.openai_server import GIVE_UP_AFTER
+from sampling.generate import Decoding, Request, Sample, before_stop, finished, sample_batches
+from sampling.openai_server import NoAnswer
 from sampling.settings import SamplingSettings
 from utils import UserError, console
 
@@ -37,8 +35,8 @@ class Backend(Protocol):
     def requests(self, records: Sequence[dict[str, Any]], temperatures: Sequence[float], draw: int) -> list[Request]:
         """A request for each record, the draw-th of its prompt."""
 
-    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[dict[int, Sample]]:
-        """Samples by the place of their request."""
+    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[Mapping[int, Sample | NoAnswer]]:
+        """Samples by the place of their request, or why there is none."""
 
 
 class LocalPrompts:
@@ -75,7 +73,7 @@ class TransformersBackend(LocalPrompts):
         super().__init__(config, tokenizer, control_tokens)
         self.model = model
 
-    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[dict[int, Sample]]:
+    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[Mapping[int, Sample | NoAnswer]]:
         """As Backend's."""
         size = self.config.model.eval_batch_size
         yield from sample_batches(self.model, self.tokenizer, requests, settings, batch_size=size, never=self.control)
@@ -127,7 +125,7 @@ class VLLMBackend(LocalPrompts):
         dtype = config.model.policy_dtype
         self.engine = vllm.LLM(model=str(folder), dtype=dtype, seed=config.seed, tensor_parallel_size=gpus)
 
-    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[dict[int, Sample]]:
+    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[Mapping[int, Sample | NoAnswer]]:
         """As Backend's."""
         for start in range(0, len(requests), self.CHUNK):
             chunk = requests[start : start + self.CHUNK]
@@ -136,11 +134,12 @@ class VLLMBackend(LocalPrompts):
                 [self.parameters(request, settings) for request in chunk],
                 use_tqdm=False,
             )
-            completions = [output.outputs[0] for output in outputs]
-            yield {
-                start + place: Sample(done.text.strip(), list(done.token_ids), done.finish_reason)
-                for place, done in enumerate(completions)
-            }
+            yield {start + place: self.sample(output.outputs[0], settings) for place, output in enumerate(outputs)}
+
+    def sample(self, done: Any, settings: Decoding) -> Sample:
+        """What of a vllm.CompletionOutput is the completion."""
+        own = finished(list(done.token_ids), self.tokenizer, [self.tokenizer.eos_token_id], settings)
+        return Sample(own.text, own.ids, done.finish_reason)
 
     def parameters(self, request: Request, settings: Decoding) -> Any:
         """One request's vllm.SamplingParams."""
@@ -150,6 +149,7 @@ class VLLMBackend(LocalPrompts):
             top_k=settings.top_k or -1,
             max_tokens=settings.max_new_tokens,
             stop=list(settings.stop),
+            skip_special_tokens=False,  # or it would not stop at texts that hold such tokens
             seed=request.seed(settings.seed) % 2**31,
             logit_bias=dict.fromkeys(self.control, -100.0) or None,
         )
@@ -162,13 +162,18 @@ class ServerBackend:
     renders and cuts itself.
     """
 
-    def __init__(self, config: SamplingSettings, timeout: float = 600) -> None:
-        """Raises UserError for a server that cannot be asked."""
-        self._server = openai_server.Server(
-            config.base_url or "", openai_server.key_from_environment(), timeout=timeout
-        )
+    def __init__(self, config: SamplingSettings, prompts: int, timeout: float = openai_server.TIMEOUT) -> None:
+        """`prompts`: how many there are. Raises UserError for a server that cannot be asked."""
+        key = openai_server.key_from_environment()
+        self._server = openai_server.Server(config.base_url or "", key, timeout=timeout)
         self.config = config
         self.model = config.served_model or self._only_model()
+        self._patience = max(openai_server.GIVE_UP_AFTER, config.may_fail(prompts) + 1)
+
+    @property
+    def refused_parameters(self) -> list[str]:
+        """What of the settings the server does not take."""
+        return self._server.refused_parameters
 
     def requests(self, records: Sequence[dict[str, Any]], temperatures: Sequence[float], draw: int) -> list[Request]:
         """Prompts as text and as conversations; how many tokens they are, the server knows."""
@@ -181,38 +186,18 @@ class ServerBackend:
             for text, messages, temperature in zip(texts, prompts, temperatures, strict=True)
         ]
 
-    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[dict[int, Sample]]:
-        """As Backend's. Raises UserError where requests failed for good, once all the others are there; when
-        GIVE_UP_AFTER of them (or all, if they are fewer) failed in a row, it waits only for those under way."""
-        failures: list[str] = []
-        in_a_row = 0
-        pool = ThreadPoolExecutor(self.config.model.eval_batch_size)
-        try:
-            futures = {pool.submit(self._ask, request, settings): i for i, request in enumerate(requests)}
-            for future in as_completed(futures):
-                if future.cancelled():
-                    continue
-                answer = future.result()
-                if isinstance(answer, Sample):
-                    in_a_row = 0
-                    yield {futures[future]: answer}
-                else:
-                    failures.append(answer)
-                    in_a_row += 1
-                    if in_a_row == GIVE_UP_AFTER:
-                        for waiting in futures:
-                            waiting.cancel()
-        finally:
-            pool.shutdown(cancel_futures=True)
-        if failures:
-            raise UserError(
-                f"{len(failures)} requests to {self.config.base_url} failed, the last: {failures[-1]}\n"
-                "Check the server, served_model and OPENAI_API_KEY; a rerun asks only what is missing."
-            )
+    def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[Mapping[int, Sample | NoAnswer]]:
+        """As Backend's. Raises UserError when too many requests in a row got no answer."""
 
-    def _ask(self, request: Request, settings: Decoding) -> Sample | str:
-        """The completion, or why there is none."""
-        messages: Any = list(request.messages)
+        def ask(request: Request) -> Sample:
+            return self._ask(request, settings)
+
+        at_a_time = self.config.model.eval_batch_size
+        for found in openai_server.ask_all(ask, requests, at_a_time, give_up_after=self._patience):
+            yield dict([found] if found else [])
+
+    def _ask(self, request: Request, settings: Decoding) -> Sample:
+        """The completion. Raises NoAnswer."""
         body: dict[str, Any] = {
             "model": self.model,
             "temperature": request.temperature,
@@ -220,31 +205,26 @@ class ServerBackend:
             "max_tokens": settings.max_new_tokens,
             "seed": request.seed(settings.seed) % 2**31,
             **({"stop": list(settings.stop)} if settings.stop else {}),
-            **({"extra_body": {"top_k": settings.top_k}} if settings.top_k else {}),
+            **({"top_k": settings.top_k} if settings.top_k else {}),
         }
-        try:
-            if self.config.template != "tulu":
-                choice: Any = self._server.chat(body | {"messages": messages}, optional(body)).choices[0]
-                text = choice.message.content
-            else:
-                choice = self._server.client.completions.create(prompt=request.prompt, **body).choices[0]
-                text = choice.text
-            reason = choice.finish_reason
-        except openai.OpenAIError as error:
-            return self._server.reason(error)
-        except (AttributeError, IndexError, TypeError, ValueError):  # the client does not check what a server sends
-            return "what it sent is not a completion"
-        if not isinstance(text, str) or reason not in ("stop", "length"):
-            return f"it sent no text (finish_reason: {reason})"
-        return Sample(before_stop(self._server.redact(text), settings.stop)[0].strip(), [], reason)
+        if self.config.template != "tulu":
+            asked = {"messages": list(request.messages)}
+            answer = self._server.ask("/chat/completions", body | asked, optional(body))
+        else:
+            answer = self._server.ask("/completions", body | {"prompt": request.prompt}, optional(body))
+        if answer.refusal is not None:
+            raise NoAnswer(f"it withheld the text ({answer.refusal})")
+        if answer.text is None and not answer.is_cut:
+            raise NoAnswer("it sent no text")
+        text = before_stop(answer.text or "", settings.stop)[0].strip()
+        return Sample(text, [], "length" if answer.is_cut else "stop")
 
     def _only_model(self) -> str:
         try:
-            names = [model.id for model in self._server.client.with_options(max_retries=1).models.list().data]
-        except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
+            names = self._server.models()
+        except NoAnswer as error:
             raise UserError(
-                f"{self.config.base_url} does not say which models it has ({self._server.redact(str(error))}); "
-                "name one with served_model="
+                f"{self.config.base_url} does not say which models it has ({error}); name one with served_model="
             ) from None
         if len(names) != 1:
             raise UserError(f"served_model= has to name one of {self.config.base_url}'s models: {', '.join(names)}")
@@ -252,9 +232,14 @@ class ServerBackend:
 
 
 def optional(body: dict[str, Any]) -> dict[str, str]:
-    """Parameters that a reasoning model may refuse without anything else being drawn, and what that means."""
-    neutral = [name for name in ("temperature", "top_p") if body[name] == 1]
-    return {
+    """Parameters that a server may refuse, and what that means; those first without which nothing changes."""
+    notes = {
         "max_tokens": "max_completion_tokens is sent instead, and bounds its reasoning too",
-        **dict.fromkeys(neutral, "it is left out, being 1"),
+        "seed": "it draws by its own, so the same command may draw other samples",
+        "stop": "its answers are cut at these texts here",
+        "top_k": f"it draws as it does by itself, not with {body.get('top_k')}",
+        "top_p": f"it draws as it does by itself, not with {body['top_p']:g}",
+        "temperature": f"it draws as it does by itself, not with {body['temperature']:g}",
     }
+    neutral = {name: "it is left out, being 1" for name in ("temperature", "top_p") if body[name] == 1}
+    return {**neutral, **{name: note for name, note in notes.items() if name not in neutral}}

@@ -5,24 +5,29 @@
     <samples_dir>/mt_bench/model_answer/<name>.jsonl              FastChat's llm_judge's data/
 
 AlpacaEval and Arena-Hard compare one answer a question, so they get the first of several draws; MT-Bench has `choices`.
-Each answer's id is a function of what it says, so that the same samples give the same file.
+Each answer's id is a function of what it says, so that the same samples give the same file. What a server did not
+answer is left out.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sampling.samples import Conversation
-from utils import fingerprint, write_json, write_text
+from utils import atomic_write, fingerprint, write_json, write_json_lines
+
+
+def answered(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Those with an answer to each turn."""
+    return [talk for talk in conversations if talk.failed is None]
 
 
 def alpaca_eval(name: str, conversations: Sequence[Conversation], sampled_at: str) -> Any:  # noqa: ARG001
     """A list of {"instruction", "output", "generator"}, in the order of AlpacaEval's set."""
     return [
         {"instruction": talk.record["prompt"][-1]["content"], "output": talk.answers[0].text, "generator": name}
-        for talk in conversations
+        for talk in answered(conversations)
         if talk.draw == 0
     ]
 
@@ -41,7 +46,7 @@ def arena_hard(name: str, conversations: Sequence[Conversation], sampled_at: str
             ],
             "tstamp": datetime.fromisoformat(sampled_at).timestamp(),
         }
-        for talk in conversations
+        for talk in answered(conversations)
         if talk.draw == 0
     ]
 
@@ -49,7 +54,7 @@ def arena_hard(name: str, conversations: Sequence[Conversation], sampled_at: str
 def mt_bench(name: str, conversations: Sequence[Conversation], sampled_at: str) -> list[dict[str, Any]]:
     """One line a question, as FastChat's gen_model_answer.py writes it, a choice for each draw."""
     questions: dict[Any, list[Conversation]] = {}
-    for talk in conversations:
+    for talk in answered(conversations):
         questions.setdefault(talk.record["benchmark"]["question_id"], []).append(talk)
     choices = {
         number: [{"index": talk.draw, "turns": [answer.text for answer in talk.answers]} for talk in talks]
@@ -82,14 +87,18 @@ JUDGED = {
 }
 
 
+def path_of(mode: str, name: str, folder: Path) -> Path | None:
+    """Where the hand-over file of a benchmark's samples goes; None for what is no benchmark."""
+    return folder / FILES[mode][0].format(name=name) if mode in FILES else None
+
+
 def write_benchmark_file(
-    mode: str, name: str, conversations: Sequence[Conversation], sampled_at: str, folder: Path
-) -> Path:
+    mode: str, path: Path, name: str, conversations: Sequence[Conversation], sampled_at: str
+) -> None:
     """The hand-over file of a benchmark's samples."""
-    pattern, layout = FILES[mode]
-    path, content = folder / pattern.format(name=name), layout(name, conversations, sampled_at)
+    content = FILES[mode][1](name, conversations, sampled_at)
     if path.suffix == ".json":
         write_json(path, content)
     else:
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content))
-    return path
+        with atomic_write(path) as part, part.open("wb") as file:
+            write_json_lines(file, *content)

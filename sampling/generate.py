@@ -6,6 +6,7 @@ more prompts change it, as far as the model's own numbers are the same in anothe
 rounding; in bfloat16 near ties may fall the other way).
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -167,15 +168,19 @@ def finished(ids: list[int], tokenizer: Tokenizer, ends: Sequence[int], settings
     """A row of generated tokens, cut at its end token or stop string."""
     stops = [place for place, token in enumerate(ids) if token in ends]
     ids = ids[: stops[0] + 1] if stops else ids
-    text, stopped = before_stop(str(tokenizer.decode(ids, skip_special_tokens=True)), settings.stop)
+    stopped = holds_stop(tokenizer, ids, settings.stop)
     if stopped:  # what follows it is padding
         ids = next(ids[:n] for n in range(1, len(ids) + 1) if holds_stop(tokenizer, ids[:n], settings.stop))
+    text, is_plain = before_stop(str(tokenizer.decode(ids, skip_special_tokens=True)), settings.stop)
+    if stopped and not is_plain:  # the stop string has special tokens in it
+        before, _ = before_stop(str(tokenizer.decode(ids, skip_special_tokens=False)), settings.stop)
+        text = re.sub("|".join(map(re.escape, tokenizer.all_special_tokens)), "", before)
     return Sample(text.strip(), ids, "stop" if stops or stopped else "length")
 
 
 def holds_stop(tokenizer: Tokenizer, ids: list[int], stop: Sequence[str]) -> bool:
-    """Whether the text of these tokens has a stop string in it."""
-    return before_stop(str(tokenizer.decode(ids, skip_special_tokens=True)), stop)[1]
+    """Whether the text of these tokens, with or without special ones, has a stop string in it."""
+    return any(before_stop(str(tokenizer.decode(ids, skip_special_tokens=skip)), stop)[1] for skip in (True, False))
 
 
 def before_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:

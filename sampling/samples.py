@@ -1,10 +1,10 @@
 """From prompts to the file of samples: every prompt once for each draw, and what was drawn is kept at once.
 
 Samples are appended, as they come, to <file>.partial.jsonl. Its first line says all that they depend on; a killed
-command, given again, goes on after the last whole line, and one with other settings is refused.
+command, given again, goes on with what is there, and one with other settings is refused.
 """
 
-import fcntl
+import hashlib
 import json
 import os
 import random
@@ -13,13 +13,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import dataloader
 from sampling.backends import Backend
 from sampling.generate import Decoding, Request, Sample
+from sampling.openai_server import NoAnswer
 from sampling.settings import SamplingSettings
-from utils import Message, UserError, fingerprint, open_in_place, progress_bar
+from utils import (
+    Message,
+    UserError,
+    as_json,
+    file_digest,
+    fingerprint,
+    json_lines,
+    open_json_lines,
+    progress_bar,
+    write_json_lines,
+    write_text,
+)
 
 Key = tuple[int, int, int]  # prompt, draw, turn
 
@@ -64,60 +76,94 @@ def temperature_of(record: dict[str, Any], config: SamplingSettings) -> float:
 
 @dataclass
 class Conversation:
-    """What was drawn for a prompt: an answer to it and to each of its later turns."""
+    """What was drawn for a prompt: an answer to it and to each of its later turns, up to one that `failed`: why a
+    server did not give it."""
 
     record: dict[str, Any]
     draw: int
     temperature: float
     requests: list[Request] = field(default_factory=list)
     answers: list[Sample] = field(default_factory=list)
+    failed: str | None = None
 
     def entry(self) -> dict[str, Any]:
-        """Its sample in HALOs' layout, where `policy` answers `messages`; later turns are in `followups`, `turns`."""
+        """Its sample in HALOs' layout, where `policy` answers `messages`; later turns are in `followups`, `turns`.
+
+        An answer that a server did not give is null.
+        """
         completions, followups = self.record["completions"], self.record["followups"]
+        texts = [answer.text for answer in self.answers] + [None] * (1 + len(followups) - len(self.answers))
         return {
             "prompt": self.requests[0].prompt,
             "messages": self.record["prompt"],
             **({"chosen": completions[0]} if completions else {}),
-            "policy": self.answers[0].text,
+            "policy": texts[0],
             "draw": self.draw,
             "temperature": self.temperature,
-            "finish_reason": self.answers[-1].finish_reason,
-            **({"followups": followups, "turns": [answer.text for answer in self.answers]} if followups else {}),
+            "finish_reason": self.answers[-1].finish_reason if self.failed is None else "failed",
+            **({"followups": followups, "turns": texts} if followups else {}),
+            **({} if self.failed is None else {"failed": self.failed}),
         }
 
 
 class SampleLog:
-    """The samples so far, on disk."""
+    """The samples so far, on disk, and the file `target` that all of them are published in."""
 
-    def __init__(self, path: Path, identity: dict[str, Any], writes: bool = True) -> None:
-        """`identity` is all that the samples depend on, as JSON. Of the ranks of one model all read the file, and one
-        `writes` it. Raises UserError where its identity differs, or where another process writes it."""
-        self.path = path
+    def __init__(self, target: Path, identity: dict[str, Any], writes: bool = True) -> None:
+        """`identity` is all that the samples depend on, as JSON. Of the ranks of one model all read the log, and one
+        `writes` it. Raises UserError where its identity differs, or where another process writes it.
+
+        `finished`: the target has all these samples. If a server left out some, the target has the others.
+        """
+        self.target, self.path, self.writes = target, target.with_name(f"{target.name}.partial.jsonl"), writes
         self.samples: dict[Key, Sample] = {}
         self.sampled_at = datetime.now().astimezone().isoformat(timespec="seconds")
-        self.file: TextIO = open_in_place(path if writes else Path(os.devnull))
+        self.finished = False
+        readable = self.path if self.path.exists() else Path(os.devnull)
+        self.file = open_json_lines(self.path) if writes else readable.open("rb")
         try:
-            if writes:  # closing the file, or the end of the process, unlocks it
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{path}: another process is writing it; use another exp_name or samples_dir") from error
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if line.endswith(b"\n")]  # the last one's writer may have been killed
-        if len(lines) < 2:
-            lines = []  # no sample yet
-        for line in lines:
-            self._read(json.loads(line), identity)
-        if writes:
-            self.file.truncate(sum(map(len, lines)))
-        if not lines:
+            self._open(identity)
+        except BaseException:
+            self.file.close()  # and unlock it
+            raise
+
+    def _open(self, identity: dict[str, Any]) -> None:
+        lines = [line for _, line in json_lines(self.file) if isinstance(line, dict)]
+        self.is_empty = not any("key" in line for line in lines) or self._is_published(lines[-1])
+        self.samples = self._read_target(identity)
+        if self.finished:
+            return
+        if self.is_empty:
+            if self.writes:
+                self.file.truncate(0)
             self._write({"sampled_at": self.sampled_at, "identity": identity})
+        else:
+            for line in lines:
+                self._read(line, identity)
+
+    def _is_published(self, last: dict[str, Any]) -> bool:
+        """Whether the target appeared, and only this log was not removed any more."""
+        return "published" in last and self.target.is_file() and file_digest(self.target) == last["published"]
+
+    def _read_target(self, identity: dict[str, Any]) -> dict[Key, Sample]:
+        """The samples in the target, if they were drawn in just this way."""
+        try:
+            content = json.loads(self.target.read_text(encoding="utf-8"))
+            if content["sampling"] != identity:
+                return {}
+            self.finished = not any("failed" in entry for entry in content["samples"])
+            self.sampled_at = content["sampled_at"]
+            return samples_in(content["samples"], identity["samples"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
 
     def _read(self, line: dict[str, Any], identity: dict[str, Any]) -> None:
-        if "key" in line:
-            self.samples[tuple(line["key"])] = Sample(line["text"], line["ids"], line["finish_reason"])
-            return
-        self.sampled_at, known = line["sampled_at"], line["identity"]
+        match line:
+            case {"key": [int(), int(), int()] as key, "text": str(), "ids": list(), "finish_reason": str()}:
+                self.samples[tuple(key)] = Sample(line["text"], line["ids"], line["finish_reason"])
+            case {"identity": dict(), "sampled_at": str()}:
+                self.sampled_at = line["sampled_at"]
+        known = line.get("identity", identity)
         if known != identity:
             differing = [k for k in {**known, **identity} if known.get(k) != identity.get(k)]
             lines = "\n".join(f"  {k}: {known.get(k)!r} there, {identity.get(k)!r} now" for k in differing)
@@ -130,25 +176,51 @@ class SampleLog:
         """Keep samples, on disk first."""
         self._write(*({"key": key, **asdict(sample)} for key, sample in samples.items()))
         self.samples |= samples
+        self.is_empty &= not samples
 
     def _write(self, *lines: dict[str, Any]) -> None:
-        self.file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self.file.flush()
+        if self.writes:
+            write_json_lines(self.file, *lines)
+
+    def publish(self, content: Any) -> None:
+        """Write the target, a JSON file, and remove the log."""
+        if not self.writes:
+            return
+        text = as_json(content, indent=2) + "\n"
+        self._write({"published": hashlib.sha256(text.encode()).hexdigest()})
+        write_text(self.target, text)
+        self.path.unlink()
+
+
+def samples_in(entries: list[dict[str, Any]], draws: int) -> dict[Key, Sample]:
+    """The samples in a file of them, in its order: `draws` of one prompt together."""
+    found: dict[Key, Sample] = {}
+    for place, entry in enumerate(entries):
+        for turn, text in enumerate(entry.get("turns", [entry["policy"]])):
+            if text is not None:
+                reason: Any = entry["finish_reason"] if "failed" not in entry else "stop"
+                found[(*divmod(place, draws), turn)] = Sample(text, [], reason)
+    return found
 
 
 @contextmanager
 def sample_log(path: Path, identity: dict[str, Any], writes: bool = True) -> Iterator[SampleLog]:
-    """The log beside `path`, which is removed when all went well. Raises UserError where another process writes it."""
-    partial = path.with_name(f"{path.name}.partial.jsonl")
+    """The log of samples that are to be published in `path`. It is removed when all went well, or nothing was drawn.
+
+    Raises UserError where another process writes it.
+    """
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        log = SampleLog(partial, identity, writes)
+        log = SampleLog(path, identity, writes)
     except OSError as error:
-        raise UserError(f"cannot write to {partial.parent} ({error}); samples_dir= names another place") from error
+        raise UserError(f"cannot write to {path.parent} ({error}); samples_dir= names another place") from error
     with log.file:
-        yield log
-    if writes:
-        partial.unlink()
+        all_went_well = False
+        try:
+            yield log
+            all_went_well = not log.finished  # else it may hold what another command began
+        finally:
+            if writes and (all_went_well or log.is_empty):
+                log.path.unlink(missing_ok=True)
 
 
 def identity_of(
@@ -189,18 +261,36 @@ def converse(
             requests = []
             for draw in range(config.samples):
                 own = [i for i, record in enumerate(records) if turn <= len(record["followups"])]
+                own = [i for i in own if conversations[i, draw].failed is None]
                 asked = [next_turn(conversations[i, draw]) for i in own]
                 temperatures = [conversations[i, draw].temperature for i in own]
                 requests += backend.requests(asked, temperatures, draw)
                 keys += [(i, draw, turn) for i in own]
             missing = [place for place, key in enumerate(keys) if key not in log.samples]
             for done in backend.complete([requests[place] for place in missing], settings):
-                log.add({keys[missing[place]]: sample for place, sample in done.items()})
+                log.add({keys[missing[place]]: one for place, one in done.items() if isinstance(one, Sample)})
+                for place, one in done.items():
+                    if isinstance(one, NoAnswer):
+                        conversations[keys[missing[place]][:2]].failed = str(one)
                 advance(len(log.samples), None)
             for key, request in zip(keys, requests, strict=True):
                 conversations[key[:2]].requests.append(request)
-                conversations[key[:2]].answers.append(log.samples[key])
+                if key in log.samples:
+                    conversations[key[:2]].answers.append(log.samples[key])
+            require_enough(config, list(conversations.values()))
     return list(conversations.values())
+
+
+def require_enough(config: SamplingSettings, conversations: Sequence[Conversation]) -> None:
+    """Raises UserError where a server failed to answer more of the conversations than `max_failed` allows."""
+    failed = [talk.failed for talk in conversations if talk.failed is not None]
+    prompts = len(conversations) // config.samples
+    if len(failed) > config.may_fail(prompts) or len(failed) == len(conversations):
+        raise UserError(
+            f"{len(failed)} of {len(conversations)} samples got no answer from {config.base_url}, the last: "
+            f"{failed[-1]}\nThe others are kept, and a rerun asks only for what is missing; "
+            f"max_failed={config.max_failed:g} allows {config.may_fail(prompts)} to be left out."
+        )
 
 
 def next_turn(conversation: Conversation) -> dict[str, Any]:

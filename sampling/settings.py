@@ -1,12 +1,13 @@
 """The keys of the configuration that sampling reads."""
 
+from math import ceil
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from data.settings import DataSettings
 from modeling.settings import ModelSettings
-from utils import Count, Name, Natural, Settings
+from utils import Count, Name, Natural, PathName, Settings, Share
 
 
 class DecodingSettings(Settings):
@@ -26,9 +27,14 @@ class SamplingSettings(DataSettings, DecodingSettings):
     exp_name: Name
     n_samples: Count
     samples: Count
-    samples_dir: str
+    samples_dir: PathName
     backend: Literal["transformers", "vllm", "openai"]
     base_url: str | None
     served_model: Name | None
+    max_failed: Share
     tensor_parallel: bool
     model: ModelSettings
+
+    def may_fail(self, prompts: int) -> int:
+        """How many samples of so many prompts a server may leave without an answer."""
+        return ceil(self.max_failed * prompts * self.samples)

@@ -23,6 +23,7 @@ from judge_server import CONFIG, KEY, FakeServer, body, completion, items, prefe
 
 import compare
 from judging import alpaca_eval_official, answers
+from judging.judge import VerdictLog
 from utils import REPO, UserError, fingerprint
 
 ANNOTATIONS = DATA / "alpaca_eval/annotations"
@@ -196,7 +197,7 @@ def test_the_key_is_never_printed_or_saved(
         run(samples, server, "-j", "another")
     out, err = capfd.readouterr()
     assert "bad key [key]" in out
-    assert "6 requests to the judge failed in a row" in err
+    assert "6 requests failed in a row" in err
     written = [out, err, *(path.read_text() for path in tmp_path.iterdir())]
     assert len(written) == 6
     assert not any(KEY in text for text in written)
@@ -233,6 +234,111 @@ def test_ctrl_c_says_how_to_continue(
         compare.main(["-f", str(write_samples(tmp_path, 2))])
     assert stop.value.code == 130
     assert capsys.readouterr().err == "stopped; every reply so far is saved: run the same command again to continue\n"
+
+
+def test_two_commands_do_not_write_one_results_file(tmp_path: Path, server: FakeServer) -> None:
+    """They would pay twice; once the other has ended, its replies are there."""
+    samples = write_samples(tmp_path, 3)
+    with VerdictLog(tmp_path / "results.verdicts.jsonl"):
+        said = error_of("-f", samples, "-r", tmp_path / "results.jsonl", "-j", "m", "--base_url", server.url)
+    assert "results.verdicts.jsonl: another process is writing it" in said and not server.requests
+    assert run(samples, server)["total"] == 3
+
+
+def test_results_have_files_of_their_own(tmp_path: Path) -> None:
+    """Whatever dots their names have."""
+    samples = write_samples(tmp_path, 2)
+    toy = ["-f", str(samples), "-j", "toy"]
+    for name in ("run-0.1", "run-0.2", "x.html", "r.jsonl", "r.json"):
+        compare.main([*toy, "-r", str(tmp_path / name)])
+        assert len((tmp_path / name).read_text().splitlines()) == 1
+    pages = sorted(path.name for path in tmp_path.glob("*.html") if path.read_text().startswith("<!"))
+    assert pages == ["r.html", "r.json.html", "run-0.1.html", "run-0.2.html", "x.html.html"]
+    for flags, clash in [
+        (["-r", tmp_path / "y", "--page", tmp_path / "y"], "--page .*y would overwrite -r"),
+        (["-r", samples], "-r .*samples.json would overwrite the file of answers"),
+        (["-r", tmp_path / "y", "--page", samples], "--page .* would overwrite the file of answers"),
+        (["-r", tmp_path / "y", "--page", tmp_path / "y.verdicts.jsonl"], "its verdicts .* would overwrite --page"),
+    ]:
+        assert re.search(clash, error_of(*toy, *flags))
+
+
+def test_a_place_that_cannot_be_written_costs_nothing(tmp_path: Path, server: FakeServer) -> None:
+    samples = write_samples(tmp_path, 2)
+    asked = ["-f", samples, "-j", "m", "--base_url", server.url]
+    (tmp_path / "folder").mkdir()
+    for flags in (["-r", samples / "r"], ["-r", tmp_path / "folder"], ["-r", tmp_path / "r", "--page", samples / "p"]):
+        assert "cannot write" in error_of(*asked, *flags)
+    assert not server.requests
+
+
+def test_printing_loses_no_results(tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are saved before: here the disk behind the output is full."""
+    samples = write_samples(tmp_path, 3)
+    monkeypatch.setattr(compare, "print_verdicts", unprintable)
+    said = error_of("-f", samples, "-r", tmp_path / "r.jsonl", "-j", "m", "--base_url", server.url, "-v")
+    assert "No space left" in said
+    assert json.loads((tmp_path / "r.jsonl").read_text())["total"] == 3 and (tmp_path / "r.html").is_file()
+
+
+def unprintable(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_comparison_without_a_verdict_does_not_lose_the_others(tmp_path: Path, server: FakeServer) -> None:
+    server.rule = lambda request: completion("Hm.") if "odd" in str(request["messages"]) else prefers_good(request)
+    paths = [write_samples(tmp_path, 3, f"{name}.json", name) for name in ("one", "two", "three")]
+    paths[1].write_text(paths[1].read_text().replace("question", "odd"))
+    results = tmp_path / "r.jsonl"
+    asked = ["-r", results, "-j", "m", "--base_url", server.url]
+    said = error_of("-f", *paths, *asked)
+    assert said.startswith("judge 'm' gave no verdict on two against chosen") and "three" not in said
+    assert [json.loads(line)["exp_name"] for line in results.read_text().splitlines()] == ["one", "three"]
+    assert "odd" not in (tmp_path / "r.html").read_text()
+    assert "gave no verdict on policy" in error_of("-f", paths[1], *asked)
+
+
+def test_hostile_names_and_texts(tmp_path: Path, server: FakeServer, capfd: pytest.CaptureFixture[str]) -> None:
+    """In names, answers, verdicts and errors: nothing of it is obeyed, or stops the command."""
+    hostile = "[/b] \x1b]0;t\x07 \x9b2J \ud83d \u2028 :smile:"
+    server.rule = lambda _: completion(f"Response 1\n{hostile}")
+    samples = [
+        {"messages": [{"role": "user", "content": f"{hostile} {i}"}], "policy": f"a {hostile}", "chosen": "b"}
+        for i in range(3)
+    ]
+    for name in ("one", "two"):
+        content = {"config": {"exp_name": f"{name} {hostile}"}, "samples": samples}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    asked = ["-r", tmp_path / "r.jsonl", "-j", "m", "--base_url", server.url]
+    compare.main([str(one) for one in ("-f", *files, *asked, "-v")])
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [line["exp_name"] for line in lines] == [f"one {hostile}", f"two {hostile}"]
+    assert "\ufffd" in str(server.requests[0]["messages"]) and "\ud83d" not in str(server.requests[0]["messages"])
+    server.rule = lambda _: status(400, hostile)
+    with pytest.raises(SystemExit):
+        compare.main([str(one) for one in ("-f", *files, *asked, "-j", hostile)])
+    out, err = capfd.readouterr()
+    assert "[/b] ]0;t 2J" in out and "[/b] ]0;t 2J" in err and ":smile:" in out
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", re.sub(r"\x1b\[[\d;]*m", "", out + err))
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\x85", "\x0c"])
+def test_lines_of_answers_hold_any_line_break(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    rows = [{"prompt": f"Reverse: dog{end}, cat {i}", "policy": f"cat{end}dog", "chosen": "b"} for i in range(2)]
+    lines = "".join(json.dumps(row, ensure_ascii=False).replace("\\f", "\\u000c") + "\n" for row in rows)
+    path.write_text(lines, encoding="utf-8")
+    assert [row.answers["policy"] for row in answers.read_answers(path).rows] == [f"cat{end}dog"] * 2
+    path.write_text(f"{lines}{{")
+    with pytest.raises(UserError, match=r"answers.jsonl: line 3 is no JSON"):
+        answers.read_answers(path)
+
+
+@pytest.mark.parametrize("name", ["deep.json", "deep.jsonl"])
+def test_a_file_that_is_too_deep_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[" * 100_000)
+    assert f"cannot read {tmp_path / name}" in error_of("-f", tmp_path / name, "-j", "toy", "-r", tmp_path / "r")
 
 
 def test_without_a_key_no_request_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -732,7 +838,7 @@ def test_the_page_is_complete_and_loads_nothing(tmp_path: Path, server: FakeServ
     hostile = "</script><script>alert('good')</script> {{data}} <b>&amp;"
     samples = [{"messages": [{"role": "user", "content": hostile}], "policy": hostile, "chosen": "bad \u2028"}]
     path.write_text(json.dumps({"config": {"exp_name": "<i>run"}, "samples": samples}))
-    server.rule = lambda _: completion(f"Response 1 {hostile}")
+    server.rule = lambda _: completion(f"Response 1\n\n{hostile}")
     run(path, server, "-ck", "policy", "--both_orders")
     page = (tmp_path / "results.html").read_text()
     assert page.count("<script") == page.count("</script>") == 2  # the data, the code

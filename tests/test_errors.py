@@ -31,7 +31,7 @@ def no_weights(monkeypatch):
         (["loss=dpo", "++tensorboard=true"], "tensorboard is read by nothing$"),  # it is not tensor_parallel
         (["loss=dpo", "++model.batchsize=4"], r"model\.batchsize is read by nothing \(did you mean 'model.batch_size'"),
         (["loss=dpo", "datasets=[toyy]"], r"no data set 'toyy' \(did you mean 'toy'\?\)"),
-        (["loss=dpo", "datasets=[missing.jsonl]"], "missing.jsonl does not exist"),
+        (["loss=dpo", "datasets=[missing.jsonl]"], "missing.jsonl is no file here"),
         (["loss=fpo", "sae.path=/no/such/params.npz"], r"sae\.path=/no/such/params\.npz: no such file"),
         (["loss=fpo", "sae.path=org/repo/params.npz"], "point sae.path at a local copy"),
         (["loss=dpo", "model.name_or_path=org/absent"], "point model.name_or_path at a local copy"),

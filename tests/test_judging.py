@@ -1,6 +1,4 @@
-import json
 import math
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +7,9 @@ from typing import Any
 import pytest
 from judge_server import KEY, FakeServer, body, completion, half_a_body, items, late, prefers_good, reply, status
 
+import utils
 from judging.cost import Budget, TokenUsage
 from judging.judge import (
-    JudgeError,
     OpenAIJudge,
     Verdict,
     VerdictLog,
@@ -30,7 +28,8 @@ from judging.protocols import (
     Reply,
     parse_arena_verdict,
 )
-from sampling.openai_server import Server
+from sampling import openai_server
+from sampling.openai_server import NoAnswer, Server
 from utils import UserError
 
 
@@ -84,7 +83,7 @@ def test_replies_without_a_verdict_are_not_wins() -> None:
     def judge(judge_input: JudgeInput) -> JudgeOutput:
         number = int(judge_input.responses[0].split()[1])
         if number % 4 == 0:
-            raise JudgeError("no answer")
+            raise NoAnswer("no answer")
         return [JudgeOutput(0.5, ""), JudgeOutput(None, "hm", "malformed"), JudgeOutput(None, "no", "refused")][
             number % 4 - 1
         ]
@@ -111,7 +110,7 @@ def test_gives_up_after_many_failed_requests() -> None:
     def broken(judge_input: JudgeInput) -> JudgeOutput:
         asked.append(judge_input)
         time.sleep(0.002)
-        raise JudgeError("no route")
+        raise NoAnswer("no route")
 
     with pytest.raises(UserError, match=r"20 requests .* no route"):
         judge_pairs(items(500), broken)
@@ -142,12 +141,13 @@ def reading(template: PromptTemplate, text: str) -> Any:
         ("Response 1", 1),
         ("**Response 2**", 0),
         ("response #2.", 0),
-        ("The better one is Response 1, because it is short. It is also polite.", 1),
-        ("Response 1 is fine. Response 2 is shorter. I pick Response 2.", 0),
         ("Response 1\n\nResponse 2 leaves out the second step.", 1),
+        ("Response 2\n\nIt is shorter and avoids the mistake made in Response 1.", 0),
         ("Response 2 is longer than Response 1.\nVerdict: Response 1", 1),
-        ("Response 1. No: Response 2.", 0),
-        ("I'm sorry for the length. Response 1", 1),
+        ("I'm sorry for the length.\nResponse 1", 1),
+        ("The better one is Response 1, because it is short. It is also polite.", "malformed"),
+        ("I prefer Response 2. It does not have the errors of Response 1.", "malformed"),
+        ("Response 1. No: Response 2.", "malformed"),
         ("Response 2 is better than Response 1.", "malformed"),
         ("Either Response 1 or Response 2", "malformed"),
         ("Both are good.", "malformed"),
@@ -184,7 +184,8 @@ def test_labels_may_be_letters() -> None:
         ("[[B>A]]", (0, 1)),
         ("[[B>>A]].", (0, 3)),
         ("[[A<<B]]", (0, 3)),
-        ("First [[A>B]], on reflection [[B>>A]]", (0, 3)),
+        ("First [[A>B]], on reflection [[B>>A]]", None),
+        ("[[A>>B]] it is, so: [[A >> B]]", (1, 3)),
         ("[A>B]", (1, 1)),
         ("[B>>A] but [[A=B]]", (0.5, 1)),  # single brackets count only without double ones
         ("[[A>>>B]]", None),
@@ -204,8 +205,11 @@ def test_reading_arena_hard_verdicts(text: str, expected: tuple[float, int] | No
     ("text", "expected"),
     [
         ("Rating: [[7]]", 7),
-        ("[[8.5]] then [[3]]", 8.5),
-        ("[6] out of ten", 6),
+        ("Rating: [[8/10]]", 8),
+        ("[[**8.5**]], I repeat: [[8.5]]", 8.5),
+        ("[[8.5]] then [[3]]", "malformed"),
+        ("The answer cites [[1]] and [[2]] correctly.\nRating: [[8]]", "malformed"),
+        ("[6] out of ten", "malformed"),
         ("[2] is wrong. [[10]]", 10),
         ("[[11]]", "malformed"),
         ("[[0]]", "malformed"),
@@ -224,7 +228,10 @@ def test_reading_a_score(text: str, expected: Any) -> None:
         ({"m": math.log(0.6), "M": math.log(0.3), "The": math.log(0.1)}, 2 / 3),
         ({"m": -0.5}, 1),
         ({"M": -0.5, "B": -1.0}, 0),
+        ({" m": -0.1, " M": -2.4, "M": -9.0}, math.exp(-0.1) / (math.exp(-0.1) + math.exp(-2.4) + math.exp(-9))),
         ({"The": -0.1}, None),
+        ({"<think>": 0.0, "m": -22.4}, None),
+        ({"The": -0.5, "M": -1.0}, None),
         ({}, None),
         ({"m": -2000.0, "M": -2000.0}, None),
     ],
@@ -266,10 +273,22 @@ def server() -> Iterator[FakeServer]:
         yield server
 
 
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_server, "FIRST_WAIT", 0.001)
+
+
+OPEN: dict[Path, VerdictLog] = {}
+
+
 def client(server: FakeServer, folder: Path, template: PromptTemplate | None = None, **options: Any) -> OpenAIJudge:
+    """A judge of a command of its own: the one before it in that folder has ended."""
+    if folder in OPEN:
+        OPEN.pop(folder).__exit__()
+    OPEN[folder] = VerdictLog(folder / "log.jsonl")
     budget = options.pop("budget", None) or Budget(None)
     address = Server(server.url, KEY, **{"timeout": 60, **options})
-    return OpenAIJudge("m", template or PromptTemplate(), VerdictLog(folder / "log.jsonl"), budget, address)
+    return OpenAIJudge("m", template or PromptTemplate(), OPEN[folder], budget, address)
 
 
 @pytest.mark.parametrize(
@@ -297,11 +316,42 @@ def test_after_one_fault_every_reply_arrives_once(fault: Any, tmp_path: Path, se
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
 
 
-def test_a_late_reply_is_requested_again(tmp_path: Path, server: FakeServer) -> None:
-    server.faults = [late]
+@pytest.mark.parametrize("fault", [late, status(504, "upstream timed out"), status(524), status(408)])
+def test_what_the_server_may_still_work_on_is_not_asked_again(
+    fault: Any, tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only by the next command: a slow server would have ever more to do."""
+    server.faults = [fault]
     judge = client(server, tmp_path, timeout=0.5)
-    assert outcomes(judge_pairs(items(3), judge, concurrency=3)) == ["win"] * 3
-    assert (len(server.requests), judge.budget.requests) == (4, 3)
+    assert sorted(outcomes(judge_pairs(items(3), judge, concurrency=3))) == ["failed", "win", "win"]
+    assert (len(server.requests), judge.budget.requests) == (3, 2)
+    assert "no answer from m: " in capsys.readouterr().out
+    assert outcomes(judge_pairs(items(3), client(server, tmp_path))) == ["win"] * 3
+    assert len(server.requests) == 4
+
+
+def test_retries_are_printed(tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first at once, the others now and then, counted."""
+    server.faults = [status(429, f"slow down, {KEY}"), status(503), status(500)]
+    judge = client(server, tmp_path)
+    judge_pairs(items(3), judge)
+    assert capsys.readouterr().out == "m is asked again in 0.001 s: HTTP 429: slow down, [key]\n"
+    judge.server._next_note = 0.0
+    server.faults = [status(503, "busy")]
+    judge_pairs(items(4)[3:], judge)
+    said = "m is asked again in 0.001 s: HTTP 503: busy (3 such requests since the last line)\n"
+    assert capsys.readouterr().out == said
+
+
+def test_a_slow_judge_is_heard_of_in_a_log(
+    tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_server, "BEAT", 0.01)
+    monkeypatch.setattr(utils, "SECONDS_BETWEEN_LINES", 0.05)
+    server.delay = 0.2
+    judge_pairs(items(2), client(server, tmp_path))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "judging: 0 of 2 after 0 s" and "judging: 1 of 2 after 0 s" in said
 
 
 def test_invalid_replies_fail_only_their_own_items(tmp_path: Path, server: FakeServer) -> None:
@@ -309,17 +359,16 @@ def test_invalid_replies_fail_only_their_own_items(tmp_path: Path, server: FakeS
     judge = client(server, tmp_path)
     verdicts = judge_pairs(items(6), judge)
     assert outcomes(verdicts) == ["failed", "failed", "win", "win", "win", "win"]
-    assert verdicts[0].text == "the server's response is not a chat completion"
+    assert verdicts[0].text == "what it sent is no completion: {}"
     assert "too long" in verdicts[1].text
     assert outcomes(judge_pairs(items(6), client(server, tmp_path))) == ["win"] * 6  # a rerun sends those two
     assert server.answered == 6
 
 
-def test_an_unreachable_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+def test_an_unreachable_server(tmp_path: Path) -> None:
     nobody = Server("http://127.0.0.1:9/v1", KEY, timeout=60)
     judge = OpenAIJudge("m", PromptTemplate(), VerdictLog(tmp_path / "l"), Budget(None), nobody)
-    with pytest.raises(UserError, match="2 requests to the judge failed in a row"):
+    with pytest.raises(UserError, match="2 requests failed in a row"):
         judge_pairs(items(2), judge)
 
 
@@ -405,8 +454,8 @@ def test_parameters_that_the_model_rejects_are_left_out_with_a_note(
     }
     assert judge.server.refused_parameters == ["max_tokens", "temperature"]
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("m does not accept max_tokens: max_completion_tokens is sent instead") == 1
-    assert said.count("m does not accept temperature: it judges at its own temperature") == 1
+    assert said.count("m does not take max_tokens: max_completion_tokens is sent instead") == 1
+    assert said.count("m does not take temperature: it judges at its own temperature") == 1
     again = client(server, tmp_path)  # has not seen the rejections, and still finds the saved replies
     assert outcomes(judge_pairs(items(5), again)) == ["win"] * 5
     assert len(server.requests) == 7
@@ -417,9 +466,9 @@ def test_a_cut_reply_is_reported_once(tmp_path: Path, server: FakeServer, capsys
     for _ in range(2):  # the second time from the log
         assert outcomes(judge_pairs(items(3), client(server, tmp_path))) == ["malformed"] * 3
         assert capsys.readouterr().out.count("m: a reply was cut at --max_tokens 256 before its verdict") == 1
-    server.rule = lambda _: completion("Response 1", finish_reason="length")
-    assert "malformed" not in outcomes(judge_pairs(items(9)[3:], client(server, tmp_path)))
-    assert "was cut" not in capsys.readouterr().out
+    server.rule = lambda _: completion("Response 1", finish_reason="length")  # is wrong, because ...
+    assert set(outcomes(judge_pairs(items(9)[3:], client(server, tmp_path)))) == {"malformed"}
+    assert capsys.readouterr().out.count("was cut") == 1
 
 
 def log_probabilities(request: dict[str, Any]) -> dict[str, Any]:
@@ -480,18 +529,12 @@ def test_usage_is_estimated_if_the_server_reports_none(tmp_path: Path) -> None:
         assert judge.budget.used == judge.estimate(to_judge_input(items(1)[0], True))
 
 
-def test_two_judges_write_one_log(tmp_path: Path, server: FakeServer) -> None:
-    halves = [items(40)[:20], items(40)[20:]]
-    judges = [client(server, tmp_path), client(server, tmp_path)]
-    threads = [threading.Thread(target=judge_pairs, args=(half, judge)) for half, judge in zip(halves, judges)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert len({line["key"] for line in lines}) == len(lines) == 40
-    judge_pairs(items(40), client(server, tmp_path))
-    assert len(server.requests) == 40
+def test_two_commands_do_not_share_a_log(tmp_path: Path, server: FakeServer) -> None:
+    """They would pay twice for what both ask. A dry run reads it."""
+    judge_pairs(items(4), client(server, tmp_path))
+    with pytest.raises(UserError, match=r"log.jsonl: another process is writing it"):
+        VerdictLog(tmp_path / "log.jsonl")
+    assert len(VerdictLog(tmp_path / "log.jsonl", writes=False).replies) == 4
 
 
 def test_another_seed_sends_only_the_pairs_in_a_new_order(tmp_path: Path, server: FakeServer) -> None:

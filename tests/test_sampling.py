@@ -1,10 +1,12 @@
 """Sampling: what is drawn, that it is every prompt's own and complete, and what is left when it is killed."""
 
+import contextlib
 import gzip
 import json
 import signal
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -22,8 +24,8 @@ from launch import settings
 from launch.policies import read_config
 from sampling import samples
 from sampling.backends import LocalPrompts, VLLMBackend
-from sampling.generate import Decoding, DrawTokens, Request, sample
-from utils import UserError
+from sampling.generate import Decoding, DrawTokens, Request, Sample, finished, sample
+from utils import UserError, flat
 
 TINY = REPO / "assets/tiny"
 FEW_ROWS = {"toy": {"test": 200}}  # all 2,000 take long to make
@@ -162,6 +164,32 @@ def test_stop_texts_end_a_completion(tiny):
         )
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "count"),
+    [
+        ("<s>", "dog cat", 3),
+        ("cat<s>", "dog", 3),
+        ("<s>!", "dog cat", 4),
+        ("at", "dog c", 2),
+        ("<s>?", "dog cat!", None),
+        ("catx", "dog cat!", None),
+    ],
+)
+def test_stop_texts_with_special_tokens(stop, text, count):
+    """Generation ends at them, and so do the tokens; the text does not show them."""
+
+    class Words:
+        words = ("", "", "<s>", "dog ", "cat", "!")
+        all_special_tokens: ClassVar = ["<s>"]
+
+        def decode(self, ids, skip_special_tokens):
+            return "".join(self.words[i] for i in ids if not (skip_special_tokens and i == 2))
+
+    ids = [3, 4, 2, 5]
+    drawn = finished([*ids, 0, 0], Words(), [1], Decoding(6, 0, stop=(stop,)))
+    assert drawn == Sample(text, [*ids, 0, 0] if count is None else ids[:count], "stop" if count else "length")
+
+
 def test_a_sample_that_is_cut_says_so(tiny):
     drawn = sample(*tiny, requests(tiny[1], TOY, 0.0), Decoding(3, 0), batch_size=24)
     assert {s.finish_reason for s in drawn} == {"length"} and all(len(s.ids) == 3 for s in drawn)
@@ -226,7 +254,7 @@ def dies(log, drawn):
     global calls
     calls += 1
     if calls == 3:
-        log.file.write('{"key": [3, 0, 0], "te')
+        log.file.write(b'{"key": [3, 0, 0], "te')
         log.file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     original(log, drawn)
@@ -251,7 +279,7 @@ def test_killed_and_run_again_equals_uninterrupted(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match=r"temperature: 1.0 there, 0.5 now"):
         write(tmp_path, "++temperature=0.5")
-    assert partial.read_text() == kept
+    assert partial.read_text() == kept + "\n"  # half a line is ended, nothing else
 
     drawn = []
     original = samples.SampleLog.add
@@ -262,10 +290,94 @@ def test_killed_and_run_again_equals_uninterrupted(tmp_path, monkeypatch):
     assert resumed["samples"] == write(tmp_path / "whole", "++model.eval_batch_size=7")["samples"]
 
 
+ONE = {(0, 0, 0): samples.Sample("text", [1], "stop")}
+
+
+def opened(target, identity):
+    """The log as a command finds it that stops at once."""
+    found = []
+    with contextlib.suppress(KeyboardInterrupt), samples.sample_log(target, identity) as log:
+        found.append(log)
+        raise KeyboardInterrupt
+    return found[0]
+
+
+@pytest.mark.parametrize("content", [{"figure": 1}, {"sampling": {"a": 1}, "sampled_at": "now", "samples": []}])
+def test_killed_between_the_file_and_its_log(tmp_path, monkeypatch, content):
+    """The file is there, whole: what is left of the log is in nobody's way, whatever the next command draws."""
+    target, partial = tmp_path / "a.json", tmp_path / "a.json.partial.jsonl"
+    with samples.sample_log(target, {"a": 1}) as log:
+        log.add(ONE)
+        with monkeypatch.context() as killed:
+            killed.setattr(type(partial), "unlink", lambda _: None)
+            log.publish(content)
+        left = partial.read_bytes()
+    assert json.loads(target.read_text()) == content
+    for identity in ({"a": 1}, {"a": 2}):
+        partial.write_bytes(left)
+        log = opened(target, identity)
+        assert not log.samples and log.finished == (content.get("sampling") == identity)
+        assert not partial.exists()
+
+
+def test_killed_before_the_file(tmp_path, monkeypatch):
+    """All samples are in the log; an older file stands where the new one was to be."""
+    target = tmp_path / "a.json"
+    target.write_text('{"sampling": {"a": 0}}')
+    monkeypatch.setattr(samples, "write_text", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit), samples.sample_log(target, {"a": 1}) as log:
+        log.add(ONE)
+        log.publish({})
+    assert opened(target, {"a": 1}).samples == ONE
+    with pytest.raises(UserError, match="a: 1 there, 2 now"):
+        opened(target, {"a": 2})
+    assert opened(target, {"a": 0} | {"a": 1}).samples == ONE  # the refusal changed nothing
+
+
+def test_a_finished_file_does_not_touch_the_log_of_another_setting(tmp_path):
+    target = tmp_path / "a.json"
+    with pytest.raises(KeyboardInterrupt), samples.sample_log(target, {"a": 2}) as log:
+        log.add(ONE)
+        raise KeyboardInterrupt
+    target.write_text(json.dumps({"sampling": {"a": 1, "samples": 1}, "sampled_at": "now", "samples": []}))
+    assert opened(target, {"a": 1, "samples": 1}).finished
+    assert opened(target, {"a": 2}).samples == ONE
+
+
+def test_a_command_that_draws_nothing_leaves_nothing(tmp_path):
+    opened(tmp_path / "a.json", {})
+    with samples.sample_log(tmp_path / "b", {}) as log:  # of which no file is made
+        log.add(ONE)
+    with pytest.raises(UserError, match="vLLM is not installed"):
+        write(tmp_path, "++backend=vllm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_place_of_the_benchmarks_file_is_tried_first(tmp_path):
+    (tmp_path / "alpaca_eval").write_text("")
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror/alpaca_eval.json").write_text('[{"instruction": "Hi", "output": "Ho"}]')
+    with pytest.raises(UserError, match=r"cannot write .*alpaca_eval/tiny/model_outputs.json"):
+        write(tmp_path, "++mode=alpacaeval", f"data_dir={tmp_path}/mirror")
+
+
+def test_the_home_directory_in_every_key_that_is_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ["cache_dir", "data_dir", "samples_dir", "compare_to", "model.name_or_path", "model.load_from"]
+    paths += ["model.tokenizer_name_or_path", "model.reference_path", "sae.path", "probe"]
+    overrides = [f'++{key}="~/x"' for key in paths] + ['datasets=["~/a.jsonl"]', 'eval_datasets="~/b.jsonl"']
+    values = flat(settings.typed(read_config(TINY, overrides)).model_dump())
+    assert {values[key] for key in paths} == {"/home/me/x"}
+    assert (values["datasets"], values["eval_datasets"]) == (["/home/me/a.jsonl"], "/home/me/b.jsonl")
+    (data,) = dataloader.sources(settings.typed(read_config(TINY, overrides)), "test")
+    with pytest.raises(UserError, match=r"The data set /home/me/b.jsonl is no file here"):
+        data.check()
+
+
 def test_two_processes_do_not_share_a_file(tmp_path):
     identity = {"temperature": 1}
     with samples.sample_log(tmp_path / "a.json", identity), pytest.raises(UserError, match="another process"):
-        samples.SampleLog(tmp_path / "a.json.partial.jsonl", identity)
+        samples.SampleLog(tmp_path / "a.json", identity)
 
 
 @pytest.mark.parametrize(
@@ -330,8 +442,8 @@ def test_prompts_that_are_cut_are_counted(tiny, capsys):
 class SamplingParams:
     """Of vLLM's, the arguments that it documents (vllm/sampling_params.py)."""
 
-    def __init__(self, *, temperature, top_p, top_k, max_tokens, stop, seed, logit_bias):
-        assert top_k >= -1 and 0 <= seed < 2**63 and logit_bias is None
+    def __init__(self, *, temperature, top_p, top_k, max_tokens, stop, skip_special_tokens, seed, logit_bias):
+        assert top_k >= -1 and 0 <= seed < 2**63 and logit_bias is None and skip_special_tokens is False
         assert (temperature, top_p, stop) == (0.0, 0.95, [])
         self.max_tokens = max_tokens
 
@@ -351,8 +463,7 @@ class LLM:
         limits = {"max_new_tokens": parameters.max_tokens, "do_sample": False}
         (drawn,) = self.model.generate(torch.tensor([ids]), **limits)[:, len(ids) :].tolist()
         reason = "stop" if drawn[-1] == self.tokenizer.eos_token_id else "length"
-        text = self.tokenizer.decode(drawn, skip_special_tokens=True)
-        return SimpleNamespace(outputs=[SimpleNamespace(text=text, token_ids=tuple(drawn), finish_reason=reason)])
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(drawn), finish_reason=reason)])
 
 
 def test_vllm_is_asked_for_the_same(tmp_path, monkeypatch):
@@ -447,7 +558,7 @@ def test_a_later_turn_follows_the_earlier_answers(tiny):
     turn = samples.next_turn(talk)
     config = settings.typed(read_config(TINY, []))
     (request,) = LocalPrompts(config, tokenizer, ()).requests([turn], [0.0], 0)
-    expected = f"<bos>\n<|user|>\n{TOY[0]}\n<|assistant|>\nAn answer.\n<|user|>\n{TOY[1]}\n<|assistant|>\n"
+    expected = f"<bos>\n<|user|>\n{TOY[0]}\n<|assistant|>\nAn answer.<eos>\n<|user|>\n{TOY[1]}\n<|assistant|>\n"
     assert request.prompt == expected
     config = settings.typed(read_config(TINY, ["++model.max_prompt_length=12"]))
     (request,) = LocalPrompts(config, tokenizer, ()).requests([turn], [0.0], 0)

@@ -6,14 +6,17 @@ import threading
 import time
 
 import pytest
-from conftest import REPO, transformers_server
+from conftest import DATA, REPO, transformers_server
 from test_sampling import TINY, write
 
 import eval as evaluation
+from judging import answers
+from launch import settings
 from launch.policies import read_config
+from sampling import openai_server
 from sampling.backends import ServerBackend
 from sampling.generate import Decoding, Request, Sample
-from utils import UserError
+from utils import UserError, fingerprint
 
 KEY = "sk-a-secret-of-mine"
 SERVED = ["template=tulu", "++backend=openai", "++served_model=m", "++model.eval_batch_size=4"]
@@ -89,6 +92,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
+    monkeypatch.setattr(openai_server, "FIRST_WAIT", 0.001)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with Server() as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -112,7 +116,8 @@ RETRIED = [
     (500, b"oops"),
     (503, b""),
     (200, b'{"id": "1", "choi', 4000),  # half a body
-    "late",
+    (200, b"<html>garbage</html>"),
+    (200, b'{"error": {"message": "Rate limit exceeded", "code": 429}}'),
 ]
 FINAL = [
     (200, b"<html>garbage</html>"),
@@ -124,16 +129,19 @@ FINAL = [
 ]
 
 
-def test_faults_that_pass_are_tried_again(tmp_path, server, capsys, monkeypatch):
-    """Late, 429, 5xx, half a body: every prompt is answered once in the end."""
-    patient = ServerBackend.__init__
-    monkeypatch.setattr(ServerBackend, "__init__", lambda self, config: patient(self, config, timeout=0.5))
-    server.faults = [fault for fault in RETRIED for _ in range(2)]
+def test_faults_that_pass_are_tried_again(tmp_path, server, capsys):
+    """429, 5xx, half a body: each prompt meets one of them twice, and is answered in the end."""
+
+    def rule(request):
+        met = prompts(server).count(request["prompt"])
+        return RETRIED[int(fingerprint(request["prompt"]), 16) % len(RETRIED)] if met <= 2 else None
+
+    server.rule = rule
     content = served(server, tmp_path)
     assert [s["policy"] for s in content["samples"]] == [
         "To " + " ".join(s["prompt"].split()) for s in content["samples"]
     ]
-    assert len(server.requests) == 24 + 2 * len(RETRIED)
+    assert len(server.requests) == 3 * 24
     assert {request["key"] for request in server.requests} == {f"Bearer {KEY}"}
     nothing_secret(tmp_path, capsys)
 
@@ -141,22 +149,68 @@ def test_faults_that_pass_are_tried_again(tmp_path, server, capsys, monkeypatch)
 @pytest.mark.parametrize("fault", FINAL, ids=lambda fault: f"{fault[0]} {fault[1][:24].decode()}")
 def test_faults_that_stay_lose_nothing_else(tmp_path, server, fault, capsys):
     """The others are kept, and a rerun asks only for what is missing."""
-    server.faults = [fault, fault]
-    with pytest.raises(UserError, match=r"2 requests to .* failed") as error:
-        served(server, tmp_path)
+    server.rule = lambda request: fault if request["prompt"] in list(dict.fromkeys(prompts(server)))[:2] else None
+    with pytest.raises(UserError, match=r"(?s)2 of 24 samples got no answer .* max_failed=0 allows 0") as error:
+        served(server, tmp_path, "++max_failed=0")
     assert KEY not in str(error.value)
-    assert len(server.requests) == 24 and not (tmp_path / "tiny.json").exists()
+    asked = len(server.requests)
+    assert len(set(prompts(server))) == 24 and not (tmp_path / "tiny.json").exists()
     nothing_secret(tmp_path, capsys)
+    server.rule = lambda _: None
     assert len(served(server, tmp_path)["samples"]) == 24
-    assert len(server.requests) == 26
-    prompts = [request["prompt"] for request in server.requests]
-    assert len(set(prompts)) == 24
+    assert len(server.requests) == asked + 2 and len(set(prompts(server))) == 24
     nothing_secret(tmp_path, capsys)
+
+
+def prompts(server):
+    return [request["prompt"] for request in server.requests]
+
+
+@pytest.mark.parametrize("mode", [[], ["++mode=mtbench", f"data_dir={DATA}", "++samples=2"]], ids=["sample", "mtbench"])
+def test_what_a_server_never_answers_is_marked(tmp_path, server, mode, capsys):
+    """And left out of the benchmarks' files and of judging; the same command asks for it, and for nothing else."""
+    if mode and not DATA.is_dir():
+        pytest.skip(f"no real data in {DATA}")
+    server.rule = lambda request: TOO_LONG if is_chosen(request["prompt"]) else None
+    content = served(server, tmp_path, *mode)
+    failed = [entry for entry in content["samples"] if "failed" in entry]
+    assert [entry["failed"] for entry in failed] == ["HTTP 400: maximum context length is 40"] * len(failed)
+    assert 0 < len(failed) <= 0.05 * len(content["samples"]) + 1
+    assert {entry["finish_reason"] for entry in failed} == {"failed"}
+    out = capsys.readouterr().out
+    assert f"{len(content['samples']) - len(failed)} samples in" in out and f"{len(failed)} more have no answer" in out
+    if mode:
+        handed = (tmp_path / "mt_bench/model_answer/tiny.jsonl").read_text().splitlines()
+        assert len(handed) == 80 - len(failed) / 2
+        assert sum(entry["policy"] is None for entry in failed) < len(failed)  # some failed in their second turn
+    file = next(tmp_path.glob("tiny*.json"))
+    read = answers.read_answers(file)
+    texts = [text for entry in content["samples"] for text in entry.get("turns", [entry["policy"]])]
+    assert sum("policy" in row.answers for row in read.rows) == len(texts) - texts.count(None)
+
+    asked = len(server.requests)
+    server.rule = lambda _: None
+    whole = served(server, tmp_path, *mode)
+    again = prompts(server)[asked:]
+    assert {prompt for prompt in again if is_chosen(prompt)} and len(again) < 4 * len(failed)
+    assert not any("failed" in entry for entry in whole["samples"])
+    kept = [(old, new) for old, new in zip(content["samples"], whole["samples"]) if "failed" not in old]
+    assert all(old == new for old, new in kept) and whole["sampled_at"] == content["sampled_at"]
+    served(server, tmp_path, *mode)
+    assert len(server.requests) == asked + len(again)
+    assert "there already" in capsys.readouterr().out and not list(tmp_path.rglob("*.part*"))
+
+
+TOO_LONG = (400, b'{"error": {"message": "maximum context length is 40"}}')
+
+
+def is_chosen(prompt):
+    return int(fingerprint(prompt), 16) % 30 == 0  # of these prompts few, first turns and second ones
 
 
 def test_a_server_that_only_fails_is_given_up(tmp_path, server):
     server.faults = [(401, json.dumps({"error": {"message": f"no such key: {KEY}"}}).encode())] * 1000
-    with pytest.raises(UserError, match=r"failed, the last: .*401.*") as error:
+    with pytest.raises(UserError, match=r"failed in a row, the last: .*401.*") as error:
         served(server, tmp_path, "++n_samples=200")
     assert "[key]" in str(error.value) and KEY not in str(error.value)
     assert 20 <= len(server.requests) < 100  # those under way when the twentieth is heard of are not counted on
@@ -192,8 +246,9 @@ def test_a_model_that_takes_no_settings_is_asked_without_those_that_change_nothi
     assert len(content["samples"]) == 24 and len(server.requests) == 27  # three were refused, once each
     assert server.requests[-1].keys() == {"model", "messages", "seed", "max_completion_tokens", "key", "path"}
     assert capsys.readouterr().out.count("it is left out, being 1") == 2
-    with pytest.raises(UserError, match="'top_p' is not supported"):  # 0.95 would be another distribution
-        served(server, tmp_path / "other", "template=chat")
+    assert content["refused_parameters"] == ["max_tokens", "temperature", "top_p"]
+    content = served(server, tmp_path / "other", "template=chat")
+    assert "m does not take top_p: it draws as it does by itself, not with 0.95" in capsys.readouterr().out
 
 
 def test_the_servers_only_model_needs_no_name(tmp_path, server):
@@ -213,9 +268,8 @@ def test_no_server_there(tmp_path):
 def test_stop_texts_are_cut_here_too(server):
     """A server may leave them in."""
     config = read_config(TINY, [*SERVED, f"++base_url={server.url}"])
-    ((answer,),) = ServerBackend(config).complete([Request((), 1.0, 0, "a b STOP c")], Decoding(5, 0, stop=("STOP",)))
-    assert answer == 0
-    (found,) = ServerBackend(config).complete([Request((), 1.0, 0, "a b STOP c")], Decoding(5, 0, stop=("STOP",)))
+    backend = ServerBackend(settings.typed(config), 1)
+    (found,) = backend.complete([Request((), 1.0, 0, "a b STOP c")], Decoding(5, 0, stop=("STOP",)))
     assert found == {0: Sample("To a b", [], "stop")}
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -97,7 +97,7 @@ class Run:
             stack.callback(lambda: self.pending and self.pending.exception())  # where training ended in an error
             yield
 
-    def lock(self) -> TextIO:
+    def lock(self) -> IO[bytes]:
         """The lock on the directory: an open file; closing it, or the end of the process, unlocks."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -286,7 +286,7 @@ class BasicTrainer:
         loader, flops = self.loaders["train"], Flops.of(self.policy)
         means, pace = MetricAccumulator(), ThroughputMeter(flops)
         lines = StepLines(len(loader), self.step, self.headline)
-        with progress_bar("training", len(loader), self.step) as advance:
+        with progress_bar("training", len(loader), self.step, in_log=False) as advance:
             for micro_batches in self.steps("train", self.step):
                 self.stop_if_asked()
                 self.module.train()

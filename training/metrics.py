@@ -1,7 +1,6 @@
 """Metrics: averaged over steps, written to metrics.jsonl and to trackers, shown on the terminal."""
 
 import importlib.util
-import json
 import netrc
 import os
 import re
@@ -17,7 +16,7 @@ from torch import Tensor
 from distributed import parallel
 from training.checkpoint import LOG, Run
 from training.settings import TrainingSettings
-from utils import SIDES, UserError, console, open_in_place, write_text
+from utils import SIDES, UserError, console, open_in_place, write_json_lines, write_text
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -148,8 +147,7 @@ class MetricsLog:
         """On rank 0; the others have nothing to write."""
         if self.file is None:
             return
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        write_json_lines(self.file, values)
         for tracker in self.trackers:
             tracker.log(values, step=values["step"])
 
