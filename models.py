@@ -274,7 +274,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises UserError if it cannot be loaded or has no end-of-sequence token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        # What it is saved as says whether only local files were allowed, and so has to be the same without a network.
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no usable tokenizer ({str(error).splitlines()[0]})") from error
     if tokenizer.eos_token_id is None:

@@ -32,6 +32,8 @@ T = TypeVar("T")
 GRACE_SECONDS = 10.0  # once a rank has failed, the others have this long to end by themselves
 BEAT_SECONDS, BEATS = 5.0, 12  # a rank of another host that was silent for so many beats is gone
 TIMEOUT = timedelta(hours=6)  # how long a rank waits for another: long, since rank 0 may tokenise a large data set
+# Outlives the launcher, to say why the ranks are gone: its input closes with the launcher, without a line.
+WITNESS = "read line || echo 'the process that started the ranks was killed, so all are ended'"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM can send SIGUSR1 before a time limit
 
 
@@ -231,6 +233,7 @@ def start_ranks(count: int) -> int:
     }
     shared |= {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))} | os.environ | shared
     command = [sys.executable, *sys.orig_argv[1:]]
+    witness = subprocess.Popen(["sh", "-c", WITNESS], stdin=subprocess.PIPE, start_new_session=True)
     ranks = [
         subprocess.Popen(
             command,
@@ -248,7 +251,9 @@ def start_ranks(count: int) -> int:
 
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
-    return wait_for_ranks(ranks)
+    status = wait_for_ranks(ranks)
+    witness.communicate(b"ended\n")
+    return status
 
 
 def wait_for_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

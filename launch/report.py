@@ -143,7 +143,8 @@ def show_summary(folder: Path, *, finished_before: bool = False) -> None:
 
 
 def read_lines(path: Path) -> Lines:
-    """The lines of a metrics.jsonl, without a last line that a killed run did not finish. What JSON lacks is NaN."""
+    """The lines of a metrics.jsonl, without damaged ones, such as half a line of a killed run. What JSON lacks is
+    NaN."""
     with path.open("rb") as file:
         lines = [line for _, line in json_lines(file) if isinstance(line, dict)]
     return [{name: nan if value is None else value for name, value in line.items()} for line in lines]
@@ -324,24 +325,26 @@ def boxed(rows: str) -> str:
 # ---------------------------------------------------------------------------------------------------- the rest
 
 
-def completions(found: dict[str, Any] | None) -> str:
-    """What the policy writes, before and after training."""
-    if not found or not found["prompts"]:
+def completions(found: Any) -> str:
+    """What the policy writes, before and after training; nothing where the file is damaged."""
+    try:
+        cards, tokens = "".join(map(completion_card, found["prompts"])), int(found["max_new_tokens"])
+    except (KeyError, TypeError, AttributeError, ValueError):
         return ""
-    cards = []
-    for item in found["prompts"]:
-        several = len(item["messages"]) > 1
-        turns = "\n\n".join((f"{m['role']}: " if several else "") + m["content"] for m in item["messages"])
-        sides = "".join(
-            f'<div><h3>{when} training</h3><div class="text">{escape(item[when])}</div></div>'
-            for when in ("before", "after")
-            if when in item
-        )
-        cards.append(
-            f'<article><header class="text">{escape(turns)}</header><div class="sides">{sides}</div></article>'
-        )
-    how = f"The likeliest token each time, at most {found['max_new_tokens']} of them, to held-out prompts."
-    return f'<h2>Completions</h2><p class="dim">{how}</p>{"".join(cards)}'
+    how = f"The likeliest token each time, at most {tokens} of them, to held-out prompts."
+    return f'<h2>Completions</h2><p class="dim">{how}</p>{cards}' if cards else ""
+
+
+def completion_card(item: dict[str, Any]) -> str:
+    """One prompt and its completions."""
+    several = len(item["messages"]) > 1
+    turns = "\n\n".join((f"{m['role']}: " if several else "") + m["content"] for m in item["messages"])
+    sides = "".join(
+        f'<div><h3>{when} training</h3><div class="text">{escape(item[when])}</div></div>'
+        for when in ("before", "after")
+        if when in item
+    )
+    return f'<article><header class="text">{escape(turns)}</header><div class="sides">{sides}</div></article>'
 
 
 def settings_table(config: DictConfig) -> str:

@@ -75,12 +75,13 @@ def may_change(key: str, trainer: type[BasicTrainer]) -> bool:
 
 
 def is_finished(run: Run, config: Config) -> bool:
-    """Whether a run with this configuration has written its last file here."""
+    """Whether a run with this configuration has written its last file here, and its log has not been lost since."""
     try:
         saved = settings.saved_config(run.folder)
     except UserError:
         return False
-    if saved is None or not (run.folder / "summary.json").is_file() or not (run.folder / "LATEST").exists():
+    is_there = (run.folder / "summary.json").is_file() and (run.folder / "LATEST").exists()
+    if saved is None or not is_there or not run.log_is_sound():
         return False
     differ = {
         key for key, (old, _) in differences(saved, config).items() if key not in settings.LEFT_OPEN or old is not None

@@ -3,6 +3,7 @@ keep the start from wasting time."""
 
 import os
 import re
+import socket
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -17,10 +18,26 @@ def begin(usage: str, sections: Sequence[str], *, groups: Sequence[str] = ()) ->
     some sections of config.yaml and, as `model`, of model/base.yaml."""
     if "RANK" in os.environ:
         end_with_parent()
+        if launcher_is_gone():
+            sys.exit("the process that started this rank is gone")
     collect_garbage_rarely()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage.strip(), *map(choices, groups), *map(keys, sections), sep="\n\n")
         sys.exit(0)
+
+
+def launcher_is_gone() -> bool:
+    """Whether the launcher ended before this rank could be tied to it: nothing listens where it serves the store that
+    the ranks meet at."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # rank 0 serves it
+        return False
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=10).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # the rank itself will say what is wrong
+        return False
+    return False
 
 
 def choices(group: str) -> str:

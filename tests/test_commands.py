@@ -103,7 +103,8 @@ def test_two_processes_do_not_share_a_run(tmp_path):
 def quickstart(tmp_path_factory):
     """The quickstart, with a seed that is not its own."""
     folder = tmp_path_factory.mktemp("quickstart")
-    done = new_python("train.py", "experiment=quickstart", "seed=2", f"cache_dir={folder}", "log_to=[tensorboard,wandb]")
+    own = ["seed=2", f"cache_dir={folder}", "log_to=[tensorboard,wandb]"]
+    done = new_python("train.py", "experiment=quickstart", *own)
     return folder / "quickstart", done.stdout
 
 

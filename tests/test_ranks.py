@@ -222,8 +222,20 @@ def test_ranks_end_with_the_launcher_also_while_they_start(tmp_path):
     launcher = Fork(script, cwd=tmp_path)
     wait_until(lambda: all((tmp_path / rank).is_file() and (tmp_path / rank).read_text() for rank in "01"))
     launcher.process.kill()
-    launcher.result()
+    launcher.process.join()
     wait_until(lambda: not any(Path("/proc", (tmp_path / rank).read_text(), "cmdline").exists() for rank in "01"))
+    wait_until(launcher.outputs[0].read_text)
+    said = "the process that started the ranks was killed, so all are ended\n"
+    assert launcher.result().stdout == said
+
+
+def test_a_rank_whose_launcher_is_gone_does_not_wait_for_others():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(closed.getsockname()[1])}
+        done = Fork(REPO / "train.py", "loss=dpo", "model=tiny", "datasets=[toy]", **place).result(120)
+    assert done.returncode == 1 and "the process that started this rank is gone" in done.stderr
 
 
 def wait_until(condition):

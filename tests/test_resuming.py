@@ -19,8 +19,9 @@ import trainers
 import utils
 from autoencoders.formats import load_sae, save_sae
 from autoencoders.training import SAETrainer
+from data import tokenise
 from distributed.parallel import Stopped
-from launch import completions, resuming
+from launch import completions, report, resuming
 from launch.policies import find_policy, read_config
 from launch.settings import typed
 from training import loop
@@ -241,6 +242,14 @@ def test_what_changes_steps_may_not(copied, change):
         again(copied(finished=False), change)
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_tokens_are_the_same_without_a_network(monkeypatch, offline):
+    """Else a run that began with a network does not go on under HF_HUB_OFFLINE=1."""
+    before = tokenise.tokenizer_digest(models.load_tokenizer(REPO / "assets/tiny"))
+    monkeypatch.setattr("transformers.tokenization_utils_base.is_offline_mode", lambda: offline)
+    assert tokenise.tokenizer_digest(models.load_tokenizer(REPO / "assets/tiny")) == before
+
+
 # ------------------------------------------------------------------------------------------------- changed under it
 
 
@@ -389,6 +398,32 @@ def test_a_log_goes_on_from_what_it_was(tmp_path, capsys, what):
     told = f"{log} is not as the run wrote it: made again" in capsys.readouterr().out
     assert told == (what not in ("as it was", "longer"))
     assert (tmp_path / "other").read_text() == "mine"
+
+
+def test_a_finished_run_that_has_lost_its_log_makes_it_again(copied, folder, capsys):
+    path = copied()
+    (path / "metrics.jsonl").rename(path / "moved.jsonl")
+    assert again(path) == metrics(folder / "whole")
+    assert "metrics.jsonl is not as the run wrote it: made again" in capsys.readouterr().out
+    assert weights(path) == weights(folder / "whole") and (path / "summary.json").is_file()
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", ["LATEST", "metrics.jsonl", "completions.json"])
+def test_a_directory_in_the_place_of_a_file_is_named(copied, name):
+    path = copied(finished=False)
+    (path / name).unlink()
+    (path / name).mkdir()  # as a copy that follows links makes of LATEST
+    with pytest.raises(UserError, match=rf"{name} is a directory, and a run writes a (link|file) there; move it away"):
+        again(path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"prompts": 3}', '{"prompts": [{}]}', '{"max_new_tokens": "x"}'])
+def test_a_page_goes_without_damaged_completions(content, tmp_path):
+    (tmp_path / "completions.json").write_text(content)
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n[1]\n{"step": 1, "examples": 8, "loss/train": 0.5}\n{"st')
+    page = report.write_run_page(tmp_path).read_text()
+    assert "<h2>Completions" not in page and "loss/train" in page
 
 
 def test_damaged_completions_are_named(tmp_path, capsys):

@@ -69,6 +69,7 @@ FILES = (
     "state",
 )
 LINKS = ("LATEST", "BEST")  # to exports
+DIRECTORIES = ("features", "tensorboard", "wandb", "state")
 EXPORT = re.compile(r"step-\d+")
 PLACE = "trainer.json"  # of a state: where the run stood
 LOG = "metrics.jsonl"  # of the run, and of a state: as it was then
@@ -172,8 +173,14 @@ class Run:
 
     def start(self, config: TrainingSettings) -> None:
         """On rank 0: make the directory that of a run with this configuration. With `resume: never` what the run of
-        this name left goes; else the summary of an earlier end, and older states that a killed run has not removed."""
+        this name left goes; else the summary of an earlier end, and older states that a killed run has not removed.
+
+        Raises UserError where there is a directory in the place of a file, as of LATEST after a copy without links."""
         known, anew = self.manifest(), config.resume == "never"
+        for path in [] if anew else [self.folder / name for name in FILES if name not in DIRECTORIES]:
+            if path.is_dir() and not path.is_symlink():
+                what = "link" if path.name == "LATEST" else "file"
+                raise UserError(f"{path} is a directory, and a run writes a {what} there; move it away")
         names = list(dict.fromkeys([*(known["files"] if known else ()), *FILES]))
         if known is None or anew:
             write_json(self.folder / MANIFEST, {"id": secrets.token_hex(4), "files": names})
@@ -298,6 +305,11 @@ class Run:
     def saved_log(self) -> bytes:
         """The log as it was when the state was saved that the run goes on from."""
         return (self.state / LOG).read_bytes() if self.state else b""
+
+    def log_is_sound(self) -> bool:
+        """Whether the log is where the run wrote it, and begins as it was then."""
+        log = self.folder / LOG
+        return log.is_file() and not log.is_symlink() and log.read_bytes().startswith(self.saved_log())
 
     # ------------------------------------------------------------------------------------------------ exports
 

@@ -158,8 +158,7 @@ class MetricsLog:
         self.path, self.file, self.trackers = run.folder / LOG, None, []
         if parallel.rank() == 0:
             before = run.saved_log()
-            usable = self.path.is_file() and not self.path.is_symlink()
-            if not usable or not self.path.read_bytes().startswith(before):
+            if not run.log_is_sound():
                 if before:
                     console.print(f"{self.path} is not as the run wrote it: made again", style="yellow", markup=False)
                 write_text(self.path, before.decode())
