@@ -733,10 +733,10 @@ def test_data_sets_are_checked_before_any_is_loaded(tmp_path: Path) -> None:
     for entry, message in {
         "ultrabim": "did you mean 'ultrabin'",
         "missing/file.jsonl": "missing/file.jsonl is no file here",
-        "./": "./ is a folder; name a file",
+        "./": r"\./ is a folder: name files in it, such as ",
         str(Path(__file__)): "of no known kind; known are .json",
         str(tmp_path): r"is a folder: name files in it, such as .*/a\.jsonl",
-        "org/some_data": r"does not exist.*On the Hub only some data sets are known.*hf download org/some_data ",
+        "org/some_data": r"is no file here.*On the Hub only some data sets are known.*hf download org/some_data ",
     }.items():
         for key in ("datasets", "eval_datasets"):
             with pytest.raises(UserError, match=message):
