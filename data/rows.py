@@ -329,9 +329,10 @@ def text_of(row: dict[str, Any], name: str) -> str:
 
 def number_of(row: dict[str, Any], name: str) -> float:
     """The finite number in a required field. Raises BadRow."""
+    value = value_of(row, name)
     try:
-        number = float(value_of(row, name))
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise BadRow(f"{name!r} is not a number")

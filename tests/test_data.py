@@ -627,7 +627,7 @@ def test_two_columns_of_one_name_are_told(tmp_path: Path) -> None:
         dataloader.read_file(tmp_path / "a.csv")
 
 
-WORDS = ["", " ", "a", "\u2028", "\ud800", "\x00", "0", "true", "[]", None, True, 1, 0.5, float("nan"), 10**30]
+WORDS = ["", " ", "a", "\u2028", "\ud800", "\x00", "0", "true", "[]", None, True, 1, 0.5, float("nan"), 10**30, 10**400]
 
 
 def random_value(draw: random.Random, depth: int = 0) -> Any:
@@ -665,6 +665,10 @@ def test_whatever_a_file_holds_each_row_is_used_or_counted_as_bad(
         text = text[:cut] + draw.randbytes(draw.randrange(3)) + text[cut + draw.randrange(3) :]
     file = tmp_path_factory.getbasetemp() / f"random{suffix}"
     file.write_bytes(gzip.compress(text, 1)[: draw.choice([None, None, -3])] if suffix.endswith(".gz") else text)
+    expect_rows_accounted_for(file)
+
+
+def expect_rows_accounted_for(file: Path) -> None:
     try:
         data = dataloader.read_file(file)
     except UserError as error:
@@ -673,6 +677,55 @@ def test_whatever_a_file_holds_each_row_is_used_or_counted_as_bad(
         labelled = sum(label is not None for example in data for label in example.desirable)
         used = labelled + sum(len(example.pairs) + len(example.sft_targets) for example in data)
         assert used and used + data.bad.counts.total() == data.bad.total
+
+
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.null())]))
+KINDS = [
+    *[pa.string()] * 8, pa.large_string(), pa.binary(), pa.dictionary(pa.int8(), pa.string()), pa.int8(), pa.uint64(),
+    pa.float32(), pa.bool_(), pa.null(), pa.timestamp("us", tz="No/Where"), pa.timestamp("s"), pa.date64(),
+    pa.duration("ns"), pa.decimal128(30, 2), pa.list_(pa.string()), pa.map_(pa.string(), pa.string()), TURNS, TURNS,
+]  # fmt: skip
+
+
+def random_column(draw: random.Random, kind: pa.DataType, count: int) -> pa.Array:
+    """Values of a kind, some of them none; numbers and dates of any size, texts that may be no UTF-8."""
+    if kind == TURNS:
+        turns: list[Any] = [user("q"), assistant("a"), {"role": "tool", "content": None}, {}]
+        values = [draw.choices(turns, k=draw.randrange(4)) if draw.random() < 0.9 else None for _ in range(count)]
+        return pa.array(values, kind)
+    if kind == pa.string() and draw.random() < 0.1:
+        offsets = np.arange(count + 1, dtype="int32")
+        return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(draw.randbytes(count)))
+    if pa.types.is_temporal(kind) or pa.types.is_integer(kind):
+        bits = kind.bit_width
+        sizes = [draw.choice([0, 1, 2 ** (bits - 1) // 1001]) for _ in range(count)]  # to be written as thousandths
+        return pa.array(sizes, {8: pa.int8(), 64: pa.int64()}[bits]).view(kind)
+    words = [word for word in WORDS if isinstance(word, str) and word != "\ud800"]
+    texts = [draw.choice([*words, "a", "true", None]) for _ in range(count)]
+    if kind in (pa.list_(pa.string()), pa.map_(pa.string(), pa.string())):
+        return pa.array([[text] if kind == pa.list_(pa.string()) else [("k", text)] for text in texts], kind)
+    if kind in (pa.string(), pa.large_string(), pa.binary()) or pa.types.is_dictionary(kind):
+        return pa.array(texts, pa.string()).cast(kind)
+    numbers = [draw.choice([None, 0, 1]) for _ in range(count)]
+    return pa.array([None] * count if kind == pa.null() else numbers).cast(kind)
+
+
+@given(st.integers(0, 2**40))
+@fuzzed
+def test_whatever_a_table_holds_each_row_is_used_or_counted_as_bad(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    draw = random.Random(seed)
+    layout = draw.choice([("prompt", "chosen", "rejected"), ("prompt", "completion", "label", "score"), ("messages",)])
+    count = draw.randrange(6)
+    columns = {name: random_column(draw, draw.choice(KINDS), count) for name in (*layout, "other")}
+    file = tmp_path_factory.getbasetemp() / "random.parquet"
+    parquet.write_table(pa.table(columns), file)
+    if draw.random() < 0.3:
+        content = file.read_bytes()
+        cut = draw.randrange(len(content))
+        file.write_bytes(content[:cut] + draw.randbytes(draw.randrange(3)) + content[cut + draw.randrange(3) :])
+    expect_rows_accounted_for(file)
 
 
 def test_labels_and_messages(tmp_path: Path) -> None:
