@@ -28,7 +28,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".par
 longest_row: ContextVar[int] = ContextVar("longest_row", default=16 << 20)  # bytes; settings.max_row_mb
 PIECE = 1 << 16  # characters of a file read at once
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
-PARQUET_ROWS = 1000  # rows of a Parquet file in memory at once
+PARQUET_ROWS = 64  # of a file in memory at once; each may be nearly as long as one that is too long
 UNREADABLE = (ValueError, KeyError, OverflowError, pyarrow.ArrowException)  # what a value of a table may raise
 PLACES_SHOWN, PLACES_KEPT = 3, 100  # bad rows of each reason that are printed, and that the report on disk names
 REASONS_KEPT = 50  # a reason may hold words of the data; further ones are counted together

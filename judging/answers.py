@@ -5,17 +5,19 @@ and answers.
 """
 
 import gzip
+import io
 import json
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from judging.judge import Item, Verdict
 from judging.protocols import JudgeInput, parse_arena_verdict
 from utils import Message, UserError, console, fingerprint, json_lines, suggest
 
+SMALL, MOST_PACKED = 64 << 20, 100  # bytes, and times its size: what a .gz file of texts may unpack to
 SINGLE_KEY = ""  # the key of the answers in a file with one answer per row
 
 
@@ -64,9 +66,8 @@ class Comparison(NamedTuple):
 
 def read_json(path: Path) -> Any:
     """The content of a .json or .jsonl file (a list of its lines), also with .gz. Raises UserError."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rb") as file:
+        with unpacked(path) if path.suffix == ".gz" else path.open("rb") as file:
             if ".jsonl" not in path.suffixes:
                 return json.load(file)
             lines = dict(json_lines(file))
@@ -76,6 +77,16 @@ def read_json(path: Path) -> Any:
     if None in lines.values():
         raise UserError(f"cannot read {path}: line {next(n for n, value in lines.items() if value is None)} is no JSON")
     return list(lines.values())
+
+
+def unpacked(path: Path) -> IO[bytes]:
+    """The content of a .gz file. Raises ValueError for a small file that would fill the memory."""
+    most = max(SMALL, MOST_PACKED * path.stat().st_size)
+    with gzip.open(path) as packed:
+        content = packed.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it unpacks to more than {most >> 20:,} MiB, which no text does")
+    return io.BytesIO(content)
 
 
 def read_answers(

@@ -87,8 +87,8 @@ def test_what_is_no_unicode_is_named():
 
 VALUES = [
     None, True, False, 0, 1, -1, 2, -2, 0.5, -0.5, 1.5, 1e-9, 1e300, -1e300, 10**30, -(2**63), 2**64, math.nan,
-    math.inf, -math.inf, "", "no", "true", "null", "1", "1e-3", "abc", "~", "a/b", "../x", "\x00", "é\u2028", "[/b]", "\x1b[31m",
-    "a" * 5000, [], [1], ["a"], [[]], [None], {}, {"a": 1}, {"x": {"y": []}}, {1: 2},
+    math.inf, -math.inf, "", "no", "true", "null", "1", "1e-3", "abc", "~", "a/b", "../x", "\x00", "é\u2028", "[/b]",
+    "\x1b[31m", "a" * 5000, [], [1], ["a"], [[]], [None], {}, {"a": 1}, {"x": {"y": []}}, {1: 2},
 ]  # fmt: skip
 SECTIONS = ["model", "loss", "sae", "wandb", "model.peft", "optimizer_options", "sae.parts"]
 

@@ -47,6 +47,8 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "trapezoid": lambda _done, left: min(1.0, 5 * left),
 }
 
+LEAST_MOVE = 1e-5  # of a weight: less than a thousandth of the usual size of one
+
 HEADLINE = {  # what the terminal shows of a step, and as what
     "loss/train": "loss",
     "rewards_train/accuracies": "accuracy",
@@ -178,6 +180,13 @@ class BasicTrainer:
         if (warmup := warmup_of(self.config, steps)) >= steps:
             told = f"The warm-up of {warmup:,} steps is as long as the run, which has {steps:,}: lr is never reached"
             console.print(f"{told}; give fewer warmup_steps, or a warmup_ratio", style="yellow", markup=False)
+        farthest = self.config.lr * steps * self.passes
+        if farthest < LEAST_MOVE and self.config.optimizer != "SGD":  # which goes by the size of the gradient
+            console.print(
+                f"lr={self.config.lr:g} in {steps:,} steps moves no weight by more than about {farthest:.1g}, which "
+                "changes next to nothing; give a larger lr, or more to train on (lr=null: the default for this model)",
+                style="yellow",
+            )
         self.schedule = make_schedule(self.config, self.optimizer, steps)
 
     # ------------------------------------------------------------------------------------------------ the loss
