@@ -550,6 +550,26 @@ def test_a_line_is_not_read_whole_to_find_that_it_is_too_long(tmp_path: Path) ->
     assert peak < 100 << 20
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.parquet"])
+def test_a_small_file_that_would_fill_the_memory_row_by_row(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, content = tmp_path / name, [{**row, "chosen": "x" * 100_000} for row in pair_rows(200)]
+    if name == "a.parquet":
+        parquet.write_table(pa.Table.from_pylist(content), file, compression="zstd")
+    elif name == "a.csv.gz":
+        with gzip.open(file, "wt") as stream:
+            writer = csv.DictWriter(stream, [*content[0]])
+            writer.writeheader()
+            writer.writerows(content)
+    else:
+        write_jsonl(file, content if "jsonl" in name else [content])
+    assert len(dataloader.read_file(file)) == 200
+    monkeypatch.setattr(rows, "MOST_UNPACKED", 1 << 20)
+    with pytest.raises(UserError, match=rf"{name} cannot be read: it unpacks to more than 100 times"):
+        dataloader.read_file(file)
+
+
 def test_a_list_is_read_an_item_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = [*pair_rows(20), [], {}, None, "[]", {**pair_rows(1)[0], "extra": {"deep": [1, "]", "\\"]}}]
     for piece in (1, 7, 64):
