@@ -66,6 +66,7 @@ from utils import (
 
 FILE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "score", "messages", "tools")
 FILE_LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
+LOOKED_AT = 10_000  # files and folders below one that is named in place of a file: it may be the home directory
 hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
 
 TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -450,11 +451,11 @@ class DataSource:
             return
         path = Path(self.entry)
         if path.is_dir():
-            files = [str(file) for file in sorted(path.rglob("*")) if file.name.endswith(SUFFIXES)]
+            files = sorted(str(file) for file in islice(path.rglob("*"), LOOKED_AT) if file.name.endswith(SUFFIXES))
             there = f"name files in it, such as {', '.join(files[:3])}" if files else f"no data file is in it. {known}"
             raise UserError(f"The data set {self.entry} is a folder: {there}")
         if not path.is_file():
-            missing = f"The data file {self.entry} does not exist (looked for from {Path.cwd()})"
+            missing = f"The data set {self.entry} is no file here (looked for from {Path.cwd()})"
             if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.entry) and not self.entry.endswith(SUFFIXES):
                 missing += (
                     ". On the Hub only some data sets are known, by names without a slash. Of another, name the files "

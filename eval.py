@@ -60,7 +60,7 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     else:
         policy = find_policy(path, config, overrides)
         require_language_model(config, policy)
-        require_room(config, policy)
+        require_room(config, policy, records)
         tokenizer = models.load_tokenizer(policy.tokenizer)
         weights, template = policy.digest(), tokenise.template_name(config, tokenizer)
     name = config.exp_name if config.mode == "sample" else f"{config.exp_name}-{config.mode}"
@@ -119,14 +119,14 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     policy = find_policy(path, config, overrides)
     if policy.run is None or config.backend != "transformers":
         raise UserError("mode=eval measures the policy of a run, with backend=transformers")
-    if policy.writes_text():
-        require_room(config, policy)
+    records = samples.records_to_sample(config) if policy.writes_text() else []
+    if records:
+        require_room(config, policy, records)
     paths = settings.find_paths(config, classes.binding.needs)
     trainer = assembly.prepare(config, classes, paths, Run(policy.run), cached=["eval"])
     trainer.read_export(policy.folder)
     values = trainer.evaluate()
-    if policy.writes_text():
-        records = samples.records_to_sample(config)
+    if records:
         template = tokenise.template_name(config, trainer.tokenizer)
         identity = samples.identity_of(config, decoding, records, policy.digest(), template)
         with samples.sample_log(policy.run / "eval.json", identity, parallel.rank() == 0) as log:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
@@ -492,13 +493,39 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
 
 # ---------------------------------------------------------------------------------------------------- settings
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+MOST = 10**9  # of anything that is counted: what is computed from two such numbers still fits into 64 bits
+
+
+def as_name(value: Any) -> Any:
+    """A number as text, such as `exp_name=7`."""
+    return str(value) if type(value) in (int, float) else value
+
+
+def possible_path(text: str) -> str:
+    """The path with ~ replaced by the home directory. Raises an error of pydantic's if no file can be called so."""
+    longest = max(len(part.encode(errors="replace")) for part in text.split("/"))
+    if "\0" in text or longest > 255 or len(text) > 4000:
+        raise PydanticCustomError("path", "has to be a path that a file can have: names of at most 255 bytes, no NUL")
+    return os.path.expanduser(text)  # noqa: PTH111 (a Path would change the rest, which may be a name on the Hub)
+
+
+def name_below(text: str) -> str:
+    """The path, if it leads further down. Raises an error of pydantic's otherwise."""
+    if set(text.split("/")) & {"", ".", ".."}:
+        raise PydanticCustomError("name_below", "has to be the name of a directory, which may be below others: a/b")
+    return text
+
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-PathName = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home directory
-Name = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]  # exp_name=7
+Text = Annotated[str, Field(min_length=1)]
+PathName = Annotated[str, AfterValidator(possible_path)]
+Name = Annotated[Text, BeforeValidator(as_name)]
+RunName = Annotated[Name, AfterValidator(possible_path), AfterValidator(name_below)]
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -529,7 +556,8 @@ def checked(kind: type[S], values: dict[str, Any], where: str = "") -> S:
                     item = value
                 elif isinstance(item, list) and isinstance(step, int):
                     item = item[step]
-            wanted.setdefault((key, written(value)), []).append(_wanted(kind, key, item, problem))
+            text = written(value) if len(written(value)) <= SHOWN else f"{written(value)[:SHOWN]}..."
+            wanted.setdefault((key, text), []).append(_wanted(kind, key, item, problem))
         lines = []
         for (key, value), all_wanted in wanted.items():
             said = " or ".join(dict.fromkeys(all_wanted)).replace(" or has to be", " or")
@@ -537,6 +565,7 @@ def checked(kind: type[S], values: dict[str, Any], where: str = "") -> S:
         raise UserError("\n".join(lines)) from None
 
 
+SHOWN = 100  # characters of a wrong value
 WANTED = {  # by pydantic's kinds of errors
     "bool_type": "true or false",
     "int_type": "a whole number",
@@ -573,8 +602,10 @@ def _wanted(kind: type[Settings], key: str, value: Any, problem: Any) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as YAML writes it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """A value as YAML writes it, on one line."""
+    if isinstance(value, str) and (value.isprintable() or not value):
+        return value
+    return json.dumps(value, ensure_ascii=isinstance(value, str), default=str)
 
 
 def known_keys(kind: type[Settings], prefix: str = "") -> list[str]:

@@ -9,7 +9,6 @@ Shape letters: D width of the vectors that the SAE reads, F features.
 """
 
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from autoencoders.settings import SAESection, SAESettings
@@ -30,6 +28,7 @@ from models import fetch
 from sae import SAE, SINK_NORM, JointSAE
 from utils import UserError, as_json, atomic_write, console, resolve_path, sound_digest, suggest
 
+SMALL, MOST_PACKED = 1 << 20, 20  # bytes, and times its size: what a file may unpack to; random weights pack to 90 %
 LISTED = 10  # SAEs of a directory, in an error, at most
 Location = tuple[int | None, str | None]  # the layer and the hook that an SAE reads; None if its files do not say
 
@@ -44,17 +43,7 @@ class WeightsFile:
         self.path = path
         try:
             self.tensors = read_tensors(path)
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            EOFError,
-            RuntimeError,
-            zipfile.BadZipFile,
-            SafetensorError,
-            pickle.UnpicklingError,
-        ) as error:
+        except Exception as error:  # what the three readers raise for a damaged file is of any kind
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: not a readable {path.suffix[1:]} file of plain arrays ({reason})") from error
         self.unread = set(self.tensors)
@@ -65,6 +54,8 @@ class WeightsFile:
             raise UserError(f"{self.path}: lacks {name}; it has {', '.join(self.tensors) or 'no array'}")
         self.unread.discard(name)
         tensor = self.tensors[name]
+        if tensor.dtype in (torch.bool, torch.complex64, torch.complex128):
+            raise UserError(f"{self.path}: {name} is of {tensor.dtype}, not real numbers")
         if tuple(tensor.shape) != shape:
             raise UserError(
                 f"{self.path}: {name} has shape {list(tensor.shape)}, but the other arrays need {list(shape)}"
@@ -84,10 +75,16 @@ class WeightsFile:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, by its suffix: .npz, .safetensors, else a file of torch.save."""
+    """All tensors of a file by name, by its suffix: .npz, .safetensors, else a file of torch.save. Raises ValueError
+    for a small file that would fill the memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(item.file_size for item in archive.infolist())
+        if unpacked > SMALL + MOST_PACKED * path.stat().st_size:
+            raise ValueError(f"it unpacks to {unpacked:,} bytes, more than weights can be packed")
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -103,7 +100,7 @@ class ConfigFile:
         self.path = path
         try:
             self.values = json.loads(path.read_text()) if path else {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read as JSON ({error})") from error
         if not isinstance(self.values, dict):
             raise UserError(f"{path}: is not a JSON object")
@@ -115,12 +112,26 @@ class ConfigFile:
             value = value.get(part) if isinstance(value, dict) else None
         return default if value is None else value
 
+    def section(self, key: str) -> dict[str, Any]:
+        """The values below a key. Raises UserError if it is none."""
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise UserError(f"{self.path}: {key}={value}, where keys with values have to be")
+        return value
+
     def number(self, key: str) -> Any:
         """The positive number at a key such as `outer.inner`. Raises UserError if there is none."""
         value = self.get(key)
-        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
             raise UserError(f"{self.path}: {key}={value}, where a positive number has to be")
         return value
+
+    def count(self, key: str) -> int:
+        """As `number`, of one that is whole."""
+        value = self.number(key)
+        if value != int(value):
+            raise UserError(f"{self.path}: {key}={value}, where a whole number has to be")
+        return int(value)
 
     def expect(self, key: str, default: Any, *supported: Any) -> Any:
         """The value at a key such as `outer.inner`. Raises UserError unless it is one of the `supported` values."""
@@ -279,7 +290,7 @@ def read_sparsify(arrays: WeightsFile, config: ConfigFile) -> SAE:
         arrays.take("encoder.bias", f),
         arrays.take("W_dec", f, d),
         arrays.take("b_dec", d),
-        k=int(config.number("k")),
+        k=config.count("k"),
         centred=True,
     )
 
@@ -308,7 +319,7 @@ def read_saelens(arrays: WeightsFile, config: ConfigFile) -> SAE:
     activation = config.expect("activation_fn", config.get("activation_fn_str", "relu"), "relu", "topk")
     architecture = "topk" if activation == "topk" else config.get("architecture", "standard")
     if architecture not in ("standard", "gated", "jumprelu", "topk"):
-        hint = "; SAELens's save_inference_model writes it as jumprelu" if "batchtopk" in architecture else ""
+        hint = "; SAELens's save_inference_model writes it as jumprelu" if "batchtopk" in str(architecture) else ""
         raise UserError(f"{config.path}: architecture={architecture}: not standard, gated, jumprelu or topk{hint}")
     d, f = config.number("d_in"), config.number("d_sae")
     W_enc = arrays.take("W_enc", d, f)
@@ -324,14 +335,14 @@ def read_saelens(arrays: WeightsFile, config: ConfigFile) -> SAE:
     options = {}
     if architecture == "topk":
         key = "k" if "k" in config.values else "activation_fn_kwargs.k"
-        options = {"k": int(config.number(key)), "by_norm": config.get("rescale_acts_by_decoder_norm", False)}
+        options = {"k": config.count(key), "by_norm": config.expect("rescale_acts_by_decoder_norm", False, True, False)}
     return make_sae(
         W_enc,
         b_enc,
         arrays.take("W_dec", f, d),
         arrays.take("b_dec", d),
         threshold=threshold,
-        centred=config.get("apply_b_dec_to_input", True),
+        centred=config.expect("apply_b_dec_to_input", True, True, False),
         **options,
     )
 
@@ -350,7 +361,7 @@ def read_qwen_scope(arrays: WeightsFile, config: ConfigFile) -> SAE:
         arrays.take("b_enc", f),
         arrays.take("W_dec", d, f).T,
         arrays.take("b_dec", d),
-        k=int(config.number("k")),
+        k=config.count("k"),
     )
 
 
@@ -367,7 +378,7 @@ def read_dictionary_learning(arrays: WeightsFile, config: ConfigFile) -> SAE:
     December 2024 their trainers write `sparsity_warmup_steps` into the config, by which files are told apart. A
     standard AutoEncoder has its decoder rows scaled to norm 1 when the library loads it.
     """
-    by_norm = "sparsity_warmup_steps" not in config.get("trainer", {})
+    by_norm = "sparsity_warmup_steps" not in config.section("trainer")
     d, f = config.number("trainer.activation_dim"), config.number("trainer.dict_size")
     kind = config.expect(
         "trainer.dict_class",
@@ -411,7 +422,7 @@ def locate_dictionary_learning(_: Path, config: ConfigFile) -> Location:
     return location_of(module, config.path)
 
 
-def location_of(point: str, source: Path) -> Location:
+def location_of(point: Any, source: Path) -> Location:
     """The layer and hook of a TransformerLens hook point, or of a module's name in transformers, such as
     `gpt_neox.layers.3`, `transformer.h.3.mlp` or `model.language_model.layers.3`. Raises UserError for other places."""
     module = r"(?:(?:base_model|model|language_model|decoder|transformer|gpt_neox)\.)*(?:layers|h|blocks)\.(\d+)"
@@ -424,7 +435,7 @@ def location_of(point: str, source: Path) -> Location:
         rf"{module}\.post_feedforward_layernorm(?:\.output)?": (0, "mlp"),
     }
     for pattern, (shift, hook) in patterns.items():
-        found = re.fullmatch(pattern, point)
+        found = re.fullmatch(pattern, str(point), re.ASCII)
         if found and int(found[1]) + shift >= 0:
             return int(found[1]) + shift, hook
     raise UserError(f"{source}: reads {point}; SAEs are read after blocks or at their MLP's output")
@@ -621,6 +632,8 @@ def read_files(files: SAEFiles) -> SAE:
     """
     arrays = WeightsFile(files.weights)
     sae = SAE_FORMATS[files.format].read(arrays, files.config_file())
+    if not all(values.isfinite().all() for values in [*sae.state_dict().values(), sae.W_dec]):
+        raise UserError(f"{files.weights}: has values that are not finite once all is folded into the weights")
     if sae.k is not None and not 1 <= sae.k <= sae.d_sae:
         raise UserError(f"{files.weights}: k={sae.k} of {sae.d_sae} features")
     unread = f"; not used: {', '.join(sorted(arrays.unread))}" if arrays.unread else ""

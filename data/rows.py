@@ -28,7 +28,8 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".par
 longest_row: ContextVar[int] = ContextVar("longest_row", default=16 << 20)  # bytes; settings.max_row_mb
 PIECE = 1 << 16  # characters of a file read at once
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
-PARQUET_ROWS = 1000  # rows of a Parquet file in memory at once
+PARQUET_ROWS = 16  # of a file in memory at once; each may be nearly as long as one that is too long
+MOST_UNPACKED, MOST_PACKED = 1 << 30, 100  # bytes, or times its size: what a packed file may unpack to
 UNREADABLE = (ValueError, KeyError, OverflowError, pyarrow.ArrowException)  # what a value of a table may raise
 PLACES_SHOWN, PLACES_KEPT = 3, 100  # bad rows of each reason that are printed, and that the report on disk names
 REASONS_KEPT = 50  # a reason may hold words of the data; further ones are counted together
@@ -155,10 +156,10 @@ def _parse(file: Path, bad: BadRows, columns: Sequence[str] | None) -> Iterator[
             names = table.schema_arrow.names
             used = [name for name in names if columns is None or name in columns]
             bad.leave(name for name in names if name not in used)
-            read = chain.from_iterable(map(_table_rows, table.iter_batches(PARQUET_ROWS, columns=used)))
+            read = chain.from_iterable(map(_table_rows, _bounded(file, table.iter_batches(PARQUET_ROWS, columns=used))))
             yield from ((f"{file} row {n}", row) for n, row in enumerate(read, 1))
         return
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+    with _Unpacked(file) if file.suffix == ".gz" else file.open("rb") as opened:
         stream = cast(BinaryIO, opened)
         is_list = kind == ".json" and stream.read(80).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         stream.seek(0)
@@ -168,6 +169,42 @@ def _parse(file: Path, bad: BadRows, columns: Sequence[str] | None) -> Iterator[
             yield from ((f"{file} row {n}", item) for n, item in enumerate(_ListReader(stream).items(), 1))
         else:
             yield from ((f"{file}:{n}", _json(line)) for n, line in enumerate(_lines(stream), 1) if line.strip())
+
+
+def require_data(file: Path, unpacked: int) -> None:
+    """Raises ValueError for a packed file that has unpacked to far more than texts do, and would fill the memory."""
+    if unpacked > max(MOST_UNPACKED, MOST_PACKED * file.stat().st_size):
+        raise ValueError(f"it unpacks to more than {MOST_PACKED} times its size, and over {MOST_UNPACKED >> 20:,} MiB")
+
+
+def _bounded(file: Path, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    """The parts of a table, which has to be data (`require_data`)."""
+    unpacked = 0
+    for batch in batches:
+        unpacked += batch.nbytes
+        require_data(file, unpacked)
+        yield batch
+
+
+class _Unpacked(gzip.GzipFile):
+    """The content of a .gz file, which has to be data (`require_data`)."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
+        self.path = file
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._data(super().read(size))
+
+    def read1(self, size: int = -1) -> bytes:
+        return self._data(super().read1(size))
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._data(super().readline(size))
+
+    def _data(self, content: bytes) -> bytes:
+        require_data(self.path, self.tell())
+        return content
 
 
 def is_samples_file(file: Path) -> bool:
@@ -329,9 +366,10 @@ def text_of(row: dict[str, Any], name: str) -> str:
 
 def number_of(row: dict[str, Any], name: str) -> float:
     """The finite number in a required field. Raises BadRow."""
+    value = value_of(row, name)
     try:
-        number = float(value_of(row, name))
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise BadRow(f"{name!r} is not a number")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from utils import Count, Natural, PathName, Settings, Share
+from utils import Count, PathName, Seed, Settings, Share
 
 
 class TemplateSettings(Settings):
@@ -30,4 +30,4 @@ class DataSettings(TemplateSettings):
     max_row_mb: Count
     train_on: Literal["targets", "all"]
     cache_dir: PathName
-    seed: Natural
+    seed: Seed

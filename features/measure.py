@@ -347,11 +347,11 @@ def measure(config: Config, classes: RunClasses, path: Path, overrides: list[str
             f"mode=features reads features through an SAE, and {config.model.name} has none in this configuration: "
             "++sae.path=..., and ++sae.layer=... where its files do not say the layer"
         )
-    require_room(config, policy)
+    records = samples.records_to_sample(config)
+    require_room(config, policy, records)
     start = models.reference_weights(config.model)
     own = TrainedRun(policy.run.resolve().name, config.loss.name, policy)
     other = None if config.compare_to is None else other_run(Path(config.compare_to), own, start)
-    records = samples.records_to_sample(config)
     paths = settings.find_paths(config, frozenset({"sae"}))
     data = assembly.load_data(config, classes, paths, splits=["eval"])
     subject = assembly.load_subject(config, classes, data, assembly.read_saes(config, paths))

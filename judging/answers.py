@@ -5,17 +5,19 @@ and answers.
 """
 
 import gzip
+import io
 import json
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from judging.judge import Item, Verdict
 from judging.protocols import JudgeInput, parse_arena_verdict
 from utils import Message, UserError, console, fingerprint, json_lines, suggest
 
+SMALL, MOST_PACKED = 64 << 20, 100  # bytes, and times its size: what a .gz file of texts may unpack to
 SINGLE_KEY = ""  # the key of the answers in a file with one answer per row
 
 
@@ -64,9 +66,8 @@ class Comparison(NamedTuple):
 
 def read_json(path: Path) -> Any:
     """The content of a .json or .jsonl file (a list of its lines), also with .gz. Raises UserError."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rb") as file:
+        with unpacked(path) if path.suffix == ".gz" else path.open("rb") as file:
             if ".jsonl" not in path.suffixes:
                 return json.load(file)
             lines = dict(json_lines(file))
@@ -76,6 +77,16 @@ def read_json(path: Path) -> Any:
     if None in lines.values():
         raise UserError(f"cannot read {path}: line {next(n for n, value in lines.items() if value is None)} is no JSON")
     return list(lines.values())
+
+
+def unpacked(path: Path) -> IO[bytes]:
+    """The content of a .gz file. Raises ValueError for a small file that would fill the memory."""
+    most = max(SMALL, MOST_PACKED * path.stat().st_size)
+    with gzip.open(path) as packed:
+        content = packed.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it unpacks to more than {most >> 20:,} MiB, which no text does")
+    return io.BytesIO(content)
 
 
 def read_answers(
@@ -129,7 +140,7 @@ def sample_rows(path: Path, samples: list[dict[str, Any]], config: dict[str, Any
         match sample:  # with several turns, `policy` answers the first
             case {"followups": [_, *_] as prompts, "turns": [first, *later]}:
                 for turn, (prompt, answer) in enumerate(zip(prompts, later), 2):
-                    if not isinstance(answer, str):  # a server never gave it
+                    if not all(isinstance(text, str) for text in (first, prompt, answer)):  # a server never gave it
                         break
                     messages = [*messages, {"role": "assistant", "content": first}, *user_message(prompt)]
                     rows.append(Row(messages, {"policy": answer}, question, turn=turn))
@@ -140,7 +151,9 @@ def sample_rows(path: Path, samples: list[dict[str, Any]], config: dict[str, Any
 def conversation_row(path: Path, line: dict[str, Any]) -> Row:
     """A row from a conversation that ends with the answer, the layout of Arena-Hard since version 2."""
     match line.get("messages"):
-        case [*messages, {"role": "assistant", "content": {"answer": str(answer)} | str(answer)}] if messages:
+        case [*messages, {"role": "assistant", "content": {"answer": str(answer)} | str(answer)}] if is_conversation(
+            messages
+        ):
             return Row(messages, {SINGLE_KEY: answer}, question_id(line, path), str(line.get("category", "")))
     raise UserError(f"{path}, question {question_id(line, path)}: `messages` does not end with the assistant's answer")
 
@@ -148,17 +161,25 @@ def conversation_row(path: Path, line: dict[str, Any]) -> Row:
 def sample_conversation(sample: dict[str, Any], config: dict[str, Any], history_key: str, where: str) -> list[Message]:
     """The sample's `messages`. Older files have none: the prompt up to its last assistant prefix is one message."""
     match sample:
-        case {"messages": [_, *_] as messages} if all(
-            isinstance(message, dict) and message.keys() >= {"role", "content"} for message in messages
-        ):
-            return messages
+        case {"messages": messages} if is_conversation(messages):
+            return list(messages)
         case _ if "messages" not in sample and isinstance(sample.get(history_key), str):
             history, prefix, rest = sample[history_key].rpartition(config.get("assistant_prefix", "\n<|assistant|>\n"))
             return user_message(
                 (history if prefix else rest).removeprefix(config.get("human_prefix", "\n<|user|>\n")).strip()
             )
     raise UserError(
-        f"{where}: needs `messages`, a list of objects with `role` and `content`, or `{history_key}`, a text"
+        f"{where}: needs `messages`, a list of objects with the texts `role` and `content`, or `{history_key}`, a text"
+    )
+
+
+def is_conversation(messages: Any) -> bool:
+    """Whether it is a list of messages, at least one."""
+    return (
+        isinstance(messages, list)
+        and all_objects(messages)
+        and bool(messages)
+        and all(isinstance(message.get(key), str) for message in messages for key in ("role", "content"))
     )
 
 
@@ -177,8 +198,11 @@ def multi_turn_rows(path: Path, lines: list[Any], questions: Path | None, refere
         number = question_id(line, path)
         if number not in asked:
             raise UserError(f"{path}: question {number!r} is not in {questions}")
-        prompts = [asked[number]["prompt"]] if "prompt" in asked[number] else asked[number].get("turns", [])
-        prompts = [turn["content"] if isinstance(turn, dict) else turn for turn in prompts]
+        turns = [asked[number]["prompt"]] if "prompt" in asked[number] else asked[number].get("turns")
+        turns = turns if isinstance(turns, list) else []
+        prompts = [turn.get("content") if isinstance(turn, dict) else turn for turn in turns]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(f"{questions}, question {number}: `prompt` or `turns` holds something else than text")
         category = str(asked[number].get("category", ""))
         for answers in sampled_turns(line, path):
             messages: list[Message] = []
@@ -370,7 +394,7 @@ def alpaca_eval_verdicts(path: Path, rows: list[dict[str, Any]]) -> Comparison:
         text = judge_text(row.get("raw_completion"))
         try:
             value = float("nan") if row.get("preference") is None else float(row["preference"])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(f"{path}, row {number}: `preference` is {row['preference']!r}, not a number") from None
         value = 1.5 if value == 0 else value
         known = 1 <= value <= 2
@@ -407,12 +431,13 @@ def arena_hard_verdicts(path: Path, rows: list[dict[str, Any]]) -> Comparison:
     for number, row in enumerate(rows):
         question = question_id(row, path)
         games = row["games"] if isinstance(row.get("games"), list) else []
-        if not games:
-            raise UserError(f"{path}, question {question}: no games")
-        items.append(Item(user_message(str((games[0] or {}).get("user_prompt") or f"question {question}")), "", ""))
-        for game, candidate_first in zip(games, (False, True)):
-            value, weight = parse_arena_verdict(str((game or {}).get("score")))
-            text = judge_text((game or {}).get("judgment"))
+        if not games or not all(isinstance(game, dict | None) for game in games):
+            raise UserError(f"{path}, question {question}: `games` is not a list of objects")
+        first, *others = [game or {} for game in games]  # null: the judge failed
+        items.append(Item(user_message(str(first.get("user_prompt") or f"question {question}")), "", ""))
+        for game, candidate_first in zip([first, *others], (False, True)):
+            value, weight = parse_arena_verdict(str(game.get("score")))
+            text = judge_text(game.get("judgment"))
             if value is None:
                 verdicts.append(Verdict(number, "malformed", None, 1, candidate_first, text))
             else:

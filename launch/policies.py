@@ -1,5 +1,6 @@
 """What eval.py works on: from the command line to a configuration, and to the model that it names."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import models
+from data import tokenise
 from distributed import parallel
 from launch import settings
 from launch.settings import Config
@@ -108,13 +111,17 @@ def is_ours(path: Path) -> bool:
 
 
 def changed(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """A configuration with overrides applied, as Hydra would to one of its own."""
+    """A configuration with overrides applied, as Hydra would to one of its own. Raises UserError for one that cannot
+    be, such as a key below a number."""
     for override in OverridesParser.create().parse_overrides(overrides):
         section, _, key = override.key_or_group.rpartition(".")
-        if override.is_delete():
-            (OmegaConf.select(config, section) if section else config).pop(key, None)
-        else:
-            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+        try:
+            if not override.is_delete():
+                OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+            elif isinstance(parent := OmegaConf.select(config, section) if section else config, DictConfig):
+                parent.pop(key, None)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{override.input_line}: {str(error).splitlines()[0]}") from None
     return config
 
 
@@ -195,7 +202,18 @@ def require_language_model(config: Config, policy: Policy) -> None:
         )
 
 
-def require_room(config: Config, policy: Policy) -> None:
-    """Raises UserError where a prompt and its completion may be longer than the policy has positions."""
-    prompt, completion = config.model.max_prompt_length, config.max_new_tokens
-    models.require_positions(policy.folder, {"model.max_prompt_length": prompt, "max_new_tokens": completion})
+def require_room(config: Config, policy: Policy, records: Sequence[dict[str, Any]]) -> None:
+    """Raises UserError where a prompt and its completion may be longer than the policy has positions.
+
+    How long later turns of a conversation are, nobody knows before: as long as is allowed.
+    """
+    prompt, tokenizer = config.model.max_prompt_length, models.load_tokenizer(policy.tokenizer)
+    control = min(1, len(trainer_class(config).control_tokens))  # follows the prompt
+    wanted = {"model.max_prompt_length": prompt + control, "max_new_tokens": config.max_new_tokens}
+    if sum(wanted.values()) > models.positions_of(models.load_config(policy.folder)):
+        if not any(record["followups"] for record in records):
+            template = tokenise.make_template(config, tokenizer)
+            rows = tokenise.tokenise_prompts(records, tokenizer, template, max_prompt_length=prompt)
+            longest = max(len(row["prompt_ids"]) for row in rows)
+            wanted = {"tokens of the longest prompt": longest + control, "max_new_tokens": config.max_new_tokens}
+        models.require_positions(policy.folder, wanted)

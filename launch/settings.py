@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
-from yaml import YAMLError
+from yaml import AliasToken, YAMLError
 
 import dataloader
 import models
@@ -44,9 +44,11 @@ from utils import (
     UserError,
     checked,
     console,
+    flat,
     known_keys,
     load_class,
     suggest,
+    valid_unicode,
 )
 
 S = TypeVar("S", bound=Settings)
@@ -84,7 +86,7 @@ class Problems(list[str]):
 
     def raise_if_any(self) -> None:
         if self:
-            raise UserError("\n".join(dict.fromkeys("\n".join(self).splitlines())))  # each line once
+            raise UserError("\n".join(dict.fromkeys("\n".join(self).split("\n"))))  # each line once
 
 
 @dataclass(frozen=True)
@@ -270,12 +272,16 @@ def typed(raw: DictConfig) -> Config:
 
 
 def plain(raw: DictConfig) -> dict[str, Any]:
-    """The configuration as dictionaries. Raises UserError where a key refers to one that is left open."""
+    """The configuration as dictionaries. Raises UserError where a key refers to one that is left open, and for text
+    that no file can hold (bytes of the command line that are no UTF-8)."""
     try:
         values: dict[str, Any] = without_missing(OmegaConf.to_container(raw, resolve=True))
     except OmegaConfBaseException as error:
         left_open = re.search(r"Missing mandatory value: (\S+)", str(error))
         raise UserError(f"++{left_open[1]}= has to be given" if left_open else str(error).splitlines()[0]) from None
+    for key, value in flat(values).items():
+        if valid_unicode([key, value]) != [key, value]:
+            raise UserError(f"{key}={value!r}: not valid Unicode")
     return values
 
 
@@ -297,10 +303,13 @@ def completed(saved: DictConfig) -> DictConfig:
     model = OmegaConf.load(REPO / "config/model/base.yaml")
     for section in ("defaults", "hydra"):
         del defaults[section]
-    merged = OmegaConf.merge(defaults, {"model": model}, saved)
+    try:
+        merged = OmegaConf.merge(defaults, {"model": model}, saved)
+    except OmegaConfBaseException as error:
+        raise UserError(f"a section of the configuration is none ({str(error).splitlines()[0]})") from None
     assert isinstance(merged, DictConfig)
     OmegaConf.set_struct(merged, False)
-    if merged.wandb.pop("enabled", False):
+    if isinstance(merged.wandb, DictConfig) and merged.wandb.pop("enabled", False):
         merged.log_to = ["wandb"]
     trainer = OmegaConf.select(merged, "loss.trainer")
     if trainer in MOVED:
@@ -321,11 +330,13 @@ def as_text(values: Any) -> Any:
 def read_saved(file: Path) -> DictConfig:
     """A configuration from a file, as data (`as_text`). Raises UserError where there is none in it."""
     try:
+        with file.open(encoding="utf-8") as stream:  # a few aliases of aliases can stand for any amount of data
+            assert not any(isinstance(token, AliasToken) for token in yaml.scan(stream)), "it has aliases"
         loaded = OmegaConf.load(file)
         values = as_text(OmegaConf.to_container(loaded))
         assert isinstance(values, dict) and values.keys() & Config.model_fields.keys(), "it has no key of one"
         return OmegaConf.create(values)
-    except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, AssertionError, RecursionError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{file}: not a configuration ({' '.join(str(error).split())})") from error
 
 
@@ -340,7 +351,12 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
 
     Raises UserError with all problems found.
     """
-    problems, values = Problems(), plain(raw)
+    return check_values(plain(raw), modes)
+
+
+def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> tuple[Config, RunClasses]:
+    """As `check_config`, of dictionaries."""
+    problems = Problems()
     classes = config = None
     with problems.collected():
         config = checked(Config, values)
@@ -348,8 +364,7 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
         classes = run_classes(checked(LossSettings, values["loss"], "loss"))
     with problems.collected():
         training = part_of(TrainingSettings, values)
-        lr = 1.0 if training.lr is None else training.lr
-        loop.make_optimizer(training, [torch.zeros(1, requires_grad=True)], lr)
+        loop.check_optimizer(training)
     with problems.collected():
         dataloader.check_datasets(part_of(DataSettings, values))
     problems.raise_if_any()

@@ -5,6 +5,7 @@ it has failed, and only a later command asks again. All other failures that may 
 """
 
 import json
+import math
 import os
 import re
 import time
@@ -28,7 +29,7 @@ BEAT = 5.0  # seconds
 
 TIMED_OUT = (408, 504, 524)  # a gateway no longer waits for the server, which may still be working
 WORDS = ("error", "errors", "message", "detail", "msg", "metadata", "raw")  # where a server says what is wrong
-MOST_WORDS = 500  # characters of it
+MOST_WORDS, DEEPEST = 500, 20  # characters of it; levels of JSON
 REFUSES = re.compile(
     r"not? (?:longer )?(?:support|permit|allow|accept|recogni[sz])|unsupported|unrecogni[sz]ed|unknown|unexpected|extra"
     r"|deprecated|cannot both|only the default|(?:invalid|not a valid) (?:parameter|argument|field)"
@@ -188,7 +189,7 @@ class Server:
         alternatives = usage = None
         match choice.get("logprobs"):
             case {"content": [{"top_logprobs": [_, *_] as likeliest}, *_]}:
-                alternatives = {str(one["token"]): float(one["logprob"]) for one in likeliest}
+                alternatives = likely_tokens(likeliest)
         match content.get("usage"):
             case {"prompt_tokens": int(tokens_in), "completion_tokens": int(tokens_out)}:
                 usage = (tokens_in, tokens_out)
@@ -240,15 +241,26 @@ def text_in(content: Any) -> str | None:
     return "".join(part["text"] for part in content if part.get("type", "text") in kinds)
 
 
-def words_of(content: Any) -> str:
+def likely_tokens(likeliest: list[Any]) -> dict[str, float]:
+    """Tokens and their log-probabilities; one of probability 0 is as one that is not there. Raises one of several
+    errors for what are none."""
+    found = {str(one["token"]): float(one["logprob"]) for one in likeliest}
+    if not all(logprob < 1e-3 for logprob in found.values()):  # the rest of a rounding may be above 0
+        raise ValueError("log-probabilities above 0")
+    return {token: logprob for token, logprob in found.items() if logprob > -math.inf}
+
+
+def words_of(content: Any, depth: int = 0) -> str:
     """What a server says is wrong, without the JSON around it, whatever its shape."""
     if isinstance(content, str):
         return " ".join(content.split())[:MOST_WORDS]
+    if depth == DEEPEST:
+        return "..."
     if isinstance(content, list):
-        return "; ".join(map(words_of, content[:10]))[:MOST_WORDS]
+        return "; ".join(words_of(item, depth + 1) for item in content[:10])[:MOST_WORDS]
     if not isinstance(content, dict) or not any(content.get(key) for key in WORDS):
         return as_json(content)[:MOST_WORDS]
-    said = "; ".join(dict.fromkeys(words_of(content[key]) for key in WORDS if content.get(key)))
+    said = "; ".join(dict.fromkeys(words_of(content[key], depth + 1) for key in WORDS if content.get(key)))
     if isinstance(content.get("loc"), list):  # as FastAPI names a parameter
         said = f"{'.'.join(map(str, content['loc']))}: {said}"
     return f"{said} ({content['code']})" if isinstance(content.get("code"), str) else said

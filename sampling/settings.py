@@ -7,7 +7,7 @@ from pydantic import Field
 
 from data.settings import DataSettings
 from modeling.settings import ModelSettings
-from utils import Count, Name, Natural, PathName, Settings, Share
+from utils import Count, Name, Natural, PathName, RunName, Settings, Share, Text
 
 
 class DecodingSettings(Settings):
@@ -17,14 +17,14 @@ class DecodingSettings(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)]
     top_k: Natural
     max_new_tokens: Count
-    stop: str | list[Annotated[str, Field(min_length=1)]]
+    stop: Text | list[Text]
 
 
 class SamplingSettings(DataSettings, DecodingSettings):
     """What is sampled, from which prompts, by whom, into which file."""
 
     mode: str
-    exp_name: Name
+    exp_name: RunName
     n_samples: Count
     samples: Count
     samples_dir: PathName

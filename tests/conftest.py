@@ -38,7 +38,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARAL
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 gc.set_threshold(100_000)  # as the commands do
 # A hypothesis test of this many random inputs; FPO_FUZZ=50000 tries more (docs/dev/testing.md).
-fuzzed = settings(max_examples=int(os.environ.get("FPO_FUZZ", "1000")), deadline=None)
+fuzzed = settings(max_examples=int(os.environ.get("FPO_FUZZ", "2000")), deadline=None)
 
 
 LONGEST = ["test_ranks", "test_docs", "test_commands", "test_training", "test_against_trl"]

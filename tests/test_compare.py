@@ -1,10 +1,12 @@
 import contextlib
+import copy
 import gzip
 import importlib.util
 import io
 import json
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -18,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DATA, look_at
+from conftest import DATA, fuzzed, look_at
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from judge_server import CONFIG, KEY, FakeServer, body, completion, items, prefers_good, reply, status, write_samples
 
 import compare
@@ -991,3 +995,57 @@ def test_toy_end_to_end(tmp_path: Path) -> None:
 def test_questions_are_fingerprints_of_the_prompts(tmp_path: Path) -> None:
     found = answers.pair_keys(answers.read_answers(write_samples(tmp_path, 2)), "policy", "chosen")
     assert found.questions == [fingerprint(item.messages) for item in items(2)]
+
+
+def test_a_small_file_that_would_fill_the_memory(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
+        for _ in range(65):
+            file.write(bytes(1 << 20))
+    with pytest.raises(UserError, match=r"cannot read .*a\.jsonl\.gz: it unpacks to more than 64 MiB"):
+        answers.read_json(tmp_path / "a.jsonl.gz")
+
+
+# ------------------------------------------------------------------------------------------------------- random files
+
+TURN = {"role": "user", "content": "Opposite: sad"}
+ANSWER = {"prompt": "q", "messages": [TURN], "policy": "a", "chosen": "b"}
+GAMES = [{"score": "A>B", "user_prompt": "q", "judgment": "j"}, {"score": "B>A"}]
+ANSWER_FILES: list[Any] = [
+    {"config": {"exp_name": "run"}, "samples": [ANSWER, ANSWER | {"followups": ["x"], "turns": ["a", "b"]}]},
+    [ANSWER],
+    [{"instruction": "q", "output": "a", "generator": "g"}],
+    [{"uid": "1", "model": "m", "messages": [TURN, {"role": "assistant", "content": {"answer": "a"}}]}],
+    [{"question_id": 1, "model_id": "m", "choices": [{"index": 0, "turns": ["a", "b"]}]}],
+    [{"preference": 1.2, "output_1": "a", "output_2": "b", "instruction": "q", "raw_completion": {"text": "m"}}],
+    [{"question_id": "1", "model": "m", "games": GAMES}],
+]
+ODD = [None, True, 0, -1, 1.5, math.nan, 10**400, "", "a", "\ud800", "\x1b[31m[/b]\u2028", [], [1], [[]], {}, {"a": 1}]
+
+
+@settings(fuzzed, max_examples=max(1, fuzzed.max_examples // 4))
+@given(st.integers(0, 2**40))
+def test_any_file_of_answers_is_compared_or_named(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    draw, folder = random.Random(seed), tmp_path_factory.getbasetemp() / "answers"
+    paths = []
+    for number in range(2):
+        content = copy.deepcopy(draw.choice(ANSWER_FILES))
+        for _ in range(draw.choice([0, 1, 1, 2])):
+            section: Any = content
+            while section:
+                key = draw.choice([*(section if isinstance(section, dict) else range(len(section)))])
+                if not isinstance(section[key], dict | list) or draw.random() < 0.3:
+                    section[key] = copy.deepcopy(draw.choice(ODD))
+                    break
+                section = section[key]
+        paths.append(folder / f"{number}.json")
+        folder.mkdir(exist_ok=True)
+        paths[-1].write_text(json.dumps(content))
+    questions = folder / "questions.jsonl"
+    questions.write_text(json.dumps({"question_id": 1, "turns": ["x", "y"]}))
+    more = draw.choice([[], ["--against", str(paths[1])], ["--round_robin"], ["-v"]])
+    files = paths if draw.random() < 0.3 else paths[:1]
+    flags = ["-f", *map(str, files), "-j", draw.choice(["toy", "recorded"]), "-r", str(folder / "results.jsonl")]
+    try:
+        compare.main([*flags, *more, "--questions", str(questions)])
+    except SystemExit as stopped:
+        assert stopped.code == 2

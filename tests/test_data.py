@@ -550,6 +550,26 @@ def test_a_line_is_not_read_whole_to_find_that_it_is_too_long(tmp_path: Path) ->
     assert peak < 100 << 20
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.parquet"])
+def test_a_small_file_that_would_fill_the_memory_row_by_row(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, content = tmp_path / name, [{**row, "chosen": "x" * 100_000} for row in pair_rows(200)]
+    if name == "a.parquet":
+        parquet.write_table(pa.Table.from_pylist(content), file, compression="zstd")
+    elif name == "a.csv.gz":
+        with gzip.open(file, "wt") as stream:
+            writer = csv.DictWriter(stream, [*content[0]])
+            writer.writeheader()
+            writer.writerows(content)
+    else:
+        write_jsonl(file, content if "jsonl" in name else [content])
+    assert len(dataloader.read_file(file)) == 200
+    monkeypatch.setattr(rows, "MOST_UNPACKED", 1 << 20)
+    with pytest.raises(UserError, match=rf"{name} cannot be read: it unpacks to more than 100 times"):
+        dataloader.read_file(file)
+
+
 def test_a_list_is_read_an_item_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = [*pair_rows(20), [], {}, None, "[]", {**pair_rows(1)[0], "extra": {"deep": [1, "]", "\\"]}}]
     for piece in (1, 7, 64):
@@ -627,7 +647,7 @@ def test_two_columns_of_one_name_are_told(tmp_path: Path) -> None:
         dataloader.read_file(tmp_path / "a.csv")
 
 
-WORDS = ["", " ", "a", "\u2028", "\ud800", "\x00", "0", "true", "[]", None, True, 1, 0.5, float("nan"), 10**30]
+WORDS = ["", " ", "a", "\u2028", "\ud800", "\x00", "0", "true", "[]", None, True, 1, 0.5, float("nan"), 10**30, 10**400]
 
 
 def random_value(draw: random.Random, depth: int = 0) -> Any:
@@ -665,6 +685,10 @@ def test_whatever_a_file_holds_each_row_is_used_or_counted_as_bad(
         text = text[:cut] + draw.randbytes(draw.randrange(3)) + text[cut + draw.randrange(3) :]
     file = tmp_path_factory.getbasetemp() / f"random{suffix}"
     file.write_bytes(gzip.compress(text, 1)[: draw.choice([None, None, -3])] if suffix.endswith(".gz") else text)
+    expect_rows_accounted_for(file)
+
+
+def expect_rows_accounted_for(file: Path) -> None:
     try:
         data = dataloader.read_file(file)
     except UserError as error:
@@ -673,6 +697,55 @@ def test_whatever_a_file_holds_each_row_is_used_or_counted_as_bad(
         labelled = sum(label is not None for example in data for label in example.desirable)
         used = labelled + sum(len(example.pairs) + len(example.sft_targets) for example in data)
         assert used and used + data.bad.counts.total() == data.bad.total
+
+
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.null())]))
+KINDS = [
+    *[pa.string()] * 8, pa.large_string(), pa.binary(), pa.dictionary(pa.int8(), pa.string()), pa.int8(), pa.uint64(),
+    pa.float32(), pa.bool_(), pa.null(), pa.timestamp("us", tz="No/Where"), pa.timestamp("s"), pa.date64(),
+    pa.duration("ns"), pa.decimal128(30, 2), pa.list_(pa.string()), pa.map_(pa.string(), pa.string()), TURNS, TURNS,
+]  # fmt: skip
+
+
+def random_column(draw: random.Random, kind: pa.DataType, count: int) -> pa.Array:
+    """Values of a kind, some of them none; numbers and dates of any size, texts that may be no UTF-8."""
+    if kind == TURNS:
+        turns: list[Any] = [user("q"), assistant("a"), {"role": "tool", "content": None}, {}]
+        values = [draw.choices(turns, k=draw.randrange(4)) if draw.random() < 0.9 else None for _ in range(count)]
+        return pa.array(values, kind)
+    if kind == pa.string() and draw.random() < 0.1:
+        offsets = np.arange(count + 1, dtype="int32")
+        return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(draw.randbytes(count)))
+    if pa.types.is_temporal(kind) or pa.types.is_integer(kind):
+        bits = kind.bit_width
+        sizes = [draw.choice([0, 1, 2 ** (bits - 1) // 1001]) for _ in range(count)]  # to be written as thousandths
+        return pa.array(sizes, {8: pa.int8(), 64: pa.int64()}[bits]).view(kind)
+    words = [word for word in WORDS if isinstance(word, str) and word != "\ud800"]
+    texts = [draw.choice([*words, "a", "true", None]) for _ in range(count)]
+    if kind in (pa.list_(pa.string()), pa.map_(pa.string(), pa.string())):
+        return pa.array([[text] if kind == pa.list_(pa.string()) else [("k", text)] for text in texts], kind)
+    if kind in (pa.string(), pa.large_string(), pa.binary()) or pa.types.is_dictionary(kind):
+        return pa.array(texts, pa.string()).cast(kind)
+    numbers = [draw.choice([None, 0, 1]) for _ in range(count)]
+    return pa.array([None] * count if kind == pa.null() else numbers).cast(kind)
+
+
+@given(st.integers(0, 2**40))
+@fuzzed
+def test_whatever_a_table_holds_each_row_is_used_or_counted_as_bad(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    draw = random.Random(seed)
+    layout = draw.choice([("prompt", "chosen", "rejected"), ("prompt", "completion", "label", "score"), ("messages",)])
+    count = draw.randrange(6)
+    columns = {name: random_column(draw, draw.choice(KINDS), count) for name in (*layout, "other")}
+    file = tmp_path_factory.getbasetemp() / "random.parquet"
+    parquet.write_table(pa.table(columns), file)
+    if draw.random() < 0.3:
+        content = file.read_bytes()
+        cut = draw.randrange(len(content))
+        file.write_bytes(content[:cut] + draw.randbytes(draw.randrange(3)) + content[cut + draw.randrange(3) :])
+    expect_rows_accounted_for(file)
 
 
 def test_labels_and_messages(tmp_path: Path) -> None:
@@ -733,10 +806,10 @@ def test_data_sets_are_checked_before_any_is_loaded(tmp_path: Path) -> None:
     for entry, message in {
         "ultrabim": "did you mean 'ultrabin'",
         "missing/file.jsonl": "missing/file.jsonl is no file here",
-        "./": "./ is a folder; name a file",
+        "./": r"\./ is a folder: name files in it, such as ",
         str(Path(__file__)): "of no known kind; known are .json",
         str(tmp_path): r"is a folder: name files in it, such as .*/a\.jsonl",
-        "org/some_data": r"does not exist.*On the Hub only some data sets are known.*hf download org/some_data ",
+        "org/some_data": r"is no file here.*On the Hub only some data sets are known.*hf download org/some_data ",
     }.items():
         for key in ("datasets", "eval_datasets"):
             with pytest.raises(UserError, match=message):

@@ -1,6 +1,7 @@
 """Bad configuration ends in one clear message, before a weight is read."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -117,16 +118,21 @@ def test_a_model_with_fewer_positions_than_tokens(tmp_path, changes, name, key):
 def test_sampling_beyond_a_models_positions(tmp_path):
     folder = model_with(tmp_path / "model", {"max_position_embeddings": 64})
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
-    options = ["++model.max_prompt_length=32", "++max_new_tokens=33", f"++samples_dir={tmp_path}"]
-    options.append(f"eval_datasets=[{tmp_path}/a.jsonl]")
+    options = [f"++samples_dir={tmp_path}", f"eval_datasets=[{tmp_path}/a.jsonl]"]
+
+    def sample(*more):
+        evaluation.write_samples(read_config(folder, [*options, *more]), folder, [*options, *more])
+
     message = (
-        r"model\.max_prompt_length=32 and max_new_tokens=33: more tokens together than .* which are 64 \(max_position"
+        r"tokens of the longest prompt=(\d+) and max_new_tokens=64: more tokens together than .* which are 64 \(max"
     )
-    with pytest.raises(UserError, match=message):
-        evaluation.write_samples(read_config(folder, options), folder, options)
-    fitting = [*options, "++max_new_tokens=32"]
+    with pytest.raises(UserError, match=message) as error:
+        sample("++max_new_tokens=64")
+    room = 64 - int(re.search(message, str(error.value))[1])
+    with pytest.raises(UserError, match="longest prompt"):
+        sample(f"++max_new_tokens={room + 1}")
     with pytest.raises(AssertionError, match="weights were read"):
-        evaluation.write_samples(read_config(folder, fitting), folder, fitting)
+        sample(f"++max_new_tokens={room}")
 
 
 def model_with(folder, changes):

@@ -1,15 +1,22 @@
 """What servers send, and what is made of it: answers, reasons in their own words, parameters that they refuse."""
 
+import copy
 import json
+import math
+import random
 import threading
 import time
 
 import pytest
+from conftest import fuzzed
+from hypothesis import given
+from hypothesis import strategies as st
 from judge_server import KEY, FakeServer, body, completion, half_a_body, late, status
 
+from judging.protocols import AlpacaEval, PromptTemplate, Reply
 from sampling import openai_server
-from sampling.openai_server import NoAnswer, Server, ask_all, is_address
-from utils import UserError
+from sampling.openai_server import Fault, NoAnswer, Server, ask_all, is_address
+from utils import UserError, as_json, valid_unicode
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "good bad"}], "max_tokens": 5, "temperature": 0.5}
 CHAT |= {"seed": 1, "top_p": 0.9, "stop": ["x"], "top_k": 3}
@@ -273,3 +280,52 @@ def test_a_failure_now_and_then_is_no_reason_to_give_up():
     assert len(list(ask_all(answer, range(90), 1, give_up_after=3))) == 90
     with pytest.raises(UserError, match="2 requests failed in a row, the last: busy"):
         list(ask_all(answer, range(90), 1, give_up_after=2))
+
+
+# ------------------------------------------------------------------------------------------------- random answers
+
+WHOLE = completion("fine") | {"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": "Response 1"}}]}
+LIKELY = {"content": [{"token": "m", "top_logprobs": [{"token": "m", "logprob": -0.1}, {"token": "M", "logprob": -3}]}]}
+ODD = [None, True, -1, 1e3, math.nan, -math.inf, 10**400, "", "a", "429", "half \ud83d", [], ["a"], [[]], {}, {"a": 1}]
+ODD += [
+    {"type": "text"},
+    [{"type": "text", "text": "a"}],
+    [{"type": "text", "text": None}],
+    {"message": {"raw": ["no"]}},
+]
+
+
+NOWHERE = Server("http://127.0.0.1:9/v1", KEY)
+
+
+def answer_of(draw):
+    """What a server might send: a completion or an error, with something in it replaced."""
+    choice = WHOLE["choices"][0] | draw.choice([{}, {"logprobs": LIKELY}, {"text": "a", "message": None}])
+    content = copy.deepcopy(
+        draw.choice([WHOLE | {"choices": [choice]}] * 3 + [{"error": {"message": "no", "code": 429}}])
+    )
+    for _ in range(draw.randrange(3)):
+        section = content
+        while section[key := draw.choice([*(section if isinstance(section, dict) else range(len(section)))])] and (
+            isinstance(section[key], dict | list) and draw.random() < 0.8
+        ):
+            section = section[key]
+        section[key] = copy.deepcopy(draw.choice(ODD))
+    return content if draw.random() < 0.95 else draw.choice(ODD)
+
+
+@fuzzed
+@given(st.integers(0, 2**40))
+def test_any_answer_is_an_answer_or_a_fault(seed):
+    draw = random.Random(seed)
+    content = answer_of(draw)
+    NOWHERE._receive = lambda *_, **__: content
+    found = NOWHERE._send("/chat/completions", {})
+    if isinstance(found, Fault):
+        assert found.reason == valid_unicode(found.reason) and len(found.reason) < 1200
+        return
+    assert found.text is None or found.text == valid_unicode(found.text)
+    reply = Reply(found.text or "", found.refusal is not None, found.alternatives, found.is_cut)
+    saved = json.loads(as_json(reply._asdict()))
+    for template in (PromptTemplate(), AlpacaEval()):
+        assert template.read(reply) == template.read(Reply(**saved))

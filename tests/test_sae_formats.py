@@ -1,13 +1,19 @@
 """Public SAE formats: SAEs read from files in each layout equal plain formulas, and SAELens."""
 
 import json
+import math
+import random
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import fuzzed
 from huggingface_hub.utils import filter_repo_objects
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from autoencoders import formats
@@ -579,6 +585,55 @@ def test_a_pickle_is_not_run(layout, tmp_path):
     with pytest.raises(UserError, match="it holds a list, not tensors by name"):
         load_sae(path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("layout", ["gemma_scope", "qwen_scope"])
+def test_a_small_file_that_would_fill_the_memory(layout, tmp_path):
+    _, path, *_ = written(layout, tmp_path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("W_enc.npy", bytes(100 << 20))
+    with pytest.raises(UserError, match=r"unpacks to 104,857,600 bytes"):
+        load_sae(path)
+
+
+ODD = [None, True, 0, -1, 2, 0.5, float("nan"), 10**30, "", "relu", "blocks.2.hook_resid_post", [], [1], {}, {"k": 1}]
+KINDS = [torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64]
+
+
+def spoilt(draw, tensors, fields):
+    """Something of an SAE's files changed at random."""
+    for _ in range(draw.choice([0, 1, 1, 2])):
+        name = draw.choice([*tensors])
+        tensor = tensors[name]
+        changes = [tensor[None][..., :0], tensor.reshape(-1), tensor * math.nan, tensor.to(draw.choice(KINDS))]
+        tensors[draw.choice([name, name, "W_skip", "scaling_factor", "threshold"])] = draw.choice(changes).clone()
+    for _ in range(draw.choice([0, 1, 1, 2]) if fields else 0):
+        section = fields
+        while isinstance(section[key := draw.choice([*section])], dict) and section[key] and draw.random() < 0.8:
+            section = section[key]
+        section[key] = draw.choice(ODD)
+
+
+@fuzzed
+@given(st.integers(0, 2**40))
+def test_any_files_are_an_sae_or_refused(tmp_path_factory, seed):
+    draw = random.Random(seed)
+    layout = draw.choice([*LAYOUTS])
+    format, path, *_ = written(layout, tmp_path_factory.getbasetemp() / "random", lambda *parts: spoilt(draw, *parts))
+    whole = path.read_bytes()
+    if draw.random() < 0.5:
+        at = draw.randrange(len(whole)) if draw.random() < 0.5 else draw.randrange(min(len(whole), 400))
+        path.write_bytes(whole[:at] + draw.randbytes(draw.randrange(4)) + whole[at + draw.randrange(4) :])
+    try:
+        source = find_sae(section({"path": str(path), "format": format, "layer": draw.choice([None, 1])}), "sae")
+        sae = formats.read_files(source.files)
+    except UserError as error:
+        assert "random/" in str(error) or str(error).startswith("sae.layer=")
+    else:
+        assert source.layer >= 0 and source.hook in ("residual", "mlp")
+        assert all(value.isfinite().all() for value in [*sae.state_dict().values(), sae.W_dec])
+        assert sae.encode(torch.zeros(1, sae.d_in)).shape == (1, sae.d_sae)
+        sae.encode_latents(torch.zeros(1, sae.d_in), torch.zeros(1, dtype=torch.long))
 
 
 # --------------------------------------------------------------------------------------------------------- refusal

@@ -81,6 +81,13 @@ def test_a_warm_up_as_long_as_the_run_is_said(tmp_path, capsys):
     assert "The warm-up of 3 steps is as long as the run, which has 3: lr is never reached" in capsys.readouterr().out
 
 
+def test_a_learning_rate_that_moves_nothing_is_said(tmp_path, capsys):
+    assembled(tmp_path, "loss=sft", "lr=5e-6")
+    assert "next to nothing" not in capsys.readouterr().out
+    assembled(tmp_path, "loss=sft", "lr=5e-7")
+    assert "lr=5e-07 in 3 steps moves no weight by more than about 2e-06, which changes" in capsys.readouterr().out
+
+
 def test_a_model_is_trained_up_to_its_last_position(tmp_path, monkeypatch):
     """And its completions for the run page, of prompts that leave room for one token, end there."""
     tokenizer = AutoTokenizer.from_pretrained(REPO / "assets/tiny")

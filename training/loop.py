@@ -3,7 +3,9 @@
 `BasicTrainer` is the one loop of this repo. What a batch's loss is, its subclasses in trainers.py say.
 """
 
+import contextlib
 import functools
+import inspect
 import math
 import signal
 import time
@@ -42,7 +44,7 @@ from training.quantities import OF_TOKENS, QUANTITIES, Binding, LossContext
 from training.reference import Reference, ReferenceCache
 from training.settings import TrainingSettings
 from training.throughput import Flops, ThroughputMeter
-from utils import UserError, console, fingerprint, prefetch, progress_bar, suggest
+from utils import UserError, console, fingerprint, prefetch, progress_bar, suggest, written
 
 # The share of lr, by the share of the steps after the warm-up that are done, and the share of all that are left.
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
@@ -51,6 +53,8 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "linear": lambda done, _left: 1 - done,
     "trapezoid": lambda _done, left: min(1.0, 5 * left),
 }
+
+LEAST_MOVE = 1e-5  # of a weight: less than a thousandth of the usual size of one
 
 HEADLINE = {  # what the terminal shows of a step, and as what
     "loss/train": "loss",
@@ -89,10 +93,32 @@ def make_optimizer(config: TrainingSettings, parameters: Sequence[Tensor], lr: f
     known = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
     if config.optimizer not in known:
         raise UserError(f"optimizer={config.optimizer}: not in torch.optim{suggest(config.optimizer, known)}")
+    kind, options = known[config.optimizer], config.optimizer_options
+    for name, parameter in inspect.signature(kind).parameters.items():
+        is_flag = "bool" in str(parameter.annotation)
+        if name in options and isinstance(options[name], bool) != is_flag and options[name] is not None:
+            wanted = "true or false" if is_flag else "a number"
+            raise UserError(f"optimizer_options.{name}={written(options[name])}: has to be {wanted}")
+    with refused_options(config):
+        return kind(parameters, lr=lr, **options)
+
+
+@contextlib.contextmanager
+def refused_options(config: TrainingSettings) -> Iterator[None]:
+    """What an optimiser raises of its options becomes a UserError."""
     try:
-        return known[config.optimizer](parameters, lr=lr, **dict(config.optimizer_options))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer={config.optimizer}, lr={lr}, {config.optimizer_options}: {error}") from error
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"optimizer={config.optimizer}, {written(config.optimizer_options)}: {error}") from error
+
+
+def check_optimizer(config: TrainingSettings) -> None:
+    """Take a step with the optimiser. Raises UserError for one that cannot, with these options."""
+    weight = torch.ones(1, requires_grad=True)
+    weight.grad = torch.ones(1)
+    optimizer = make_optimizer(config, [weight], 1.0 if config.lr is None else config.lr)
+    with refused_options(config):
+        optimizer.step()
 
 
 def warmup_of(config: TrainingSettings, steps: int) -> int:
@@ -169,6 +195,13 @@ class BasicTrainer:
         if (warmup := warmup_of(self.config, steps)) >= steps:
             told = f"The warm-up of {warmup:,} steps is as long as the run, which has {steps:,}: lr is never reached"
             console.print(f"{told}; give fewer warmup_steps, or a warmup_ratio", style="yellow", markup=False)
+        farthest = self.config.lr * steps * self.passes
+        if farthest < LEAST_MOVE and self.config.optimizer != "SGD":  # which goes by the size of the gradient
+            console.print(
+                f"lr={self.config.lr:g} in {steps:,} steps moves no weight by more than about {farthest:.1g}, which "
+                "changes next to nothing; give a larger lr, or more to train on (lr=null: the default for this model)",
+                style="yellow",
+            )
         self.schedule = make_schedule(self.config, self.optimizer, steps)
 
     # ------------------------------------------------------------------------------------------------ the loss

@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field
 
 from data.settings import DataSettings
 from modeling.settings import ModelSettings
-from utils import STRICT, Count, Name, Natural, NonNegative, Settings, Share
+from utils import STRICT, Count, Natural, NonNegative, RunName, Settings, Share
 
 
 class LossSettings(Settings):
@@ -35,7 +35,7 @@ class WandbSettings(Settings):
 class TrainingSettings(DataSettings):
     """How long is trained, with what, and what is kept of it."""
 
-    exp_name: Name
+    exp_name: RunName
     resume: Literal["auto", "never"]
     n_epochs: Count | None
     n_examples: Count | None
