@@ -590,6 +590,10 @@ class BCOTrainer(UnpairedPreferenceTrainer):
     def trained_module(self) -> nn.Module:
         return self.both
 
+    @classmethod
+    def evaluated(cls, binding: Binding) -> list[str]:
+        return [*super().evaluated(binding), "mean_reward/eval"]
+
     def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
         self.mean_reward = self.reward_means.middle()
 
