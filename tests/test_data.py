@@ -492,6 +492,16 @@ def test_what_a_file_holds_beside_its_layout_is_named_once(tmp_path: Path, capsy
         assert set(said.strip().removeprefix(f"{file}: not used are ").split(", ")) == {"id", "date", "messages.name"}
 
 
+def test_samples_of_eval_are_told_from_data(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    sample = {"prompt": "q", "messages": [user("q")], "policy": "a"}
+    file.write_text(json.dumps({"sampled_at": "2026-11-28", "config": {}, "samples": [sample]}, indent=2))
+    with pytest.raises(
+        UserError, match=rf"holds samples that eval\.py wrote.*`python compare\.py -f {file}` judges them"
+    ):
+        dataloader.read_file(file)
+
+
 # ------------------------------------------------------------------------------------------------------------ odd files
 
 
