@@ -200,7 +200,7 @@ def multi_turn_rows(path: Path, lines: list[Any], questions: Path | None, refere
             raise UserError(f"{path}: question {number!r} is not in {questions}")
         turns = [asked[number]["prompt"]] if "prompt" in asked[number] else asked[number].get("turns")
         turns = turns if isinstance(turns, list) else []
-        prompts = [turn.get("content") if isinstance(turn, dict) else turn for turn in turns]
+        prompts: list[Any] = [turn.get("content") if isinstance(turn, dict) else turn for turn in turns]
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError(f"{questions}, question {number}: `prompt` or `turns` holds something else than text")
         category = str(asked[number].get("category", ""))

@@ -348,8 +348,9 @@ class Export:
                 self.hub[name].write(name, tensor)
 
     def close(self) -> None:
-        for file in {*self.hub.values(), self.policy, self.adapter} - {None}:
-            file.close()
+        for file in {*self.hub.values(), self.policy, self.adapter}:
+            if file is not None:
+                file.close()
 
 
 def write_weights(model: PreTrainedModel, folder: Path, formats: Collection[str], **rest: Any) -> None:
@@ -362,7 +363,7 @@ def write_weights(model: PreTrainedModel, folder: Path, formats: Collection[str]
     state = model.state_dict(keep_vars=True)
     names, aliases = names_of_weights(model, state)
     layout = {own: full_layout(state[name]) for own, name in names.items()}
-    export, failures = Export(model, folder, formats), []
+    export, failures = Export(model, folder, formats), list[OSError]()
 
     def on_rank_zero(work: Callable[..., None], *arguments: Any) -> None:
         if parallel.rank() == 0 and not failures:
@@ -406,7 +407,9 @@ def converted_together(model: PreTrainedModel, names: Sequence[str]) -> list[lis
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
-    reversed_ones = [each.reverse_transform() for each in conversions[::-1] if isinstance(each, WeightConverter)]
+    reversed_ones: list[Any] = [
+        each.reverse_transform() for each in conversions[::-1] if isinstance(each, WeightConverter)
+    ]
     groups: dict[str, list[str]] = {}
     for name in names:
         becomes, pattern = rename_source_key(name, [], reversed_ones, reverse=True)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -377,13 +377,14 @@ class StateWriter(HuggingFaceStorageWriter):
     """Writes each rank's part as a safetensors file, from where the tensors are, one at a time."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> "torch.futures.Future[list[WriteResult]]":
-        tensors, offsets = {}, {}
+        tensors: dict[str, Tensor] = {}
+        offsets: dict[str, Any] = {}
         for item in plan.items:
             assert item.tensor_data is not None and item.index.fqn not in tensors
-            tensors[item.index.fqn] = planner.resolve_data(item)
+            tensors[item.index.fqn] = cast(Tensor, planner.resolve_data(item))
             offsets[item.index.fqn] = {SAVED_OFFSETS_KEY: list(item.tensor_data.chunk.offsets)}
         if tensors:
-            path = self.path / f"rank-{plan.storage_data['shard_index']:05}.safetensors"
+            path = Path(self.path) / f"rank-{plan.storage_data['shard_index']:05}.safetensors"
             write_safetensors(path, tensors, {CUSTOM_METADATA_KEY: json.dumps(offsets)})
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result([])  # only an index of the files would need them
