@@ -540,7 +540,7 @@ def find_sae(section: SAESettings, where: str) -> SAESource:
         if value is not None and asked not in (None, value):
             raise UserError(f"{where}.{key}={asked}, but {files.weights} says {value}; {where}.{key}=null uses that")
     layer = layer if section.layer is None else section.layer
-    if not isinstance(layer, int):
+    if type(layer) is not int or layer < 0:
         raise UserError(f"{where}.layer={layer}: set it to the layer whose output is read, from 0; the file says none")
     return SAESource(where, files, layer, section.hook or hook or "residual", section.weight)
 

@@ -17,26 +17,30 @@ from transformers import PreTrainedModel
 from distributed.sharding import full_tensor
 from modeling.settings import ModelSettings
 from modeling.tensor_files import TensorFile, safetensors_file
+from utils import UserError, written
 
 NAME = "default"  # the adapter's name within the model
 
 
 def add(model: PreTrainedModel, settings: ModelSettings, dtype: torch.dtype) -> None:
-    """Freeze the model and add adapters, kept in `dtype`. `settings` is config.model; its `peft` describes them."""
+    """Freeze the model and add adapters, kept in `dtype`. `settings` is config.model; its `peft` describes them.
+
+    Raises UserError for modules that the model has not."""
     from peft import LoraConfig  # an extra, and slow to import
 
     options = settings.peft
-    model.add_adapter(
-        LoraConfig(
-            r=options.lora_r,
-            lora_alpha=options.lora_alpha,
-            lora_dropout=options.lora_dropout,
-            target_modules=options.target_modules,
-            base_model_name_or_path=settings.name_or_path,
-            task_type="CAUSAL_LM",
-        ),
-        adapter_name=NAME,
+    adapters = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.target_modules,
+        base_model_name_or_path=settings.name_or_path,
+        task_type="CAUSAL_LM",
     )
+    try:
+        model.add_adapter(adapters, adapter_name=NAME)
+    except ValueError as error:
+        raise UserError(f"model.peft.target_modules={written(options.target_modules)}: {error}") from error
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.to(dtype)

@@ -1,8 +1,10 @@
 """The keys of config/model/*.yaml: a model, how it is loaded, and how much of it computes at once."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from utils import Count, Name, PathName, Positive, Settings, Share
+from pydantic import Field
+
+from utils import Count, Name, PathName, Positive, Settings, Share, Text
 
 
 class AdapterSettings(Settings):
@@ -11,7 +13,7 @@ class AdapterSettings(Settings):
     lora_r: Count
     lora_alpha: Count
     lora_dropout: Share
-    target_modules: str | list[str]
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)]
 
 
 class ModelSettings(Settings):

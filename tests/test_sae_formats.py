@@ -1,5 +1,6 @@
 """Public SAE formats: SAEs read from files in each layout equal plain formulas, and SAELens."""
 
+import copy
 import json
 import math
 import random
@@ -611,7 +612,7 @@ def spoilt(draw, tensors, fields):
         section = fields
         while isinstance(section[key := draw.choice([*section])], dict) and section[key] and draw.random() < 0.8:
             section = section[key]
-        section[key] = draw.choice(ODD)
+        section[key] = copy.deepcopy(draw.choice(ODD))
 
 
 @fuzzed

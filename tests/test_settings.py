@@ -7,8 +7,9 @@ import random
 import re
 
 import pytest
+import torch
 import yaml
-from conftest import REPO, fuzzed
+from conftest import REPO, fuzzed, tiny_gemma
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import settings as chosen
@@ -17,7 +18,9 @@ from omegaconf import OmegaConf
 
 from launch import settings
 from launch.policies import read_config
-from utils import UserError, flat
+from modeling import adapters
+from modeling.settings import ModelSettings
+from utils import UserError, checked, flat
 
 LOSSES = ("dpo", "fpo", "kto", "ppo", "sae", "csft")  # between them every kind of hyper-parameter
 
@@ -63,6 +66,7 @@ WRONG = {  # a value, and what the message says
     "long": ("exp_name", "a" * 256, r"exp_name=a*\.\.\.: has to be a path that a file can have"),
     "nul": ("cache_dir", "a\0b", r'cache_dir="a.u0000b": has to be a path that a file can have'),
     "weights": ("loss__frac_unique_desirable", 1.5, "loss.frac_unique_desirable.* is read by nothing"),
+    "modules": ("model__peft__target_modules", [], r"target_modules=\[\]: has to be text or a list that is not empty"),
     "closure": ("optimizer", "LBFGS", "optimizer=LBFGS, {}: .*closure"),
     "sparse": ("optimizer", "SparseAdam", "optimizer=SparseAdam, {}: .*dense"),
     "flag": ("optimizer_options", {"centered": "no"}, "optimizer_options.centered=no: has to be true or false"),
@@ -81,6 +85,12 @@ def test_a_wrong_value_is_named(name):
 def test_what_is_no_unicode_is_named():
     with pytest.raises(UserError, match=r"human_prefix='\\udcff': not valid Unicode"):
         settings.plain(OmegaConf.create({"human_prefix": "\udcff"}))
+
+
+def test_adapters_for_modules_that_the_model_has_not():
+    model = changed(base("dpo"), model__peft__target_modules=["nope"])["model"]
+    with pytest.raises(UserError, match=r'model\.peft\.target_modules=\["nope"\]: .*not found'):
+        adapters.add(tiny_gemma(), checked(ModelSettings, model), torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------- random values

@@ -11,8 +11,9 @@ pairs each is asked for once for the chosen and once for the rejected completion
 on. Short names work too: `chosen_logps` is `policy_chosen_logps`, `ref_chosen_logps` is `reference_chosen_logps`.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -269,7 +270,7 @@ def bind(trainer: type, loader: Callable[..., Any], settings: LossSettings) -> B
     wanted = {reader: keyword_only(function) for reader, function in readers.items()}
     values = settings.hyperparameters
     try:
-        checked(hyperparameters(name, wanted.values()), values, "loss")
+        checked(hyperparameters(name, tuple(readers.values())), values, "loss")
     except UserError as error:
         takes = ", ".join(sorted({key for parameters in wanted.values() for key in parameters})) or "none"
         unread = "is read by nothing" in str(error)
@@ -283,11 +284,12 @@ def bind(trainer: type, loader: Callable[..., Any], settings: LossSettings) -> B
     )
 
 
-def hyperparameters(name: str, readers: Iterable[Mapping[str, inspect.Parameter]]) -> type[Settings]:
+@functools.cache
+def hyperparameters(name: str, readers: tuple[Callable[..., Any], ...]) -> type[Settings]:
     """The hyper-parameters as settings: the annotation of each keyword-only parameter is its type."""
     fields: dict[str, Any] = {}
-    for parameters in readers:
-        for key, parameter in parameters.items():
+    for reader in readers:
+        for key, parameter in keyword_only(reader).items():
             empty = inspect.Parameter.empty
             annotation = Any if parameter.annotation is empty else parameter.annotation
             fields[key] = (annotation, ... if parameter.default is empty else parameter.default)
