@@ -13,7 +13,7 @@ on. Short names work too: `chosen_logps` is `policy_chosen_logps`, `ref_chosen_l
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
