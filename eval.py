@@ -106,7 +106,10 @@ def local_backend(config: Config, policy: Policy, tokenizer: Tokenizer, control:
     """The back-end that has the policy's weights in this process. Raises UserError where it cannot have them."""
     if config.backend == "vllm":
         if policy.load_from:
-            raise UserError(f"backend=vllm reads the Hub's format: --config-path={policy.load_from}, if it is in it")
+            raise UserError(
+                f"backend=vllm reads a directory in the Hub's format, not weights beside one ({policy.load_from}): "
+                "++export=[hub] lets a run write one, and --config-path= names it"
+            )
         return backends.VLLMBackend(config, policy.folder, tokenizer, control)
     model = backends.load_policy(config, policy.folder, policy.load_from, len(tokenizer))
     return backends.TransformersBackend(config, model, tokenizer, control)
