@@ -144,7 +144,7 @@ def test_sample_and_judge(quickstart, tmp_path):
 
 
 def test_the_report_on_its_features_in_a_browser(quickstart, browser, tmp_path):
-    run, _, _ = quickstart
+    run, _ = quickstart
     command("eval.py", f"--config-path={run}", "++mode=features", "++n_samples=64")
     page, said = look_at(browser, run / "features/report.html", tmp_path / "browser")
     assert said == []
@@ -153,7 +153,7 @@ def test_the_report_on_its_features_in_a_browser(quickstart, browser, tmp_path):
 
 
 def test_eval_mode_gives_the_last_evaluations_metrics(quickstart):
-    run, _, _ = quickstart
+    run, _ = quickstart
     command("eval.py", f"--config-path={run}", "++mode=eval", "++n_samples=64", "++samples=2")
     last = [line for line in metrics(run) if "loss/eval" in line][-1]
     values = json.loads((run / "eval.json").read_text())
@@ -178,7 +178,7 @@ def test_eval_mode_gives_the_last_evaluations_metrics(quickstart):
     ],
 )
 def test_eval_errors(quickstart, arguments, message):
-    run, _, _ = quickstart
+    run, _ = quickstart
     done = command("eval.py", f"--config-path={run}", *arguments, check=False)
     assert done.returncode == 2
     assert message in done.stdout.replace("\n", " ")

@@ -159,7 +159,7 @@ def paths_of(command: Command) -> Iterator[tuple[str, bool]]:
     if command.words[0] == "cp":
         yield from ((word, False) for word in command.words[1:-1])
     if command.words[:2] == ["python", "-m"]:
-        yield from ((word, False) for word in command.words[3:] if command.words[2] == "pytest")
+        yield from ((word, False) for word in command.words[3:] if command.words[2] == "pytest" and "/" in word)
     elif command.words[0] == "python":
         yield command.words[1], False
 

@@ -327,7 +327,7 @@ def test_a_rank_without_records_takes_part_and_counts_for_nothing(tmp_path, loss
     losses = trainer.compute_loss(step[0], "train", means)
     assert losses.shape == (0,)
     losses.sum().backward()
-    assert means.read().keys() <= {"kl/train"}
+    assert means.read().keys() <= {"kl/train", "mean_reward/train"}
     assert all(p.grad is not None and not p.grad.any() for p in trainer.policy.parameters())
 
 

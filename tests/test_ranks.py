@@ -135,7 +135,10 @@ def wait_for(condition, process):
 def ranks_of(process):
     """The processes that a launcher has started, in the order of their ranks."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return sorted(map(int, children))
+    started = {
+        int(child): int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[19]) for child in children
+    }
+    return sorted(started, key=started.__getitem__)  # numbers of processes begin anew some time
 
 
 # Long enough to be stopped in the middle; the learning rate is so low that rounding errors do not grow.

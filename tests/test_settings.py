@@ -49,7 +49,7 @@ WRONG = {  # a value, and what the message says
     "use_peft": ("model__use_peft", "no", "model.use_peft=no: has to be true or false"),
     "enabled": ("wandb__enabled", "no", "wandb.enabled is read by nothing"),
     "gradient": ("model__max_grad_norm", -1, "model.max_grad_norm=-1: has to be above 0"),
-    "kept": ("keep_checkpoints", -1, "keep_checkpoints=-1: has to be at least 1"),
+    "kept": ("keep_checkpoints", -1, "keep_checkpoints=-1: has to be at least 0"),
     "beta": ("loss__beta", -1, "loss.beta=-1: has to be above 0"),
     "bool": ("model__batch_size", True, "model.batch_size=true: has to be a whole number"),
     "held out": ("held_out", -0.5, "held_out=-0.5: has to be above 0"),

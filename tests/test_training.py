@@ -133,7 +133,7 @@ def losses(lines):
 def test_every_loss_takes_steps(tmp_path, plain_run, loss):
     third = ["loss.d_sae=64", "loss.k=4", "loss.batch_tokens=106"]  # of the tokens
     lines = run(tmp_path, "loss=sae", *third) if loss == "sae" else metrics(plain_run(loss))
-    unpaired = loss.startswith("kto") or loss in ("csft", "ppo")
+    unpaired = loss.startswith("kto") or loss in ("bco", "csft", "ppo")
     records = 48 if unpaired else 24  # both sides of each pair, or pairs
     assert len(losses(lines)) == records // 8 and all(map(math.isfinite, losses(lines)))
     assert [line["examples"] for line in lines if "loss/eval" in line] == [0, records]
