@@ -103,7 +103,9 @@ class BadRows:
         """Print what is left out. Raises UserError if the bad rows are more than the share `limit` of all rows."""
         count = self.counts.total()
         if count > limit * self.total:
-            allowed = f"max_bad_rows={limit} allows {limit:.2%} of them. Fix the data, or allow more: max_bad_rows=0.05"
+            enough = min(1, (1000 * count // self.total + 1) / 1000)  # a little more than there are, against rounding
+            allowed = f"max_bad_rows={limit} allows {limit:.2%} of them. Fix the data, or allow more: "
+            allowed += f"max_bad_rows={enough:g}"
             raise UserError(f"{self.summary()}\n{allowed}")
         if count:
             console.print(self.summary(), style="yellow", markup=False)

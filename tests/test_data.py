@@ -912,7 +912,7 @@ def test_bad_rows_are_reported_and_too_many_stop_the_run(
 
     content[50] = {"prompt": "q"}
     write_jsonl(file, content)
-    with pytest.raises(UserError, match=r"(?s)3 of 200 rows.*is empty: .*:7.*max_bad_rows=0.01") as stopped:
+    with pytest.raises(UserError, match=r"(?s)3 of 200 rows.*is empty: .*:7.*more: max_bad_rows=0.016$") as stopped:
         load_tokens(config, "train", tokenizer, PairedPreferenceDataLoader)
     assert f"1 x the row has no known layout: {file}:51" in str(stopped.value)
     load_tokens(changed(config, max_bad_rows=0.02), "train", tokenizer, PairedPreferenceDataLoader)
