@@ -13,7 +13,7 @@ from launch import startup
 if __name__ == "__main__":
     startup.begin(
         __doc__,
-        ["data", "optimisation", "what is measured and kept", "model"],
+        ["run", "data", "optimisation", "what is measured and kept", "model"],
         groups=["loss", "model", "sae", "experiment"],
     )
 

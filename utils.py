@@ -328,10 +328,12 @@ def open_in_place(path: Path) -> IO[bytes]:
 
 
 def require_writable(*paths: Path) -> None:
-    """Raises UserError for a path that no file can be written to. Directories above are made; no file is."""
+    """Raises UserError for a path that no file can be written to. Directories above are made; no file is. What killed
+    processes were writing beside it goes."""
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_litter(path.parent)
             tempfile.TemporaryFile(dir=path.parent).close()
             if path.exists():
                 path.open("ab").close()

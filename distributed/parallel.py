@@ -323,8 +323,9 @@ def run_as_rank(place: dict[str, int], work: Callable[[], None]) -> int:
 class Heart:
     """Lets a run on several hosts end when one of them is cut off, which closes no connection.
 
-    A thread of each rank counts beats in the store, and watches those of the next rank. It counts its own beats and
-    not the time, so that a run that is suspended as a whole goes on.
+    Each rank counts beats in the store and reads those of the next rank, in one thread; another watches how that goes
+    on, since a call of a store that cannot be reached may never return. It counts its own beats and not the time, so
+    that a run that is suspended as a whole goes on.
     """
 
     def __init__(self) -> None:
@@ -332,19 +333,37 @@ class Heart:
         silence = timedelta(seconds=BEATS * BEAT_SECONDS)
         self.store = dist.TCPStore(*address, is_master=False, timeout=silence)  # a connection of its own
         self.stopped = threading.Event()
-        threading.Thread(target=self.beat, daemon=True).start()
+        self.answers, self.heard = 0, 0  # of the store, and beats of the next rank
+        self.is_lost = False  # the store
+        self.next_rank = (rank() + 1) % world_size()
+        for work in (self.beat, self.watch):
+            threading.Thread(target=work, daemon=True).start()
 
     def beat(self) -> None:
-        next_rank, heard, silent = (rank() + 1) % world_size(), 0, 0
-        why = f"rank {rank()} has not heard from rank {next_rank} for {BEATS * BEAT_SECONDS:.0f} seconds"
-        while silent < BEATS and not self.stopped.wait(BEAT_SECONDS):
+        while not self.stopped.wait(BEAT_SECONDS):
             try:
                 self.store.add(f"beats of {rank()}", 1)
-                now = self.store.add(f"beats of {next_rank}", 0)
+                self.heard = self.store.add(f"beats of {self.next_rank}", 0)
             except (RuntimeError, dist.DistError):
-                why, silent = f"rank {rank()} has lost the host of rank 0", BEATS
-            else:
-                silent, heard = (silent + 1 if now == heard else 0), now
+                self.is_lost = True
+                return
+            self.answers += 1
+
+    def watch(self) -> None:
+        answers, heard, unanswered, silent = 0, 0, 0, 0
+        while not self.stopped.wait(BEAT_SECONDS):
+            unanswered = unanswered + 1 if self.answers == answers else 0
+            silent = silent + 1 if self.heard == heard else 0
+            answers, heard = self.answers, self.heard
+            if self.is_lost or unanswered >= BEATS:
+                self.end(f"rank {rank()} has lost the host of rank 0")
+            if silent >= BEATS:
+                self.end(
+                    f"rank {rank()} has not heard from rank {self.next_rank} for {BEATS * BEAT_SECONDS:.0f} seconds"
+                )
+
+    def end(self, why: str) -> None:
+        """End this process, unless its work has ended meanwhile."""
         if not self.stopped.is_set():
             console.quiet = False
             console.print(f"{why}: that host is down or cut off, so this one ends too", style="red")

@@ -14,15 +14,17 @@ WIDTH = 100
 
 
 def begin(usage: str, sections: Sequence[str], *, groups: Sequence[str] = ()) -> None:
-    """Print the help and end, where the command line asks for it: the usage, what the groups offer, and the keys in
-    some sections of config.yaml and, as `model`, of model/base.yaml."""
+    """Print the help and end, where the command line asks for it: the usage, what the groups offer, the keys in some
+    sections of config.yaml and, as `model`, of model/base.yaml, and those of the loss that the command line names."""
     if "RANK" in os.environ:
         end_with_parent()
         if launcher_is_gone():
             sys.exit("the process that started this rank is gone")
     collect_garbage_rarely()
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(usage.strip(), *map(choices, groups), *map(keys, sections), sep="\n\n")
+        losses = [word.partition("=")[2] for word in sys.argv if re.fullmatch(r"loss=[\w-]+", word)]
+        named = [f"loss/{name}" for name in losses if (REPO / f"config/loss/{name}.yaml").is_file()]
+        print(usage.strip(), *map(choices, groups), *map(keys, [*sections, *named]), sep="\n\n")
         sys.exit(0)
 
 
@@ -52,12 +54,13 @@ def choices(group: str) -> str:
 
 def keys(section: str) -> str:
     """The keys of a section, each with its default and the line that the YAML file has on it."""
-    prefix = "model." if section == "model" else ""
-    file = REPO / ("config/model/base.yaml" if prefix else "config/config.yaml")
-    text = file.read_text()
+    group = section.partition("/")[0]
+    prefix = f"{group}." if group in ("model", "loss") else ""
+    file = {"model": "model/base.yaml", "loss": f"{section}.yaml"}.get(group, "config.yaml")
+    text = (REPO / "config" / file).read_text()
     if not prefix:
         text = re.split(r"^# ", text.partition(f"\n# {section}")[2].partition("\n")[2], flags=re.MULTILINE)[0]
-    lines = [f"{section}:"]
+    lines = [section.replace("/", "=") + ":"]
     parents: list[str] = []
     for indent, name, value, comment in re.findall(r"^( *)(\w+): *(.*?) *(?:# (.*))?$", text, re.MULTILINE):
         parents[len(indent) // 2 :] = [name]

@@ -204,9 +204,9 @@ def test_the_lines_spelling_of_a_key_works(tmp_path):
     assert len(list((tmp_path / "out" / "fpo_tiny").glob("step-*"))) == 3
 
 
-def test_help_lists_the_choices():
-    out = command("train.py", "--help").stdout
-    for words in ("fpo-mse", "gemma2b", "quickstart"):
+def test_help_lists_the_choices_and_the_keys_of_a_loss():
+    out = command("train.py", "loss=fpo", "--help").stdout
+    for words in ("fpo-mse", "gemma2b", "quickstart", "  resume=auto", "  loss.alpha=0.5"):
         assert words in out
 
 

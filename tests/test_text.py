@@ -254,7 +254,10 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_stays(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
+    left = tmp_path / "new" / ".file.x.fpo.part"  # by a killed process
+    left.mkdir(parents=True)
     require_writable(tmp_path / "new" / "file")
+    assert not left.exists()
     assert not list((tmp_path / "new").iterdir())
     for path, reason in [("file/below", "Not a directory|File exists"), ("folder", "Is a directory")]:
         with pytest.raises(UserError, match=f"cannot write {tmp_path / path}: ({reason})"):
