@@ -30,6 +30,8 @@ from utils import UserError, console, end_with_parent
 
 T = TypeVar("T")
 GRACE_SECONDS = 10.0  # once a rank has failed, the others have this long to end by themselves
+OWN_LAUNCHER = "FPO_LAUNCHER"  # in the environment of ranks that `start_ranks` has started
+LOST = 3  # the exit status of such a rank that has lost the connection to another
 BEAT_SECONDS, BEATS = 5.0, 12  # a rank of another host that was silent for so many beats is gone
 TIMEOUT = timedelta(hours=6)  # how long a rank waits for another: long, since rank 0 may tokenise a large data set
 # Outlives the launcher, to say why the ranks are gone: its input closes with the launcher, without a line.
@@ -228,6 +230,7 @@ def start_ranks(count: int) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process serves the store, so it outlives rank 0
+        OWN_LAUNCHER: "True",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }
@@ -275,7 +278,9 @@ def wait_for_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     for number, code in ended.items():
         if code < 0:
             console.print(f"rank {number} was ended by {signal.Signals(-code).name}, so all are ended", style="red")
-    return max(code if code >= 0 else 128 - code for code in ended.values())
+    if LOST in ended.values() and set(ended.values()) <= {0, LOST}:  # no other says what happened
+        console.print("a rank has lost the connection to another, so all are ended", style="red")
+    return max({LOST: 1}.get(code, code) if code >= 0 else 128 - code for code in ended.values())
 
 
 def init_process_group(number: int, count: int, store: Any) -> None:
@@ -375,7 +380,7 @@ class Heart:
 
 
 def report_error(error: BaseException, number: int | None = None, store: Any = None) -> int:
-    """Print the error that ended the work, and return the exit status.
+    """Print the error that ended the work, and return the exit status; LOST where the launcher says what happened.
 
     Of several ranks, only the first that fails prints. `number` is this rank's, None for a single one.
     """
@@ -394,6 +399,8 @@ def report_error(error: BaseException, number: int | None = None, store: Any = N
     elif isinstance(error, KeyboardInterrupt):
         console.print("interrupted", style="red")
     elif number is not None and is_lost_connection(error):
+        if OWN_LAUNCHER in os.environ:
+            return LOST
         console.print(f"rank {number} has lost the connection to another rank", style="red")
     else:
         prefix = "" if number is None else f"rank {number}: "

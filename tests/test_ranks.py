@@ -133,12 +133,11 @@ def wait_for(condition, process):
 
 
 def ranks_of(process):
-    """The processes that a launcher has started, in the order of their ranks."""
+    """The ranks that a launcher has started, in their order."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    started = {
-        int(child): int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[19]) for child in children
-    }
-    return sorted(started, key=started.__getitem__)  # numbers of processes begin anew some time
+    ranks = [int(child) for child in children if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
+    begun = {rank: int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[19]) for rank in ranks}
+    return sorted(ranks, key=begun.__getitem__)  # their numbers may have begun anew between them
 
 
 # Long enough to be stopped in the middle; the learning rate is so low that rounding errors do not grow.
@@ -196,7 +195,7 @@ def test_a_killed_rank_ends_the_run_and_nothing_is_lost(data, undisturbed, tmp_p
     output = process.communicate(timeout=60)[0]
     assert time.monotonic() - killed < 30
     assert process.returncode == 128 + signal.SIGKILL and "rank 1 was ended by SIGKILL" in output
-    assert "Traceback" not in output
+    assert "Traceback" not in output and "connection" not in output
     on_ranks(2, REPO / "train.py", *arguments)
     assert_same_run(metrics(tmp_path / "long"), undisturbed)
 
@@ -248,13 +247,20 @@ def wait_until(condition):
         time.sleep(0.02)
 
 
-def test_a_lost_connection_is_told_in_one_line(capfd):
+def test_a_lost_connection_is_told_in_one_line(capfd, monkeypatch):
     store = dist.HashStore()
     gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5"
     assert parallel.report_error(RuntimeError(gloo), 0, store) == 1
     assert parallel.report_error(RuntimeError(gloo), 1, store) == 1  # the first has said it
     out, err = capfd.readouterr()
     assert out.splitlines() == ["rank 0 has lost the connection to another rank"] and not err
+    with monkeypatch.context() as patch:
+        patch.setenv(parallel.OWN_LAUNCHER, "True")
+        assert parallel.report_error(RuntimeError(gloo), 0, dist.HashStore()) == parallel.LOST
+    ranks = [subprocess.Popen(["sh", "-c", f"exit {code}"]) for code in (0, parallel.LOST)]
+    assert parallel.wait_for_ranks(ranks) == 1
+    out, err = capfd.readouterr()
+    assert out.splitlines() == ["a rank has lost the connection to another, so all are ended"] and not err
     assert parallel.report_error(RuntimeError("of its own"), 0, dist.HashStore()) == 1
     assert "rank 0: " in (said := capfd.readouterr().err) and "RuntimeError: of its own" in said
 
