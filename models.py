@@ -29,7 +29,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from data.batch import Batch
+from data.batch import Batch, sum_by_sequence
 from data.hub import download
 from distributed import parallel
 from distributed.sharding import allocate_parameters, backbone
@@ -69,8 +69,7 @@ class Scores:
     @cached_property
     def logps(self) -> Tensor:
         """The log-probability [S] of each completion: the sum over its tokens."""
-        zeros = self.token_logps.new_zeros(self.batch.num_sequences)
-        return zeros.index_add(0, self.batch.sequence, self.token_logps)
+        return sum_by_sequence(self.token_logps, self.batch.sequence, self.batch.num_sequences)
 
     @cached_property
     def lengths(self) -> Tensor:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from data.batch import Batch
+from data.batch import Batch, sum_by_sequence
 from dataloader import BAD, GOOD, DataLoader, MismatchedRecords
 from distributed import parallel
 from modeling.tensor_files import write_safetensors
@@ -223,11 +223,6 @@ class HumanlineTrainer(PairedPreferenceTrainer):
         chosen_rewards = reward(chosen_token_logps - ref_chosen_token_logps, chosen_sequence)
         rejected_rewards = reward(rejected_token_logps - ref_rejected_token_logps, rejected_sequence)
         return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
-
-
-def sum_by_sequence(values: Tensor, sequence: Tensor, count: int) -> Tensor:
-    """The sums [count] of token values [N] over the tokens of each sequence."""
-    return values.new_zeros(count).index_add(0, sequence, values)
 
 
 class WPOTrainer(PairedPreferenceTrainer):

@@ -79,11 +79,12 @@ def collect_garbage_rarely() -> None:
     gc.set_threshold(100_000)
 
 
-def end_with_parent() -> None:
-    """Let the kernel kill this process when the one that started it ends, however that ends. Only Linux does that."""
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Let the kernel send this process a signal when the one that started it ends, however that ends. Only Linux does
+    that."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -24,7 +24,6 @@ machine multiplies faster, float32 or bfloat16, and the whole study computes in 
 """
 
 import argparse
-import ctypes
 import hashlib
 import json
 import math
@@ -45,7 +44,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from utils import fingerprint  # noqa: E402
+from utils import end_with_parent, fingerprint  # noqa: E402
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TOKEN, HEAD, WIDTH = 0.212e-3, 0.057e-3, 576  # TFLOP for a token forward and for one projected; the residual stream
@@ -561,7 +560,7 @@ WORK: dict[str, Callable[[Study, Job], dict[str, Any]]] = {
 
 def in_child(study: Study, job: Job, log: Path, result: Path) -> None:
     """Do a job in this process, which is a fork: it has the libraries loaded, and its memory is its own."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # Linux: it ends when the study does, with its state saved
+    end_with_parent(signal.SIGTERM)  # with its state saved
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(descriptor, number)

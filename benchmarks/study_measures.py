@@ -20,7 +20,7 @@ import models
 import trainers  # noqa: F401  (what the jobs need is imported before they are forked)
 from autoencoders.training import reconstruct
 from data import tokenise
-from data.batch import Batch, batches_by_length
+from data.batch import Batch, batches_by_length, sum_by_sequence
 from distributed import parallel
 from launch import assembly, settings
 from launch.settings import Config
@@ -228,7 +228,7 @@ def read_samples(batch: Batch, trainer: BasicTrainer, start: Any, rewarder: Any)
     batch.reference = {"hidden": scores.hidden, "head": trainer.policy.get_output_embeddings()}
     token_kl = models.score(start, batch).token_kl  # KL(the other || this model), so KL(policy || start)
     assert token_kl is not None
-    figures["kl"] = scores.logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence, token_kl)
+    figures["kl"] = sum_by_sequence(token_kl, batch.sequence, batch.num_sequences)
     if rewarder is not None:
         figures["rewards"] = models.score_rewards(rewarder, batch).rewards
     by_draw = {name: values.unflatten(0, (-1, len(batch.index))).T.tolist() for name, values in figures.items()}

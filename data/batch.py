@@ -64,6 +64,11 @@ class Batch:
         return Batch(**{f.name: changed(getattr(self, f.name)) for f in fields(self)})
 
 
+def sum_by_sequence(values: Tensor, sequence: Tensor, count: int) -> Tensor:
+    """The sums [count] of token values [N] over the tokens of each sequence; `sequence` [N] says whose a token is."""
+    return values.new_zeros(count).index_add(0, sequence, values)
+
+
 def collate(records: Sequence[dict[str, Any]], layout: str, *, pad_id: int, eos_id: int) -> Batch:
     """The batch of some records in one of BATCH_LAYOUTS.
 

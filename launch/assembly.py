@@ -25,7 +25,7 @@ from launch.report import RunPage
 from launch.settings import Config, RunClasses, RunPaths
 from modeling import adapters, head
 from modeling.settings import ModelSettings
-from modeling.weights import find_weights, weights_digest
+from modeling.weights import source_of, weights_digest
 from sae import SAE, ResidualTap, drift_options
 from training.checkpoint import Run
 from training.loop import BasicTrainer, Setup, Subject
@@ -293,7 +293,7 @@ def build_model(
             raise UserError(
                 f"model.load_in_4bit: the tokenizer has {lacking} tokens for which the model has no embedding"
             )
-        source = directory if load_from is None else find_weights(load_from)
+        source = source_of(directory, load_from)
         model = models.load_quantised(source, attention, parallel.device(), DTYPES[settings.policy_dtype])
         models.recompute_activations(model, settings.activation_checkpointing)
         adapters.add(model, settings, DTYPES[settings.weights_dtype])

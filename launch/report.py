@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -376,6 +377,7 @@ def changed_settings(config: DictConfig) -> dict[str, tuple[str, str]]:
     return {key: (written(ours[key]), written(theirs[key]) if key in theirs else "") for key in own}
 
 
+@functools.cache  # a run writes its page at each evaluation
 def default_parts(loss: str) -> list[Any]:
     """The YAML files that hold the defaults; later ones override earlier ones. A loss's file may build on another."""
     parts: list[Any] = [OmegaConf.load(REPO / "config/config.yaml")]

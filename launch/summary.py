@@ -25,7 +25,8 @@ def write_summary(trainer: BasicTrainer, config: Config, start_weights: Path) ->
     """Write summary.json, a run's last file but for its page."""
     trainer.stop_if_asked()
     write_completions(trainer, config, "after")
-    figures: dict[str, Any] = from_metrics(trainer.run.folder / "metrics.jsonl")
+    evaluations = [line for line in read_lines(trainer.run.folder / "metrics.jsonl") if "loss/eval" in line]
+    figures: dict[str, Any] = from_evaluations(evaluations)
     if config.toy_comparison:
         trainer.stop_if_asked()
         figures |= against_start(trainer, config, start_weights)
@@ -35,18 +36,12 @@ def write_summary(trainer: BasicTrainer, config: Config, start_weights: Path) ->
     figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if parallel.rank() == 0:
         write_json(trainer.run.folder / "summary.json", figures)
-        evaluations = evaluations_in(trainer.run.folder / "metrics.jsonl")
         if learnt_little(evaluations, len(trainer.loaders["eval"].used())):
             console.print(
                 "The held-out loss and accuracies moved less than noise: this run learnt next to nothing. "
                 f"What matters most is lr (here {config.lr:g}) and how much it trains on (n_epochs, n_examples).",
                 style="yellow",
             )
-
-
-def evaluations_in(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl that are evaluations."""
-    return [line for line in read_lines(path) if "loss/eval" in line]
 
 
 def learnt_little(evaluations: Sequence[dict[str, float]], records: int) -> bool:
@@ -63,11 +58,10 @@ def learnt_little(evaluations: Sequence[dict[str, float]], records: int) -> bool
     return not moved
 
 
-def from_metrics(path: Path) -> dict[str, float]:
+def from_evaluations(evaluations: Sequence[dict[str, float]]) -> dict[str, float]:
     """What the first and the last evaluation say; of SAEs, the last. Accuracy: the share of pairs whose chosen
     completion the policy itself finds likelier per token; reward accuracy, of a reward model: that it finds better.
     Drift: the mean over chosen and rejected completions."""
-    evaluations = evaluations_in(path)
     if not evaluations:
         return {}
     figures = {"loss_after": evaluations[-1]["loss/eval"]}

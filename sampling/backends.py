@@ -19,7 +19,7 @@ from data import tokenise
 from distributed import parallel
 from distributed.sharding import DTYPES
 from modeling import attention
-from modeling.weights import find_weights
+from modeling.weights import source_of
 from sampling import openai_server
 from sampling.generate import Decoding, Request, Sample, before_stop, finished, sample_batches
 from sampling.openai_server import NoAnswer
@@ -93,7 +93,7 @@ def load_policy(config: SamplingSettings, folder: Path, load_from: str | None, v
         )
     if "WORLD_SIZE" not in os.environ:
         raise UserError("tensor_parallel=true: start it with `torchrun --nproc_per_node=GPUS eval.py ...`")
-    weights = folder if load_from is None else find_weights(load_from)
+    weights = source_of(folder, load_from)
     if weights.is_file():
         raise UserError(f"tensor_parallel=true reads safetensors in the Hub's format, not {weights}")
     model = AutoModelForCausalLM.from_pretrained(

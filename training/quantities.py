@@ -21,7 +21,7 @@ from pydantic import create_model
 from torch import Tensor, nn
 
 import sae as saes
-from data.batch import Batch
+from data.batch import Batch, sum_by_sequence
 from training.settings import LossSettings
 from utils import SIDES, Count, Settings, UserError, checked, suggest
 
@@ -80,8 +80,7 @@ def feature_drift(e: LossContext, *, divergence: str, k: Count, feature_weights:
 
 def position_kl(e: LossContext) -> Tensor:
     """Sum over the completion's tokens of KL(reference || policy) of the next token (TDPO, 2404.11999)."""
-    per_token = e.policy.token_kl
-    return per_token.new_zeros(e.batch.num_sequences).index_add(0, e.batch.sequence, per_token)
+    return sum_by_sequence(e.policy.token_kl, e.batch.sequence, e.batch.num_sequences)
 
 
 def desirable(e: LossContext) -> Tensor:
@@ -106,8 +105,7 @@ def on_policy_weight(e: LossContext) -> Tensor:
     exp of the mean over the tokens of log p(token) - log sum_v p(v)^2 (WPO, 2406.11827, Eq. 4)."""
     assert e.policy.token_log_squares is not None
     apart = e.policy.token_logps.detach() - e.policy.token_log_squares
-    sums = apart.new_zeros(e.batch.num_sequences).index_add(0, e.batch.sequence, apart)
-    return (sums / e.policy.lengths).exp()
+    return (sum_by_sequence(apart, e.batch.sequence, e.batch.num_sequences) / e.policy.lengths).exp()
 
 
 def rewards(e: LossContext) -> Tensor:
