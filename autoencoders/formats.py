@@ -119,17 +119,18 @@ class ConfigFile:
             raise UserError(f"{self.path}: {key}={value}, where keys with values have to be")
         return value
 
-    def number(self, key: str) -> Any:
-        """The positive number at a key such as `outer.inner`. Raises UserError if there is none."""
-        value = self.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    def number(self, key: str) -> float:
+        """The positive number at a key such as `outer.inner`. Raises UserError if there is none that float32 holds."""
+        value, tensor_range = self.get(key), torch.finfo(torch.float32)
+        a_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not a_number or not tensor_range.tiny <= value <= tensor_range.max:
             raise UserError(f"{self.path}: {key}={value}, where a positive number has to be")
-        return value
+        return float(value)
 
     def count(self, key: str) -> int:
         """As `number`, of one that is whole."""
         value = self.number(key)
-        if value != int(value):
+        if not value.is_integer():
             raise UserError(f"{self.path}: {key}={value}, where a whole number has to be")
         return int(value)
 
@@ -258,7 +259,7 @@ def llama_scope_tensors(
     config.expect("apply_decoder_bias_to_pre_encoder", False, False)
     config.expect("use_decoder_bias", True, True)
     config.expect("use_glu_encoder", False, False)
-    d, f = config.number("d_model"), config.number("d_sae")
+    d, f = config.count("d_model"), config.count("d_sae")
     return (
         arrays.take("encoder.weight", f, d).T,
         arrays.take("encoder.bias", f),
@@ -283,8 +284,8 @@ def read_sparsify(arrays: WeightsFile, config: ConfigFile) -> SAE:
     config.expect("signed", False, False)
     config.expect("transcode", False, False)
     config.expect("skip_connection", False, False)
-    d = config.number("d_in")
-    f = config.get("num_latents") or d * config.number("expansion_factor")
+    d = config.count("d_in")
+    f = config.count("num_latents") if config.get("num_latents") else d * config.count("expansion_factor")
     return make_sae(
         arrays.take("encoder.weight", f, d).T,
         arrays.take("encoder.bias", f),
@@ -321,7 +322,7 @@ def read_saelens(arrays: WeightsFile, config: ConfigFile) -> SAE:
     if architecture not in ("standard", "gated", "jumprelu", "topk"):
         hint = "; SAELens's save_inference_model writes it as jumprelu" if "batchtopk" in str(architecture) else ""
         raise UserError(f"{config.path}: architecture={architecture}: not standard, gated, jumprelu or topk{hint}")
-    d, f = config.number("d_in"), config.number("d_sae")
+    d, f = config.count("d_in"), config.count("d_sae")
     W_enc = arrays.take("W_enc", d, f)
     threshold: Tensor | float = 0.0
     if architecture == "gated":
@@ -355,7 +356,7 @@ def locate_saelens(path: Path, config: ConfigFile) -> Location:
 
 def read_qwen_scope(arrays: WeightsFile, config: ConfigFile) -> SAE:
     config.expect("model_type", "topk_sae", "topk_sae")
-    d, f = config.number("d_model"), config.number("d_sae")
+    d, f = config.count("d_model"), config.count("d_sae")
     return make_sae(
         arrays.take("W_enc", f, d).T,
         arrays.take("b_enc", f),
@@ -379,7 +380,7 @@ def read_dictionary_learning(arrays: WeightsFile, config: ConfigFile) -> SAE:
     standard AutoEncoder has its decoder rows scaled to norm 1 when the library loads it.
     """
     by_norm = "sparsity_warmup_steps" not in config.section("trainer")
-    d, f = config.number("trainer.activation_dim"), config.number("trainer.dict_size")
+    d, f = config.count("trainer.activation_dim"), config.count("trainer.dict_size")
     kind = config.expect(
         "trainer.dict_class",
         None,

@@ -597,7 +597,7 @@ def test_a_small_file_that_would_fill_the_memory(layout, tmp_path):
         load_sae(path)
 
 
-ODD = [None, True, 0, -1, 2, 0.5, float("nan"), 10**30, "", "relu", "blocks.2.hook_resid_post", [], [1], {}, {"k": 1}]
+ODD = [None, True, 0, -1, 2, 0.5, float("nan"), 10**30, 10**400, 1e300, "", "relu", "blocks.2.hook_resid_post", [], [1], {}, {"k": 1}]
 KINDS = [torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64]
 
 
@@ -679,6 +679,7 @@ def add(name, tensor):
         ("sparsify", put("transcode", True), "transcode=True cannot be folded"),
         ("sparsify", add("W_skip", torch.zeros(D, D)), "a transcoder, not an autoencoder"),
         ("sparsify", put("k", F + 1), "k=25 of 24 features"),
+        ("llama_scope", put("jump_relu_threshold", 10**400), "jump_relu_threshold=1000.*, where a positive number has"),
         ("sparsify", put("k", None), "k=None, where a positive number has to be"),
         ("saelens", put("architecture", "matching_pursuit"), "architecture=matching_pursuit: not standard"),
         ("saelens", put("architecture", "batchtopk"), "architecture=batchtopk: .*save_inference_model"),
