@@ -43,7 +43,7 @@ fuzzed = settings(
 )
 
 
-LONGEST = ["test_ranks", "test_docs", "test_commands", "test_training", "test_against_trl"]
+LONGEST = ["test_ranks", "test_training", "test_commands", "test_real_model", "test_docs", "test_against_trl"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -161,34 +161,25 @@ def on_ranks(count: int, *arguments: str | Path, nodes: int = 1) -> str:
 
 
 @contextlib.contextmanager
-def transformers_server(model: Path, log: Path) -> Iterator[str]:
+def transformers_server(model: str | Path) -> Iterator[str]:
     """The address of `transformers serve` with a model."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = [
-        Path(sys.executable).parent / "transformers",
-        "serve",
-        str(model),
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-    ]
-    with log.open("w") as file:
-        server = subprocess.Popen(program, stdout=file, stderr=file)
+    program = Path(sys.executable).parent / "transformers"
+    server = Fork(program, "serve", model, "--port", str(port), "--device", "cpu")
     try:
         for _ in range(1200):
-            assert server.poll() is None, log.read_text()
+            assert server.process.is_alive(), server.result().stderr
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
             except OSError:
                 time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        server.kill()
-        server.wait()
+        server.process.kill()
+        server.process.join()
 
 
 def checked(done: Done, check: bool) -> Done:

@@ -12,13 +12,12 @@ sys.path.insert(0, str(REPO))
 
 
 def work() -> None:
-    from hydra import compose, initialize_config_dir
+    from composition import composed
 
     import train
 
     for overrides in json.loads(sys.argv[1]):
-        with initialize_config_dir(str(REPO / "config"), version_base=None):
-            train.train(compose("config", overrides=overrides))
+        train.train(composed(overrides))
 
 
 if __name__ == "__main__":

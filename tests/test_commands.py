@@ -19,6 +19,7 @@ def files(folder, **splits):
 
 
 QUICK = ["loss=fpo", "model=tiny", "optimizer=AdamW", "lr=1e-3", "model.batch_size=8", "model.eval_batch_size=8"]
+QUICK += ["max_new_tokens=4"]
 
 SMALL_SHARDS = """
 import os, runpy, signal, sys
@@ -128,24 +129,24 @@ def test_sample_and_judge(quickstart, tmp_path):
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     for number, (python, path) in enumerate([(new_python, run), (command, "config.yaml")]):
         samples = tmp_path / f"samples{number}"
-        options = ["++n_samples=40", "++model.eval_batch_size=32", f"++samples_dir={samples}/"]
+        options = ["++n_samples=20", "++model.eval_batch_size=16", f"++samples_dir={samples}/"]
         python(REPO / "eval.py", f"--config-path={path}", *options, cwd=tmp_path)
         content = json.loads((samples / "quickstart.json").read_text())
         assert content.keys() == {"sampled_at", "config", "sampling", "samples"}
-        assert len(content["samples"]) == 40
+        assert len(content["samples"]) == 20
         for sample in content["samples"]:
             assert sample.keys() >= {"prompt", "messages", "chosen", "policy"}
     judge = ["-mc", "512", "-bk", "chosen", "-ck", "policy", "-r", tmp_path / "results.jsonl", "-j", "toy"]
     new_python("compare.py", "-f", samples / "quickstart.json", *judge)
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
     result = json.loads(line)
-    assert result["total"] == 40
-    assert result["candidate"]["wins"] + result["baseline"]["wins"] + result["ties"] == 40
+    assert result["total"] == 20
+    assert result["candidate"]["wins"] + result["baseline"]["wins"] + result["ties"] == 20
 
 
 def test_the_report_on_its_features_in_a_browser(quickstart, browser, tmp_path):
     run, _ = quickstart
-    command("eval.py", f"--config-path={run}", "++mode=features", "++n_samples=64")
+    command("eval.py", f"--config-path={run}", "++mode=features", "++n_samples=16")
     page, said = look_at(browser, run / "features/report.html", tmp_path / "browser")
     assert said == []
     assert "What fpo did to the features: quickstart" in page
@@ -222,7 +223,7 @@ def test_fpo_on_real_preferences(tmp_path, name):
     """A slice of the documented command: every row read, a few of them trained on, sampled and judged."""
     if name != "hh-100" and not DATA.is_dir():
         pytest.skip(f"no real data in {DATA}")
-    options = [*QUICK, *REAL[name], f"cache_dir={tmp_path}", f"exp_name={name}", "n_examples=16", "n_eval_examples=8"]
+    options = [*QUICK, *REAL[name], f"cache_dir={tmp_path}", f"exp_name={name}", "n_examples=8", "n_eval_examples=4"]
     out = command("train.py", *options).stdout
     if name == "hh":
         assert "9 of 2312 rows cannot be used" in out

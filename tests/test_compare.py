@@ -9,18 +9,16 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DATA, fuzzed, look_at
+from conftest import DATA, fuzzed, look_at, transformers_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import CONFIG, KEY, FakeServer, body, completion, items, prefers_good, reply, status, write_samples
@@ -890,31 +888,10 @@ def test_the_page_in_a_browser(tmp_path: Path, server: FakeServer, browser: str)
 
 
 @pytest.fixture(scope="module")
-def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def real_server() -> Iterator[str]:
     """`transformers serve` with the built-in model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
-    serve = [str(Path(sys.executable).parent / "transformers"), "serve", "assets/tiny", "--device", "cpu"]
-    process = subprocess.Popen([*serve, "--port", str(port)], cwd=REPO, stdout=log, stderr=log)
-
-    def healthy() -> bool:
-        with contextlib.suppress(OSError):
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
-        return False
-
-    try:
-        deadline = time.monotonic() + 120
-        while not healthy():
-            stopped = process.poll() is not None or time.monotonic() > deadline
-            assert not stopped, log.seek(0) or log.read()[-2000:]
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
+    with transformers_server("assets/tiny") as address:
+        yield address
 
 
 @pytest.fixture

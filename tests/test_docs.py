@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from composition import composed
 from conftest import DATA, REPO
 from conftest import command as run_command
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import compare
@@ -29,12 +29,6 @@ FOR_USERS = [name for name in DOCUMENTS if not name.startswith("docs/dev/")]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```(\w+)\n(.*?)^```$|`(python [^`]*)`", re.MULTILINE | re.DOTALL)
 RECIPES = re.findall(r"^## (Add .*)$", CONTRIBUTING, re.MULTILINE)
-
-
-@pytest.fixture
-def configuration() -> Iterator[None]:
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        yield
 
 
 # ------------------------------------------------------------------------------------------------------- installing
@@ -195,7 +189,6 @@ def of(program: str) -> list[str]:
     return [name for name, command in ALL.items() if command.program == program and command.arguments]
 
 
-@pytest.mark.usefixtures("configuration")
 @pytest.mark.parametrize("name", of("train.py") + of("scripts/slurm.sh"))
 def test_train_command_is_sound(name, tmp_path, monkeypatch):
     command = ALL[name]
@@ -212,7 +205,7 @@ def test_train_command_is_sound(name, tmp_path, monkeypatch):
         return
     arguments = settings.translate_arguments(arguments)
     settings.check_overrides(arguments)
-    settings.check_config(compose("config", overrides=arguments), modes=("train", "plan"))
+    settings.check_config(composed(arguments), modes=("train", "plan"))
 
 
 @pytest.mark.parametrize("name", of("eval.py"))

@@ -184,6 +184,7 @@ def test_neuronpedia_pages_are_those_of_saelens_index():
 
 def train(folder: Path, loss: str, *more: str) -> Path:
     options = [f"loss={loss}", "model=tiny", "n_examples=96", "n_eval_examples=12", "lr=1e-3", "warmup_steps=0"]
+    options += ["max_new_tokens=4", "do_first_eval=false"]
     for key, split, count in (("datasets", "train", 96), ("eval_datasets", "test", 24)):
         rows = toy.preferences(split, seed=0, count=count)
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -196,8 +197,8 @@ def train(folder: Path, loss: str, *more: str) -> Path:
 def runs(tmp_path_factory) -> dict[str, Path]:
     """A short FPO run with checkpoints, a DPO run and its report beside the first one's."""
     folder = tmp_path_factory.mktemp("features")
-    fpo = train(folder, "fpo", "++intermediate_checkpoints=true", "save_every=32", "do_first_eval=false")
-    dpo = train(folder, "dpo", "do_first_eval=false")
+    fpo = train(folder, "fpo", "++intermediate_checkpoints=true", "save_every=32")
+    dpo = train(folder, "dpo")
     for run, more in ((fpo, []), (dpo, [f"++compare_to={fpo}"])):
         command("eval.py", f"--config-path={run}", "++mode=features", *FEW, *more)
     return {"fpo": fpo, "dpo": dpo}

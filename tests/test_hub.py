@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 import yaml
+from composition import composed
 from conftest import HH_100, REPO, metrics
 from hub_server import HubServer
 from huggingface_hub import constants
-from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 
 import dataloader
@@ -195,8 +195,7 @@ def test_a_name_alone_gives_model_sae_and_data(
         ]
         datasets.Dataset.from_list(pairs).to_parquet(data / f"{split}_prefs-00000-of-00001.parquet")
     given = ["loss=fpo", f"model={model}", "++model.batch_size=4", "++model.policy_dtype=float32", "++max_new_tokens=4"]
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        train.train(compose("config", overrides=[*given, f"cache_dir={tmp_path}"]))
+    train.train(composed([*given, f"cache_dir={tmp_path}"]))
     first, *_, last = metrics(tmp_path / f"fpo_{model}")
     assert first["loss/eval"] == pytest.approx(0.6931, abs=1e-4)
     assert last["feature_drift_eval/chosen"] > first["feature_drift_eval/chosen"]

@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import REPO, metrics
-from hydra import compose, initialize_config_dir
+from composition import composed
+from conftest import metrics
 from omegaconf import OmegaConf
 
+import dataloader
 import eval as evaluation
 import train
 from launch.policies import read_config
@@ -24,18 +25,19 @@ COMMANDS = {
     "sae": "loss=sae model=tiny datasets=[toy_sft] loss.layer=1 loss.d_sae=256 loss.k=8 loss.batch_tokens=512 lr=1e-3 "
     "warmup_steps=5",
 }
-SHORT = {"n_examples": 250, "n_eval_examples": 16, "save_every": 128}
+SHORT = {"n_examples": 250, "n_eval_examples": 16, "save_every": 128, "max_new_tokens": 4}
+FEW_ROWS = {"toy": {"train": 400, "test": 40}, "toy_sft": {"train": 400, "test": 40}}  # all take long to make
 
 
 def run(name: str, folder: Path) -> None:
     overrides = [*COMMANDS[name].split(), "template=tulu", f"exp_name=old_{name}", f"cache_dir={folder}"]
     overrides += [f"{key}={value}" for key, value in SHORT.items()]
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        train.train(compose("config", overrides=overrides))
+    train.train(composed(overrides))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_an_old_run_is_resumed_and_sampled(name, tmp_path, capsys):
+def test_an_old_run_is_resumed_and_sampled(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dataloader, "TOY_ROWS", FEW_ROWS)
     run(name, tmp_path)
     folder = tmp_path / f"old_{name}"
     before = metrics(folder)

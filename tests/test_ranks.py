@@ -3,11 +3,11 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -28,30 +28,31 @@ SMALL = [
     "++optimizer=AdamW",
     "++lr=1e-3",
     "++warmup_steps=2",
-    "++max_new_tokens=4",
+    "++max_new_tokens=2",
 ]
-# One run for each kind of loss, and for each sharding option that a CPU can test.
+LORA = ["++model.use_peft=true", "++model.peft.lora_r=4", "++model.peft.lora_dropout=0"]
+IN_PARTS = ["++model.activation_checkpointing=selective", "++model.gradient_accumulation_steps=2"]
+# One run for each kind of loss, and each sharding option that a CPU can test: options that do not hide one another
+# share a run.
 RUNS = {
-    "sft": ["loss=sft"],
     "fpo": ["loss=fpo"],
     "kto": ["loss=kto"],
     "bco": ["loss=bco"],
-    "tdpo2": ["loss=tdpo2"],
     "ppo": ["loss=ppo"],
     "csft": ["loss=csft"],
-    "lora": ["loss=fpo", "++model.use_peft=true", "++model.peft.lora_r=4", "++model.peft.lora_dropout=0"],
-    "lora-tdpo2": ["loss=tdpo2", "++model.use_peft=true", "++model.peft.lora_r=4", "++model.peft.lora_dropout=0"],
-    "recomputed": ["loss=fpo", "++model.activation_checkpointing=selective", "++model.gradient_accumulation_steps=2"],
-    "offloaded": ["loss=fpo", "++model.cpu_offload=true"],
     "untied": ["loss=tdpo2", "++model.name_or_path={data}/untied"],
+    "lora": ["loss=tdpo2", *LORA],
+    "4-bit": ["loss=fpo", *LORA, "++model.load_in_4bit=true"],
+    "offloaded": ["loss=fpo", *IN_PARTS, "++model.cpu_offload=true"],
 }
-RANKS = {1: list(RUNS), 2: list(RUNS), 4: ["fpo", "kto"]}
+RANKS = {1: list(RUNS), 2: list(RUNS), 4: ["kto"]}
+HYBRID = ["exp_name=hybrid", *RUNS["fpo"], "++model.hybrid_sharding=true"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    for split, count in (("train", 20), ("test", 10)):
+    for split, count in (("train", 12), ("test", 10)):
         rows = toy.preferences(split, seed=0, count=count)
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_untied(folder / "untied")
@@ -74,15 +75,19 @@ def overrides(data, folder, *own):
     return [*SMALL, *files, *(value.format(data=data) for value in own)]
 
 
-def train_on(ranks, runs):
-    on_ranks(ranks, REPO / "tests/many_runs.py", json.dumps(runs))
+def train_on(ranks, runs, nodes=1):
+    on_ranks(ranks, REPO / "tests/many_runs.py", json.dumps(runs), nodes=nodes)
 
 
 @pytest.fixture(scope="module")
 def trained(data):
-    """Train each run on each number of ranks."""
+    """Train each run on each number of ranks; the four are two on each of two nodes."""
     for ranks, names in RANKS.items():
-        train_on(ranks, [overrides(data, data / str(ranks), f"exp_name={name}", *RUNS[name]) for name in names])
+        runs = [overrides(data, data / str(ranks), f"exp_name={name}", *RUNS[name]) for name in names]
+        if ranks == 4:
+            train_on(4, [*runs, overrides(data, data / "4", *HYBRID)], nodes=2)
+        else:
+            train_on(ranks, runs)
     return data
 
 
@@ -112,7 +117,7 @@ def test_compiled_layers_change_nothing(trained, tmp_path):
 
 def test_tied_weights_are_one_and_untied_ones_two(trained):
     embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
-    tied, untied = (load_file(trained / "2" / name / "LATEST/model.safetensors") for name in ("tdpo2", "untied"))
+    tied, untied = (load_file(trained / "2" / name / "LATEST/model.safetensors") for name in ("fpo", "untied"))
     assert embeddings in tied and head not in tied
     before = load_file(trained / "untied/model.safetensors")
     assert (untied[embeddings] - before[embeddings]).abs().max() > 1e-4
@@ -120,27 +125,27 @@ def test_tied_weights_are_one_and_untied_ones_two(trained):
 
 
 def start(ranks, *arguments):
-    """Start train.py in the background, with its output in a pipe."""
-    command = [sys.executable, REPO / "train.py", f"++nproc={ranks}", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
+    """Start train.py, which starts the ranks, each in a new Python."""
+    return Fork(REPO / "train.py", f"++nproc={ranks}", *arguments)
 
 
-def wait_for(condition, process):
+def wait_for(condition, launcher):
     deadline = time.monotonic() + 240
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        assert launcher.process.is_alive() and time.monotonic() < deadline, launcher.result(0).stdout
         time.sleep(0.02)
 
 
-def ranks_of(process):
+def ranks_of(launcher):
     """The ranks that a launcher has started, in their order."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    number = launcher.process.pid
+    children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
     ranks = [int(child) for child in children if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
     begun = {rank: int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[19]) for rank in ranks}
     return sorted(ranks, key=begun.__getitem__)  # their numbers may have begun anew between them
 
 
-# Long enough to be stopped in the middle; the learning rate is so low that rounding errors do not grow.
+# Long enough to be ended twice on the way; the learning rate is so low that rounding errors do not grow.
 LONG = ["exp_name=long", "loss=dpo", "lr=1e-5", "++n_epochs=10", "++save_every=16", "++n_eval_examples=4"]
 
 
@@ -161,43 +166,57 @@ def assert_same_run(lines, expected):
 
 
 @pytest.fixture(scope="module")
-def stopped(data):
-    """Where a run on two ranks was stopped by a SIGTERM to its launcher, as SLURM sends it, and saved its state."""
-    folder = data / "stopped"
-    process = start(2, *overrides(data, folder, *LONG))
+def killed(data):
+    """The folder of a run on two ranks of which one was killed once there was a state, how the launcher ended, and the
+    seconds until then."""
+    folder = data / "cut"
+    launcher = start(2, *overrides(data, folder, *LONG))
+    wait_for(lambda: list(folder.glob("long/state/step-*")), launcher)
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    began = time.monotonic()
+    return folder, launcher.result(60), time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def stopped(data, killed):
+    """The folder of that run: it went on, and a SIGTERM to its launcher, as SLURM sends it, stopped it; and how the
+    launcher ended."""
+    folder, *_ = killed
+    launcher = start(2, *overrides(data, folder, *LONG))
     log = folder / "long/metrics.jsonl"
-    wait_for(lambda: log.is_file() and log.read_text().count("loss/train") > 5, process)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert output.count("stopped by SIGTERM after step") == 1 and "Traceback" not in output
-    return folder
+    said = launcher.outputs[0]
+    wait_for(lambda: said.is_file() and "resuming after" in said.read_text(), launcher)
+    wait_for(lambda: log.read_text().count("loss/train") > 7, launcher)
+    os.kill(launcher.process.pid, signal.SIGTERM)
+    return folder, launcher.result(120)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run(killed):
+    _, done, seconds = killed
+    assert seconds < 30
+    assert done.returncode == 128 + signal.SIGKILL and "rank 1 was ended by SIGKILL" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr and "connection" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_stops_the_run(stopped):
+    _, done = stopped
+    assert done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
+    assert done.stdout.count("stopped by SIGTERM after step") == 1
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_stopped_by_a_signal_and_resumed_on_other_ranks(data, undisturbed, stopped, tmp_path, ranks):
-    """The run goes on where it was."""
-    run = shutil.copytree(stopped, tmp_path / "copy", symlinks=True) / "long"
+def test_killed_then_stopped_and_resumed_on_other_ranks(data, undisturbed, stopped, tmp_path, ranks):
+    """The run goes on where it was, and nothing is lost."""
+    folder, _ = stopped
+    run = shutil.copytree(folder, tmp_path / "copy", symlinks=True) / "long"
     last = metrics(run)[-1]["step"]
     resumed = on_ranks(ranks, REPO / "train.py", *overrides(data, run.parent, *LONG))
     assert f"resuming after {last} of" in resumed
     assert_same_run(metrics(run), undisturbed)
-
-
-@pytest.mark.slow
-def test_a_killed_rank_ends_the_run_and_nothing_is_lost(data, undisturbed, tmp_path):
-    arguments = overrides(data, tmp_path, *LONG)
-    process = start(2, *arguments)
-    wait_for(lambda: list(tmp_path.glob("long/state/step-*")), process)
-    killed = time.monotonic()
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    output = process.communicate(timeout=60)[0]
-    assert time.monotonic() - killed < 30
-    assert process.returncode == 128 + signal.SIGKILL and "rank 1 was ended by SIGKILL" in output
-    assert "Traceback" not in output and "connection" not in output
-    on_ranks(2, REPO / "train.py", *arguments)
-    assert_same_run(metrics(tmp_path / "long"), undisturbed)
 
 
 def test_a_dead_rank_is_noticed_whatever_its_number(monkeypatch, capsys):
@@ -285,18 +304,16 @@ def test_lora_exports_load_elsewhere(trained):
 
 
 @pytest.mark.slow
-def test_adapters_on_a_4_bit_model(data, tmp_path):
-    """Runs on 1 and 2 ranks agree, and the export is the dequantised model with the adapters merged."""
-    own = ["loss=dpo", "++model.use_peft=true", "++model.load_in_4bit=true", "++model.peft.lora_dropout=0"]
-    for ranks in (1, 2):
-        train_on(ranks, [overrides(data, tmp_path, f"exp_name={ranks}", *own)])
-    one, two = (load_file(tmp_path / str(ranks) / "LATEST/model.safetensors") for ranks in (1, 2))
-    original = load_file(REPO / "assets/tiny/model.safetensors")
-    assert one.keys() == original.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
+def test_a_4_bit_model_is_exported_with_its_adapters(trained):
+    """Dequantised, so it is close to the original, which it was loaded from."""
+    run = trained / "2/4-bit"
+    exported, original = (
+        load_file(file) for file in (run / "LATEST/model.safetensors", REPO / "assets/tiny/model.safetensors")
+    )
+    assert exported.keys() == original.keys()
+    for name, value in exported.items():
         assert torch.nn.functional.cosine_similarity(value.flatten(), original[name].flatten(), dim=0) > 0.98
-    assert metrics(tmp_path / "1")[0]["loss/eval"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics(run)[0]["loss/eval"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_a_crash_on_one_rank_is_told_once_and_ends_all(tmp_path):
@@ -308,7 +325,7 @@ def test_a_crash_on_one_rank_is_told_once_and_ends_all(tmp_path):
         "    if parallel.rank() == 1:\n"
         "        raise ValueError('broken here')\n"
         "    parallel.wait_for_all()\n"
-        "parallel.run(work, 3)\n"
+        "parallel.run(work, 2)\n"
     )
     done = command(script, check=False)
     assert done.returncode == 1
@@ -316,22 +333,38 @@ def test_a_crash_on_one_rank_is_told_once_and_ends_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_other_launchers(data, tmp_path):
-    """torchrun, as on two nodes, and accelerate start the ranks, and train.py takes the rank that they give."""
+def test_torchrun_on_two_nodes(trained, tmp_path):
+    """train.py takes the rank that torchrun gives it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
     torchrun = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", meeting]
-    accelerate = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    found = []
-    for name, launcher, nodes in (("torchrun", torchrun, 2), ("accelerate", accelerate, 1)):
-        own = overrides(data, tmp_path, "loss=dpo", "++n_examples=8", f"exp_name={name}")
-        launchers = [Fork("-m", *launcher, REPO / "train.py", *own) for _ in range(nodes)]
-        done = [launcher.result() for launcher in launchers]
-        assert [one.returncode for one in done] == [0] * nodes, done
-        assert sum(one.stdout.count("held-out loss after") for one in done) == 1
-        found.append(metrics(tmp_path / name)[-1]["loss/eval"])
-    assert found[0] == pytest.approx(found[1], abs=1e-7)
+    own = overrides(trained, tmp_path, "exp_name=fpo", *RUNS["fpo"])
+    launchers = [Fork("-m", *torchrun, REPO / "train.py", *own) for _ in range(2)]
+    done = [launcher.result() for launcher in launchers]
+    assert [one.returncode for one in done] == [0, 0], done
+    assert sum(one.stdout.count("held-out loss after") for one in done) == 1
+    assert_same_metrics(tmp_path / "fpo", trained / "1/fpo", rel=1e-5)
+
+
+@pytest.mark.slow
+def test_accelerate(tmp_path):
+    """A script that starts as train.py does, and imports less, takes the rank that accelerate gives it."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
+        "from launch import startup\nstartup.begin('', [])\n"
+        "import torch\nfrom distributed import parallel\n"
+        "def work():\n"
+        "    total = parallel.sum_over_ranks(torch.ones(1))\n"
+        "    print(f'rank {parallel.rank()} of {total.item():.0f}')\n"
+        "parallel.run(work)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        ranks = ["--multi_gpu", "--num_processes=2", f"--main_process_port={free.getsockname()[1]}"]
+    done = command("-m", "accelerate.commands.launch", *ranks, "--num_machines=1", script)
+    assert sorted(re.findall("rank . of .", done.stdout)) == ["rank 0 of 2", "rank 1 of 2"]
 
 
 def test_slurm_places_are_read(monkeypatch):
@@ -345,8 +378,6 @@ def test_slurm_places_are_read(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_nodes_with_hybrid_sharding(trained, tmp_path):
+def test_two_nodes_with_hybrid_sharding(trained):
     """Two ranks on each node, all on this machine: split within a node, replicated across nodes."""
-    own = overrides(trained, tmp_path, "exp_name=fpo", *RUNS["fpo"], "++model.hybrid_sharding=true")
-    on_ranks(4, REPO / "train.py", *own, nodes=2)
-    assert_same_metrics(tmp_path / "fpo", trained / "1/fpo", rel=1e-4)
+    assert_same_metrics(trained / "4/hybrid", trained / "1/fpo", rel=1e-4)

@@ -26,9 +26,9 @@ SERVED = ["template=tulu", "++backend=openai", "++served_model=m", "++model.eval
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real():
     """`transformers serve` with the built-in model."""
-    with transformers_server(TINY, tmp_path_factory.mktemp("serve") / "log") as address:
+    with transformers_server(TINY) as address:
         yield address
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, HH_100, REPO
+from conftest import DATA, HH_100, REPO, command
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +20,7 @@ from data import toy
 from data.toy import Attributes, attributes, demonstrations, judge, preferences, toy_score
 from utils import UserError
 
-BUILD = [sys.executable, "-m", "data.toy"]
+BUILD = ["-m", "data.toy"]
 HH = "harmless-base/test.jsonl.gz"
 
 
@@ -28,7 +28,7 @@ HH = "harmless-base/test.jsonl.gz"
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The untrained model and tokenizer, made by the documented command."""
     directory = tmp_path_factory.mktemp("toy") / "tiny"
-    subprocess.run([*BUILD, str(directory), "--seed", "3"], cwd=REPO, check=True, capture_output=True)
+    command(*BUILD, directory, "--seed", "3")
     return directory
 
 
@@ -229,7 +229,7 @@ def test_model_is_a_small_gemma_2_made_by_its_seed(built: Path, tmp_path: Path) 
 
 def test_nothing_is_overwritten(built: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.iterdir()}
-    run = subprocess.run([*BUILD, str(built)], cwd=REPO, capture_output=True, text=True)
+    run = command(*BUILD, built, check=False)
     assert run.returncode == 2
     assert "is there already" in run.stdout + run.stderr
     assert "Traceback" not in run.stdout + run.stderr

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from composition import composed
 from conftest import REPO, metrics
-from hydra import compose, initialize_config_dir
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -42,6 +42,7 @@ SMALL = [
     "++optimizer=AdamW",
     "++lr=1e-3",
     "++warmup_steps=2",
+    "++max_new_tokens=4",
 ]
 
 
@@ -52,15 +53,13 @@ def settle(tmp_path, *overrides):
         file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS[split]))
     data = [f"datasets=[{files['train']}]", f"eval_datasets=[{files['test']}]", f"cache_dir={tmp_path}"]
     overrides = [*SMALL, *data, *overrides]
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        return compose("config", overrides=overrides), overrides
+    return composed(overrides), overrides
 
 
 def run(tmp_path, *overrides):
     """Train, and give the lines of metrics.jsonl."""
     config, overrides = settle(tmp_path, *overrides)
-    with initialize_config_dir(str(REPO / "config"), version_base=None):
-        train.train(config)
+    train.train(config)
     return metrics(tmp_path / config.exp_name)
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO, metrics
+from conftest import REPO, command, metrics
 
 from data import toy
 
@@ -85,10 +85,6 @@ def test_two_hosts_train_together_and_end_when_one_is_cut_off(hosts, tmp_path):
     own += ["loss=dpo", "model=tiny", "lr=1e-5", "warmup_steps=0", "exp_name=run", "max_new_tokens=1", "save_every=8"]
     own += ["++model.batch_size=8"]
 
-    together = [start(number, tmp_path, *own) for number in (0, 1)]
-    assert [one.wait(300) for one in together] == [0, 0], output(tmp_path)
-    assert output(tmp_path).count("held-out loss after") == 1
-
     together = [start(number, tmp_path, *own, "n_epochs=2000", "eval_every=null") for number in (0, 1)]
     try:
         while len(metrics(tmp_path / "run")) < 8:
@@ -106,10 +102,7 @@ def test_two_hosts_train_together_and_end_when_one_is_cut_off(hosts, tmp_path):
             if one.poll() is None:
                 os.killpg(one.pid, signal.SIGKILL)
 
-    alone = subprocess.run(
-        [sys.executable, REPO / "train.py", *own, "n_epochs=2000", "n_examples=320"],
-        cwd=REPO, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert alone.returncode == 0 and "resuming after" in alone.stdout, alone.stdout + alone.stderr
+    alone = command("train.py", *own, "n_epochs=2000", "n_examples=240")
+    assert "resuming after" in alone.stdout
     steps = [line["step"] for line in metrics(Path(tmp_path / "run")) if "loss/train" in line]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 31))
