@@ -87,7 +87,8 @@ def test_two_hosts_train_together_and_end_when_one_is_cut_off(hosts, tmp_path):
 
     together = [start(number, tmp_path, *own, "n_epochs=2000", "eval_every=null") for number in (0, 1)]
     try:
-        while len(metrics(tmp_path / "run")) < 8:
+        log = tmp_path / "run/metrics.jsonl"
+        while not log.is_file() or log.read_text().count("loss/train") < 8:
             assert all(one.poll() is None for one in together), output(tmp_path)
             time.sleep(0.1)
         assert len(ranks(tmp_path)) == 2
@@ -104,5 +105,5 @@ def test_two_hosts_train_together_and_end_when_one_is_cut_off(hosts, tmp_path):
 
     alone = command("train.py", *own, "n_epochs=2000", "n_examples=240")
     assert "resuming after" in alone.stdout
-    steps = [line["step"] for line in metrics(Path(tmp_path / "run")) if "loss/train" in line]
+    steps = [line["step"] for line in metrics(tmp_path / "run") if "loss/train" in line]
     assert steps == list(range(1, 31))
