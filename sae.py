@@ -391,34 +391,35 @@ def drift_by_feature(sae: SAE, policy: Tensor, reference: Tensor, *, divergence:
     return torch.cat(parts, dim=1)
 
 
-def drift_options(sae: SAE, *, divergence: str, k: int, feature_weights: Any = None) -> dict[str, Any]:
-    """The options of `compute_feature_drift`, checked, with the feature weights read into a tensor [F].
+def drift_options(sae: SAE, where: str, *, divergence: str, k: int, feature_weights: Any = None) -> dict[str, Any]:
+    """The options of `compute_feature_drift`, checked, with the feature weights read into a tensor [F]. `where` is the
+    section of the configuration that has them.
 
     Raises UserError for an unknown divergence, a `k` beyond the SAE's width, and bad feature weights.
     """
     if divergence not in DIVERGENCES:
-        raise UserError(f"loss.divergence={divergence}: not one of {', '.join(DIVERGENCES)}")
+        raise UserError(f"{where}.divergence={divergence}: not one of {', '.join(DIVERGENCES)}")
     smallest = min(member.d_sae for member in sae.members)
     if not 1 <= k <= smallest:
-        raise UserError(f"loss.k={k}: has to be between 1 and the SAE's {smallest} features")
-    return {"divergence": divergence, "k": k, "feature_weights": read_feature_weights(feature_weights, sae.d_sae)}
+        raise UserError(f"{where}.k={k}: has to be between 1 and the SAE's {smallest} features")
+    weights = read_feature_weights(feature_weights, sae.d_sae, f"{where}.feature_weights")
+    return {"divergence": divergence, "k": k, "feature_weights": weights}
 
 
-def read_feature_weights(source: Any, d_sae: int) -> Tensor | None:
-    """Weights [F] from `loss.feature_weights`: null, a list of {index, weight}, or a JSON file with such a list.
+def read_feature_weights(source: Any, d_sae: int, where: str = "loss.feature_weights") -> Tensor | None:
+    """Weights [F] from the setting `where`: null, a list of {index, weight}, or a JSON file with such a list.
 
     Features that are not in the list have the weight of the entry with index `others`, or 1. With several SAEs, the
     indices of the second SAE's features follow those of the first. Raises UserError for anything else.
     """
     if source is None:
         return None
-    where = "loss.feature_weights"
     if isinstance(source, str):
-        where = source
+        setting, where = where, source
         try:
             source = json.loads(resolve_path(source).read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"loss.feature_weights: cannot read {source} as JSON ({error})") from error
+            raise UserError(f"{setting}: cannot read {source} as JSON ({error})") from error
     others, listed = 1.0, {}
     for entry in source:
         try:

@@ -26,7 +26,7 @@ from launch.settings import Config, RunClasses, RunPaths
 from modeling import adapters, head
 from modeling.settings import ModelSettings
 from modeling.weights import source_of, weights_digest
-from sae import SAE, ResidualTap, drift_options
+from sae import SAE, ResidualTap
 from training.checkpoint import Run
 from training.loop import BasicTrainer, Setup, Subject
 from training.quantities import Binding
@@ -87,9 +87,8 @@ def prepare(
 def read_inputs(config: Config, classes: RunClasses, paths: RunPaths) -> Inputs:
     """Read the SAEs and the data. Raises UserError where the trainer cannot work with them."""
     reading, binding = read_saes(config, paths) if paths.saes else None, classes.binding
-    if reading is not None and "feature_drift" in binding.options:
-        options = drift_options(reading.sae, **binding.options["feature_drift"])
-        binding = binding.with_options("feature_drift", options)
+    if reading is not None:
+        binding = binding.with_sae(reading.sae)
     data = load_data(config, classes, paths)
     for loader in data.loaders.values():
         classes.trainer.check_data(binding, loader)
@@ -108,10 +107,11 @@ def digests(config: Config, classes: RunClasses, paths: RunPaths, inputs: Inputs
         found["the reference"] = Input(weights_digest(*models.reference_weights(model)), model.reference_path)
     for source in paths.saes:
         found[f"the SAE of {source.where}"] = Input(fingerprint(source.identity()), str(source.path))
-    weights = binding.options.get("feature_drift", {}).get("feature_weights")
-    if weights is not None:
-        given = classes.binding.options["feature_drift"]["feature_weights"]
-        found["loss.feature_weights"] = Input(fingerprint(weights.tolist()), written(given))
+    for given, read in zip(classes.binding.parts(), binding.parts()):
+        weights = read.options.get("feature_drift", {}).get("feature_weights")
+        if weights is not None:
+            named = written(given.options["feature_drift"]["feature_weights"])
+            found[f"{given.where}.feature_weights"] = Input(fingerprint(weights.tolist()), named)
     for key, named in classes.trainer.other_weights(binding).items():
         found[key] = Input(weights_digest(paths.model, named), named)
     return found
