@@ -4,6 +4,7 @@
     python eval.py --config-path=outputs/my_run ++mode=alpacaeval   a benchmark's questions; also arenahard, mtbench
     python eval.py --config-path=outputs/my_run ++mode=eval         the metrics of the evaluation set, diversity, KL
     python eval.py --config-path=outputs/my_run ++mode=features     what training did to the features, as a page
+    python eval.py --config-path=MODEL ++mode=features ++data=[hh]  what preference pairs would teach the model
     python eval.py --config-path=outputs/my_run ++mode=features ++probe=[a,b]   the SAE's features that tell two data
                                                                     sets apart, and weights for loss.feature_weights
 
@@ -28,7 +29,7 @@ import dataloader
 import models
 from data import tokenise
 from distributed import parallel
-from features import measure, probe, report
+from features import measure, pairs, probe, report
 from launch import assembly, settings
 from launch.policies import (
     Policy,
@@ -149,6 +150,10 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
 def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     """What training did to the features, in `<run>/features/`: a page and a table. With a probe: which of them tell
     two kinds of text apart."""
+    if raw.data is not None:
+        config, _ = settings.check_config(raw, modes=["features"])
+        pairs.write_data_features(config)
+        return
     if raw.probe is not None:
         probe.write_probe(settings.typed(raw), path, overrides)
         return

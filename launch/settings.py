@@ -38,6 +38,7 @@ from training.settings import LossSettings, TermSettings, TrainingSettings
 from utils import (
     REPO,
     Count,
+    Natural,
     NonNegative,
     PathName,
     Settings,
@@ -63,6 +64,8 @@ class Config(TrainingSettings, SamplingSettings):
     nproc: Count | None
     sae: SAESection
     compare_to: PathName | None
+    data: Annotated[list[PathName], Field(min_length=1)] | None
+    score_by: Annotated[list[Natural], Field(min_length=1)] | None
     probe: PathName | list[PathName] | None
     probe_texts: Count
     probe_features: Count
@@ -427,6 +430,12 @@ def run_classes(loss: LossSettings, terms: dict[str, TermSettings]) -> RunClasse
         added.append(bind_term(trainer, name, function, own))
     needs = binding.needs.union(*(term.binding.needs for term in added))
     return RunClasses(trainer, loader, replace(binding, needs=needs, terms=tuple(added)))
+
+
+def classes_of_loss(name: str) -> RunClasses:
+    """Those of a loss of this repo, with its YAML as it is."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(REPO / f"config/loss/{name}.yaml"))
+    return run_classes(checked(LossSettings, values, "loss"), {})
 
 
 # ---------------------------------------------------------------------------------------------- files
