@@ -24,15 +24,17 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from data import tokenise
 from data.batch import batches_by_length
 from dataloader import DataLoader, short_names
 from distributed import parallel
 from features.measure import decode, described_parts, pieces
-from features.probe import half_of
+from features.probe import half_of, texts_of
 from features.report import digits
 from launch import assembly, settings
 from launch.settings import Config
 from models import read_residual
+from sae import attention_sinks
 from training.loop import Subject
 from training.reference import ReferenceCache
 from utils import UserError, atomic_write, console, html_page, progress_bar, write_json_lines
@@ -150,11 +152,13 @@ def differences(loader: DataLoader, cache: ReferenceCache) -> Differences:
             done += len(places)
             if number % parallel.world_size() == parallel.rank():
                 own = [keys[place] for place in places]
-                sides = [torch.cat([cache.features(own, side), lengths_of(loader, own, side)], 1) for side in (0, 1)]
+                chosen, rejected = (
+                    torch.cat([cache.features(own, side), lengths_of(loader, own, side)], 1) for side in (0, 1)
+                )
                 names = {text: n for n, text in enumerate(dict.fromkeys(prompts[place] for place in places))}
                 prompt = torch.tensor([names[prompts[place]] for place in places])
                 half = torch.tensor([half_of(prompts[place]) for place in places])
-                found.add(*sides, own, prompt, half)
+                found.add(chosen, rejected, own, prompt, half)
             advance(done, None)
     found.over_ranks()
     return found
@@ -201,21 +205,28 @@ def strongest_pairs(found: Differences, features: Sequence[int]) -> dict[int, li
 
 
 @torch.no_grad()
-def read_pairs(subject: Subject, keys: Sequence[int]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Of some pairs, the residual stream [M, D] at the text tokens of either completion. For all ranks to call, with
-    the same pairs."""
-    loader, tap = subject.loaders["train"], subject.tap
+def read_pairs(subject: Subject, what: str, keys: Sequence[int]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Of this rank's share of some pairs, the vectors [M, D] that the SAE reads at the text tokens of either
+    completion. For all ranks to call, with the same pairs."""
+    loader, tap, world = subject.loaders["train"], subject.tap, parallel.world_size()
     assert tap is not None
     lengths = [prompt + sum(completions) for prompt, completions in loader.shapes(list(keys))] if keys else []
-    with progress_bar("reading pairs", len(keys), 0) as advance:
-        done = 0
-        for places in batches_by_length(lengths, max(1, loader.batch_size)):
+    batches = batches_by_length(lengths, max(1, loader.batch_size // world))
+    with progress_bar(what, len(batches), 0) as advance:
+        for first in range(0, len(batches), world):
+            # A rank without a batch of its own reads one all the same: a split model runs on all ranks or on none.
+            places = [*batches[first : first + world], *[batches[first]] * world][parallel.rank()]
             own = [keys[place] for place in places]
             batch = loader.batch(own).to(parallel.device())
             residual = read_residual(subject.policy, batch, tap).split(batch.content_lengths)
-            yield from ((key, [residual[n], residual[len(own) + n]]) for n, key in enumerate(own))
-            done += len(own)
-            advance(done, None)
+            if first + parallel.rank() < len(batches):
+                yield from ((key, [residual[n], residual[len(own) + n]]) for n, key in enumerate(own))
+            advance(min(first + world, len(batches)), None)
+
+
+def joined(own: dict[Any, Any]) -> dict[Any, Any]:
+    """What all ranks have, each of other keys."""
+    return {key: value for part in parallel.gather_objects(own) for key, value in part.items()}
 
 
 def examples(subject: Subject, pairs: dict[int, list[tuple[float, int]]]) -> dict[int, list[Example]]:
@@ -225,7 +236,7 @@ def examples(subject: Subject, pairs: dict[int, list[tuple[float, int]]]) -> dic
     shown: dict[tuple[int, int], list[Excerpt]] = {}
     loader, sae = subject.loaders["train"], subject.sae
     assert sae is not None
-    for key, sides in read_pairs(subject, keys):
+    for key, sides in read_pairs(subject, "the pairs to show", keys):
         latents = torch.tensor(by_key[key], device=parallel.device())
         active = [sae.encode_latents(x, latents).cpu() for x in sides]
         contents = [[t for t in ids if t != loader.eos_id] for ids in loader.values[key]["completion_ids"]]
@@ -233,10 +244,11 @@ def examples(subject: Subject, pairs: dict[int, list[tuple[float, int]]]) -> dic
             shown[feature, key] = [
                 excerpt(subject, ids, values[:, column]) for ids, values in zip(contents, active, strict=True)
             ]
+    shown = joined(shown)
     found = {}
     for feature, own in pairs.items():
         found[feature] = [
-            Example(prompt_end(subject, k), x, loader.rows[k]["source"], shown[feature, k]) for x, k in own
+            Example(prompt_end(subject, key), x, loader.rows[key]["source"], shown[feature, key]) for x, key in own
         ]
     return found
 
@@ -257,13 +269,13 @@ def prompt_end(subject: Subject, key: int) -> str:
 
 
 def write_data_features(config: Config) -> Path:
-    """Read the pairs of `data`, and write `data_features.parquet`, `report.html` and, with `score_by`, `pairs.jsonl`.
-    Gives the folder.
+    """Read the pairs of `data`, and write `data_features.parquet`, `report.html` and, with `score_by` or a
+    probe, `pairs.jsonl`. Gives the folder.
 
     Raises UserError, before a weight is read, for data without pairs and for an SAE that does not fit.
     """
-    assert config.data is not None
-    config = config.model_copy(update={"datasets": config.data})
+    named = config.data or []
+    config = config.model_copy(update={"datasets": named})
     classes = settings.classes_of_loss("fpo")  # so that its reference cache is used
     paths = settings.find_required_paths(config)
     reading = assembly.read_saes(config, paths)
@@ -276,28 +288,32 @@ def write_data_features(config: Config) -> Path:
 
     found = differences(loader, cache)
     columns = found.figures()
-    named = described_parts(config, paths, reading.sae)
+    parts = described_parts(config, paths, reading.sae)
     order = np.argsort(-columns["z"][:-1], kind="stable").tolist()
     up = [f for f in order[:SHOWN] if columns["delta"][f] > 0]
     down = [f for f in order[: -SHOWN - 1 : -1] if columns["delta"][f] < 0]
     shown = examples(subject, strongest_pairs(found, up + down))
-    scores = pair_scores(config.score_by, loader, cache) if config.score_by else None
+    scores = None
+    if config.probe is not None:
+        scores = scores_by_behaviour(config, subject)
+    elif config.score_by is not None:
+        scores = scores_by_features(config.score_by, loader, cache)
 
-    name = "+".join(short_names(config.data).values())
+    name = "+".join(short_names(named).values())
     folder = Path(config.cache_dir) / config.exp_name / "data_features" / name
     if parallel.rank() == 0:
-        labels = [str(n) if len(named) == 1 else f"{part.name} {n}" for part in named for n in range(part.d_sae)]
-        addresses = [part.address and f"{part.address}/{n}" for part in named for n in range(part.d_sae)]
+        labels = [str(n) if len(parts) == 1 else f"{part.name} {n}" for part in parts for n in range(part.d_sae)]
+        addresses = [part.address and f"{part.address}/{n}" for part in parts for n in range(part.d_sae)]
         about = {
             "model": config.model.name,
-            "data": config.data,
+            "data": named,
             "pairs": int(found.pairs),
             "prompts": int(found.prompts),
-            "sae": [asdict(part) for part in named],
+            "sae": [asdict(part) for part in parts],
         }
         with atomic_write(folder) as part:
             part.mkdir(parents=True)
-            saes = [own.name for own in named for _ in range(own.d_sae)]
+            saes = [own.name for own in parts for _ in range(own.d_sae)]
             pq.write_table(table(columns, saes, about), part / "data_features.parquet")
             (part / "report.html").write_text(page(columns, labels, addresses, shown, up, down, about))
             if scores is not None:
@@ -318,15 +334,52 @@ def require_features(wanted: list[int] | None, d_sae: int) -> None:
         raise UserError(f"score_by: {beyond[0]} is no feature of the SAE, which has {d_sae:,}")
 
 
-def pair_scores(features: list[int], loader: DataLoader, cache: ReferenceCache) -> dict[int, float]:
+def scores_by_features(features: list[int], loader: DataLoader, cache: ReferenceCache) -> dict[int, float]:
     """Of each pair, by how much more active the features are, added up, in the chosen completion."""
     keys = loader.used()
-    scores = {}
+    scores: dict[int, float] = {}
     for start in range(0, len(keys), AT_ONCE):
         own = keys[start : start + AT_ONCE]
         chosen, rejected = (cache.features(own, side)[:, features].sum(1) for side in (0, 1))
         scores |= dict(zip(own, (chosen - rejected).tolist()))
     return scores
+
+
+def scores_by_behaviour(config: Config, subject: Subject) -> dict[int, float]:
+    """Of each pair, the cosine of v_pair and v_behaviour (2602.11079): of the mean vector of the chosen completion's
+    text tokens less that of the rejected one's, and of the probe's first kind of text less its second."""
+    _, kinds = texts_of(config)
+    limits = {"max_length": config.model.max_length, "max_prompt_length": config.model.max_prompt_length}
+    template = tokenise.make_template(config, subject.tokenizer)
+    means = []
+    for records in kinds.values():
+        rows, _ = tokenise.tokenise(records, subject.tokenizer, template, **limits)
+        means.append(torch.stack(list(mean_vectors(subject, list(rows)))).mean(0))
+    behaviour = means[0] - means[1]
+    scores = {}
+    for key, sides in read_pairs(subject, "the pairs' vectors", subject.loaders["train"].used()):
+        chosen, rejected = map(mean_vector, sides)
+        scores[key] = float(torch.cosine_similarity(chosen - rejected, behaviour, dim=0))
+    return joined(scores)
+
+
+@torch.no_grad()
+def mean_vectors(subject: Subject, rows: list[dict[str, Any]]) -> Iterator[Tensor]:
+    """The mean vector [D] of each row's completion, read on every rank."""
+    loader, tap = subject.loaders["train"], subject.tap
+    assert tap is not None
+    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in rows]
+    for places in batches_by_length(lengths, max(1, loader.batch_size)):
+        own = [rows[place] for place in places]
+        prompts, completions = [row["prompt_ids"] for row in own], [row["completion_ids"] for row in own]
+        batch = loader.collate(prompts, completions, places).to(parallel.device())
+        yield from map(mean_vector, read_residual(subject.policy, batch, tap).split(batch.content_lengths))
+
+
+def mean_vector(x: Tensor) -> Tensor:
+    """The mean [D] of vectors [M, D] that are no attention sinks."""
+    kept = x.float()[~attention_sinks(x, [len(x)])]
+    return kept.sum(0) / max(1, len(kept))
 
 
 def scored_rows(loader: DataLoader, scores: dict[int, float]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What preference data would teach: differences of pooled features over pairs, the pairs that say it, the page."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -110,8 +111,18 @@ def test_the_pairs_that_teach_something_are_found(tmp_path, browser):
 
     for width in (500, 1300):
         page, said = look_at(browser, folder / "report.html", tmp_path / f"browser{width}", width=width)
-        assert not said and page.count("<article") > 4 and "planted would teach tiny" in page
-    assert "http" not in (folder / "report.html").read_text().replace("https://www.neuronpedia.org", "")
+        assert not said and page.count("<article") > 4 and "planted.jsonl would teach tiny" in page
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", (folder / "report.html").read_text())
+
+
+def test_pairs_scored_by_a_behaviour(tmp_path):
+    """The planted pairs' direction is that from English to Spanish."""
+    file, spanish = planted(tmp_path)
+    folder = read(tmp_path, REPO / "assets/tiny", file, "++exp_name=tiny", "++probe=language", "++probe_texts=60")
+    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert all(-1 <= line["score"] <= 1 for line in lines)
+    assert {line["prompt"][0]["content"] for line in lines[-20:]} == spanish  # english is the probe's first kind
+    assert lines[-20]["score"] < -0.5 < lines[-21]["score"]
 
 
 def test_a_runs_reference_cache_is_enough(plain_run, monkeypatch, capsys):
