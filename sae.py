@@ -227,6 +227,39 @@ class JointTap(ResidualTap):
         return torch.cat([tap.take() for tap in self.taps], dim=-1)
 
 
+def basis_of(directions: Tensor) -> Tensor:
+    """An orthonormal basis [D, r] of the span of directions [K, D], in fp32."""
+    _, sizes, rows = torch.linalg.svd(directions.double(), full_matrices=False)
+    return rows[sizes > 1e-6 * sizes.max()].T.float()
+
+
+def change_output(layer: nn.Module, change: Callable[[Tensor], Tensor], *, only_training: bool) -> None:
+    """From now on, let a layer give `change` of its output [..., D], computed in fp32; if so, only in training mode."""
+
+    def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if only_training and not module.training:
+            return output
+        x = output if isinstance(output, Tensor) else output[0]
+        with torch.autocast(x.device.type, enabled=False):
+            changed = change(x.float()).to(x.dtype)
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    layer.register_forward_hook(hook)
+
+
+def ablate(layer: nn.Module, directions: Tensor, centre: Tensor | None = None) -> None:
+    """In training mode, take the span of directions [K, D] out of a layer's output h (CAFT, 2507.16795): with Q an
+    orthonormal basis, h - (h - centre) Q Q^T. `centre` is a vector [D], zero if not given."""
+    basis = basis_of(directions)
+    origin = torch.zeros(len(basis), device=basis.device) if centre is None else centre.float()
+    change_output(layer, lambda h: h - (h - origin) @ basis @ basis.T, only_training=True)
+
+
+def steer(layer: nn.Module, direction: Tensor) -> None:
+    """Add a direction [D] to a layer's output, at every position."""
+    change_output(layer, lambda h: h + direction, only_training=False)
+
+
 def active(features: Tensor) -> Tensor:
     """1 where a feature is active, else 0."""
     return (features > 0).float()
@@ -414,6 +447,14 @@ def read_feature_weights(source: Any, d_sae: int, where: str = "loss.feature_wei
     """
     if source is None:
         return None
+    listed, others = listed_features(source, d_sae, where)
+    weights = torch.full((d_sae,), others)
+    weights[list(listed)] = torch.tensor(list(listed.values()))
+    return weights
+
+
+def listed_features(source: Any, d_sae: int, where: str) -> tuple[dict[int, float], float]:
+    """The weights by feature of such a list, and that of all others."""
     if isinstance(source, str):
         setting, where = where, source
         try:
@@ -435,6 +476,4 @@ def read_feature_weights(source: Any, d_sae: int, where: str = "loss.feature_wei
             others = weight
         else:
             listed[index] = weight
-    weights = torch.full((d_sae,), others)
-    weights[list(listed)] = torch.tensor(list(listed.values()))
-    return weights
+    return listed, others

@@ -391,6 +391,8 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
         takes or config.train_on == "targets",
         f"train_on={config.train_on}: loss={config.loss.name} does not read single completions, as sft and sae do",
     )
+    if config.sae.ablate:
+        classes = with_ablation(config, classes, problems)
     if config.eval_best is not None:
         there, wanted = classes.trainer.evaluated(classes.binding), config.eval_best.removeprefix("-")
         problems.expect(
@@ -407,6 +409,18 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
             require_sae(config, f"loss={config.loss.name}")
     problems.raise_if_any()
     return config, classes
+
+
+def with_ablation(config: Config, classes: RunClasses, problems: Problems) -> RunClasses:
+    """The classes of a run that ablates features, so that it needs an SAE whatever its loss."""
+    binding = classes.binding
+    problems.expect(classes.trainer.can_plan, f"sae.ablate: loss={config.loss.name} trains no model")
+    problems.expect(
+        not (config.model.use_peft and "live_reference" in binding.needs),
+        f"sae.ablate: with adapters, loss={config.loss.name} reads its reference by the model that is trained, from "
+        "which the features would be missing too: model.use_peft=false",
+    )
+    return replace(classes, binding=replace(binding, needs=binding.needs | {"sae"}))
 
 
 def terms_of(values: dict[str, Any]) -> dict[str, TermSettings]:
