@@ -4,6 +4,7 @@
     python eval.py --config-path=outputs/my_run ++mode=alpacaeval   a benchmark's questions; also arenahard, mtbench
     python eval.py --config-path=outputs/my_run ++mode=eval         the metrics of the evaluation set, diversity, KL
     python eval.py --config-path=outputs/my_run ++mode=features     what training did to the features, as a page
+    python eval.py --config-path=MODEL ++mode=features ++data=[hh]  what preference pairs would teach the model
     python eval.py --config-path=outputs/my_run ++mode=features ++probe=[a,b]   the SAE's features that tell two data
                                                                     sets apart, and weights for loss.feature_weights
 
@@ -28,7 +29,7 @@ import dataloader
 import models
 from data import tokenise
 from distributed import parallel
-from features import measure, probe, report
+from features import measure, pairs, probe, report
 from launch import assembly, settings
 from launch.policies import (
     Policy,
@@ -69,6 +70,10 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     if writes:
         require_writable(*filter(None, (target, handed)))
     identity = samples.identity_of(config, decoding, records, weights, template)
+    if config.sae.steer:
+        if server:
+            raise UserError("sae.steer changes the model in this process: backend=transformers")
+        identity["steer"] = [own.model_dump() for own in config.sae.steer]
     with samples.sample_log(target, identity, writes) as log:
         if log.finished:
             console.print(f"{target}: these samples are there already; delete the file to draw them again")
@@ -105,13 +110,21 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
 def local_backend(config: Config, policy: Policy, tokenizer: Tokenizer, control: tuple[str, ...]) -> backends.Backend:
     """The back-end that has the policy's weights in this process. Raises UserError where it cannot have them."""
     if config.backend == "vllm":
+        if config.sae.steer:
+            raise UserError("sae.steer changes the model in this process: backend=transformers")
         if policy.load_from:
             raise UserError(
                 f"backend=vllm reads a directory in the Hub's format, not weights beside one ({policy.load_from}): "
                 "++export=[hub] lets a run write one, and --config-path= names it"
             )
         return backends.VLLMBackend(config, policy.folder, tokenizer, control)
+    reading = None
+    if config.sae.steer:
+        reading = assembly.read_saes(config, settings.find_required_paths(config), policy.folder)
+        assembly.features_by_place(reading, [own.index for own in config.sae.steer], "sae.steer")
     model = backends.load_policy(config, policy.folder, policy.load_from, len(tokenizer))
+    if reading is not None:
+        assembly.steer_features(config, model, reading)
     return backends.TransformersBackend(config, model, tokenizer, control)
 
 
@@ -147,8 +160,12 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
 
 
 def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
-    """What training did to the features, in `<run>/features/`: a page and a table. With a probe: which of them tell
-    two kinds of text apart."""
+    """What training did to the features, in `<run>/features/`: a page and a table. With data: what its pairs would
+    teach. With a probe: which features tell two kinds of text apart."""
+    if raw.data is not None:
+        config, _ = settings.check_config(raw, modes=["features"])
+        pairs.write_data_features(config)
+        return
     if raw.probe is not None:
         probe.write_probe(settings.typed(raw), path, overrides)
         return

@@ -227,6 +227,39 @@ class JointTap(ResidualTap):
         return torch.cat([tap.take() for tap in self.taps], dim=-1)
 
 
+def basis_of(directions: Tensor) -> Tensor:
+    """An orthonormal basis [D, r] of the span of directions [K, D], in fp32."""
+    _, sizes, rows = torch.linalg.svd(directions.double(), full_matrices=False)
+    return rows[sizes > 1e-6 * sizes.max()].T.float()
+
+
+def change_output(layer: nn.Module, change: Callable[[Tensor], Tensor], *, only_training: bool) -> None:
+    """From now on, let a layer give `change` of its output [..., D], computed in fp32; if so, only in training mode."""
+
+    def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if only_training and not module.training:
+            return output
+        x = output if isinstance(output, Tensor) else output[0]
+        with torch.autocast(x.device.type, enabled=False):
+            changed = change(x.float()).to(x.dtype)
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    layer.register_forward_hook(hook)
+
+
+def ablate(layer: nn.Module, directions: Tensor, centre: Tensor | None = None) -> None:
+    """In training mode, take the span of directions [K, D] out of a layer's output h (CAFT, 2507.16795): with Q an
+    orthonormal basis, h - (h - centre) Q Q^T. `centre` is a vector [D], zero if not given."""
+    basis = basis_of(directions)
+    origin = torch.zeros(len(basis), device=basis.device) if centre is None else centre.float()
+    change_output(layer, lambda h: h - (h - origin) @ basis @ basis.T, only_training=True)
+
+
+def steer(layer: nn.Module, direction: Tensor) -> None:
+    """Add a direction [D] to a layer's output, at every position."""
+    change_output(layer, lambda h: h + direction, only_training=False)
+
+
 def active(features: Tensor) -> Tensor:
     """1 where a feature is active, else 0."""
     return (features > 0).float()
@@ -391,34 +424,43 @@ def drift_by_feature(sae: SAE, policy: Tensor, reference: Tensor, *, divergence:
     return torch.cat(parts, dim=1)
 
 
-def drift_options(sae: SAE, *, divergence: str, k: int, feature_weights: Any = None) -> dict[str, Any]:
-    """The options of `compute_feature_drift`, checked, with the feature weights read into a tensor [F].
+def drift_options(sae: SAE, where: str, *, divergence: str, k: int, feature_weights: Any = None) -> dict[str, Any]:
+    """The options of `compute_feature_drift`, checked, with the feature weights read into a tensor [F]. `where` is the
+    section of the configuration that has them.
 
     Raises UserError for an unknown divergence, a `k` beyond the SAE's width, and bad feature weights.
     """
     if divergence not in DIVERGENCES:
-        raise UserError(f"loss.divergence={divergence}: not one of {', '.join(DIVERGENCES)}")
+        raise UserError(f"{where}.divergence={divergence}: not one of {', '.join(DIVERGENCES)}")
     smallest = min(member.d_sae for member in sae.members)
     if not 1 <= k <= smallest:
-        raise UserError(f"loss.k={k}: has to be between 1 and the SAE's {smallest} features")
-    return {"divergence": divergence, "k": k, "feature_weights": read_feature_weights(feature_weights, sae.d_sae)}
+        raise UserError(f"{where}.k={k}: has to be between 1 and the SAE's {smallest} features")
+    weights = read_feature_weights(feature_weights, sae.d_sae, f"{where}.feature_weights")
+    return {"divergence": divergence, "k": k, "feature_weights": weights}
 
 
-def read_feature_weights(source: Any, d_sae: int) -> Tensor | None:
-    """Weights [F] from `loss.feature_weights`: null, a list of {index, weight}, or a JSON file with such a list.
+def read_feature_weights(source: Any, d_sae: int, where: str = "loss.feature_weights") -> Tensor | None:
+    """Weights [F] from the setting `where`: null, a list of {index, weight}, or a JSON file with such a list.
 
     Features that are not in the list have the weight of the entry with index `others`, or 1. With several SAEs, the
     indices of the second SAE's features follow those of the first. Raises UserError for anything else.
     """
     if source is None:
         return None
-    where = "loss.feature_weights"
+    listed, others = listed_features(source, d_sae, where)
+    weights = torch.full((d_sae,), others)
+    weights[list(listed)] = torch.tensor(list(listed.values()))
+    return weights
+
+
+def listed_features(source: Any, d_sae: int, where: str) -> tuple[dict[int, float], float]:
+    """The weights by feature of such a list, and that of all others."""
     if isinstance(source, str):
-        where = source
+        setting, where = where, source
         try:
             source = json.loads(resolve_path(source).read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"loss.feature_weights: cannot read {source} as JSON ({error})") from error
+            raise UserError(f"{setting}: cannot read {source} as JSON ({error})") from error
     others, listed = 1.0, {}
     for entry in source:
         try:
@@ -434,6 +476,4 @@ def read_feature_weights(source: Any, d_sae: int) -> Tensor | None:
             others = weight
         else:
             listed[index] = weight
-    weights = torch.full((d_sae,), others)
-    weights[list(listed)] = torch.tensor(list(listed.values()))
-    return weights
+    return listed, others

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     startup.begin(
         __doc__,
         ["run", "data", "optimisation", "what is measured and kept", "model"],
-        groups=["loss", "model", "sae", "experiment"],
+        groups=["loss", "term", "model", "sae", "experiment"],
     )
 
 import sys

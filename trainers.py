@@ -42,8 +42,15 @@ class SFTTrainer(BasicTrainer):
     def loss(self, policy_logps):
         return -policy_logps
 
-    def weight(self, batch: Batch) -> int:
+    def weight(self, batch: Batch) -> float:
+        return tokens_in(batch)
+
+
+def tokens_in(batch: Batch) -> float:
+    """The completion tokens of a batch, each by its record's weight."""
+    if batch.weights is None:
         return sum(batch.lengths)
+    return sum(length * weight for length, weight in zip(batch.lengths, batch.weights))
 
 
 class CSFTTrainer(SFTTrainer):
@@ -62,10 +69,14 @@ class PairedPreferenceTrainer(BasicTrainer):
     sides = token_sides = ("chosen", "rejected")
 
     def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
+        if side is None:
+            return values
         chosen, rejected = values.unflatten(0, (2, len(batch.index)))  # of a batch of no records too
         return chosen if side == "chosen" else rejected
 
     def side_of_tokens(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
+        if side is None:
+            return values
         first = sum(batch.lengths[: len(batch.index)])  # of the rejected completions' tokens
         return values[:first] if side == "chosen" else values[first:]
 
@@ -685,8 +696,8 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         critic_losses = 0.5 * (values - returns).square()
         return policy_losses + critic_coef * critic_losses + KL_coef * (reference_token_logps - policy_token_logps)
 
-    def weight(self, batch: Batch) -> int:
-        return sum(batch.lengths)
+    def weight(self, batch: Batch) -> float:
+        return tokens_in(batch)
 
     @classmethod
     def evaluated(cls, binding: Binding) -> list[str]:
@@ -764,3 +775,21 @@ def generalised_advantages(
         advantages = advantages + (gamma * lam) ** reach * further
         reach *= 2
     return advantages, advantages + values
+
+
+# ---------------------------------------------------------------------------------------------------- terms
+
+# Functions that `+term=NAME` adds to any loss on log-probabilities, with config/term/NAME.yaml. Each gives a value for
+# each sequence, and their mean over records counts: of a pair, the values of both completions are added.
+
+
+def nll(policy_mean_logps, desirable):
+    """Negative log-likelihood per token of the chosen completions (Pang et al. 2024, 2404.19733, Eq. 1; Llama 3,
+    2407.21783, Sec. 4.1.4)."""
+    return torch.where(desirable, -policy_mean_logps, 0)
+
+
+def features(feature_drift):
+    """How far the SAE features of both completions have drifted from the reference's (FPO's constraint, 2411.07618, on
+    both sides and outside the margin)."""
+    return feature_drift

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -147,7 +148,17 @@ def load_class(name: str, module: Any, setting: str) -> Any:
 
     Raises UserError, which names the setting, if there is no such file or class.
     """
-    file, _, class_name = name.rpartition(":")
+    return load_named(name, module, setting, "class", inspect.isclass)
+
+
+def load_function(name: str, module: Any, setting: str) -> Any:
+    """The function that a setting names, as `load_class`."""
+    return load_named(name, module, setting, "function", inspect.isfunction)
+
+
+def load_named(name: str, module: Any, setting: str, kind: str, is_kind: Callable[[Any], bool]) -> Any:
+    """What a setting names of a module: `Name`, or `path/to/file.py:Name`."""
+    file, _, own_name = name.rpartition(":")
     if file:
         path = resolve_path(file)
         spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -158,10 +169,10 @@ def load_class(name: str, module: Any, setting: str) -> Any:
         else:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise UserError(f"{setting}={name}: no class {class_name} in {module.__name__}{suggest(class_name, classes)}")
+    found = getattr(module, own_name, None)
+    if not is_kind(found):
+        there = [key for key, value in vars(module).items() if is_kind(value)]
+        raise UserError(f"{setting}={name}: no {kind} {own_name} in {module.__name__}{suggest(own_name, there)}")
     return found
 
 

@@ -1,6 +1,6 @@
 """The keys of config/sae/*.yaml: which SAEs are read, and where they read."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,7 +18,17 @@ class SAESettings(Settings):
     weight: Positive = 1.0  # of its drift, among several
 
 
+class Steering(Settings):
+    """How much of a feature is added."""
+
+    index: Natural
+    weight: Annotated[float, Field(allow_inf_nan=False)]
+
+
 class SAESection(SAESettings):
-    """`sae` of the configuration: one SAE, or `parts`, several by names of the user's."""
+    """`sae` of the configuration: one SAE, or `parts`, several by names of the user's; and what is done to features."""
 
     parts: dict[str, SAESettings] = Field(default_factory=dict)
+    ablate: list[Natural] | PathName | None = None
+    ablate_to: Literal["zero", "mean"] = "zero"
+    steer: list[Steering] | None = None

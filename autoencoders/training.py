@@ -292,7 +292,12 @@ class SAETrainer(BasicTrainer):
     def weight(self, batch: Activations) -> int:  # type: ignore[override]
         return len(batch.x)
 
-    def compute_loss(self, batch: Activations, split: str, means: MetricAccumulator) -> Tensor:  # type: ignore[override]
+    def records(self, batch: Activations) -> int:  # type: ignore[override]
+        return len(batch.index)
+
+    def compute_loss(  # type: ignore[override]
+        self, batch: Activations, split: str, means: MetricAccumulator, _per_record: float = 1.0
+    ) -> Tensor:
         """Losses [M] of the tokens, summed over the layers."""
         errors, auxiliary = batch.x.new_zeros(2, len(batch.x), dtype=torch.float32)
         for own, name, x in zip(self.autoencoders, self.names, self.by_layer(batch.x)):

@@ -91,11 +91,12 @@ class Case:
     def options(self) -> list[str]:
         found = [f"loss={self.loss}"]
         if self.loss == "both sides":
-            found = ["loss=fpo", "++loss.trainer=benchmarks/fpo_symmetric.py:SymmetricFPOTrainer"]
+            found = ["loss=dpo-norm", "+term=features", "++term.features.weight=0.5"]
         if self.loss not in ("dpo", "simpo", "tdpo2"):  # beta: of a mean over about eight tokens, where dpo has the sum
             found += ["loss.beta=2", f"++sae.path={SAE_FILE}", f"++sae.layer={LAYER}"]
         if self.held:
-            found.append(f"++loss.feature_weights={OUTPUT}/{self.held.replace(' ', '-')}-{self.weight}.json")
+            section = "term.features" if self.loss == "both sides" else "loss"
+            found.append(f"++{section}.feature_weights={OUTPUT}/{self.held.replace(' ', '-')}-{self.weight}.json")
         return found
 
 

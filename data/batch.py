@@ -42,10 +42,20 @@ class Batch:
     record: dict[str, Tensor] = field(default_factory=dict)  # [B] or [S] labels, scores; indices of sides
     reference: dict[str, Any] = field(default_factory=dict)  # [S] the reference model's cached values
     data_set: str | None = None  # that all records are of, where each data set is measured by itself
+    weights: list[float] | None = None  # [B] what each record counts in the loss; None: 1
 
     @property
     def num_sequences(self) -> int:
         return len(self.lengths)
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """Values of the records [B], sequences [S] or completion tokens [N], each times its record's weight."""
+        if self.weights is None:
+            return values
+        records, weights = len(self.weights), torch.tensor(self.weights).to(values.device, non_blocking=True)
+        if len(values) == len(self.target):
+            return values * weights[self.sequence % max(1, records)]
+        return values * weights.repeat(len(values) // max(1, records))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on `device`."""

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import dataloader
 import models
+import sae as saes
 from autoencoders.formats import load_sources
 from dataloader import DataLoader, TokenisedData
 from distributed import parallel
@@ -26,13 +28,14 @@ from launch.settings import Config, RunClasses, RunPaths
 from modeling import adapters, head
 from modeling.settings import ModelSettings
 from modeling.weights import source_of, weights_digest
-from sae import SAE, ResidualTap, drift_options
+from sae import SAE, ResidualTap
 from training.checkpoint import Run
 from training.loop import BasicTrainer, Setup, Subject
 from training.quantities import Binding
 from training.reference import LiveReference, Records, Reference, load_or_build
 from utils import UserError, console, fingerprint, written
 
+MEAN_RECORDS = 512
 SHOWN_TOKENS = 60  # at each end of a text, by `show_tokens`
 
 
@@ -87,9 +90,9 @@ def prepare(
 def read_inputs(config: Config, classes: RunClasses, paths: RunPaths) -> Inputs:
     """Read the SAEs and the data. Raises UserError where the trainer cannot work with them."""
     reading, binding = read_saes(config, paths) if paths.saes else None, classes.binding
-    if reading is not None and "feature_drift" in binding.options:
-        options = drift_options(reading.sae, **binding.options["feature_drift"])
-        binding = binding.with_options("feature_drift", options)
+    if reading is not None:
+        binding = binding.with_sae(reading.sae)
+        features_by_place(reading, features_to_ablate(config, reading.sae), "sae.ablate")
     data = load_data(config, classes, paths)
     for loader in data.loaders.values():
         classes.trainer.check_data(binding, loader)
@@ -108,10 +111,11 @@ def digests(config: Config, classes: RunClasses, paths: RunPaths, inputs: Inputs
         found["the reference"] = Input(weights_digest(*models.reference_weights(model)), model.reference_path)
     for source in paths.saes:
         found[f"the SAE of {source.where}"] = Input(fingerprint(source.identity()), str(source.path))
-    weights = binding.options.get("feature_drift", {}).get("feature_weights")
-    if weights is not None:
-        given = classes.binding.options["feature_drift"]["feature_weights"]
-        found["loss.feature_weights"] = Input(fingerprint(weights.tolist()), written(given))
+    for given, read in zip(classes.binding.parts(), binding.parts()):
+        weights = read.options.get("feature_drift", {}).get("feature_weights")
+        if weights is not None:
+            named = written(given.options["feature_drift"]["feature_weights"])
+            found[f"{given.where}.feature_weights"] = Input(fingerprint(weights.tolist()), named)
     for key, named in classes.trainer.other_weights(binding).items():
         found[key] = Input(weights_digest(paths.model, named), named)
     return found
@@ -129,6 +133,8 @@ def build_trainer(
     data, binding = inputs.data, inputs.binding
     subject = load_subject(config, classes, data, inputs.reading)
     references = make_references(config, binding, paths, data.tokens, subject, inputs.reading, cached)
+    if inputs.reading is not None:
+        ablate_features(config, subject, inputs.reading)
     setup = Setup(
         **vars(subject),
         config=config,
@@ -179,6 +185,74 @@ def load_subject(config: Config, classes: RunClasses, data: Data, reading: Readi
     if reading is not None:
         subject.sae, subject.tap = reading.sae.to(parallel.device()), reading.tap(policy, model.block_name)
     return subject
+
+
+def features_to_ablate(config: Config, sae: SAE) -> list[int]:
+    """The features that `sae.ablate` names: numbers, or those listed in a file of weights."""
+    named = config.sae.ablate
+    if isinstance(named, str):
+        return list(saes.listed_features(named, sae.d_sae, "sae.ablate")[0])
+    return named or []
+
+
+def features_by_place(reading: Reading, features: Sequence[int], where: str) -> dict[int, list[int]]:
+    """The numbers that the features of all SAEs have within their own, by which SAE that is. Raises UserError for one
+    that there is not, and one of an SAE that does not read the residual stream."""
+    found: dict[int, list[int]] = {}
+    first = 0
+    for number, (member, (_, hook)) in enumerate(zip(reading.sae.members, reading.places)):
+        own = [feature - first for feature in features if first <= feature < first + member.d_sae]
+        if own and hook != "residual":
+            raise UserError(f"{where}: an SAE at hook={hook}; the residual stream is what can be changed")
+        found[number], first = own, first + member.d_sae
+    if beyond := [feature for feature in features if feature >= first]:
+        raise UserError(f"{where}: {beyond[0]} is no feature of the SAE, which has {first:,}")
+    return {number: own for number, own in found.items() if own}
+
+
+def ablate_features(config: Config, subject: Subject, reading: Reading) -> None:
+    """Take the features of `sae.ablate` out of the policy's forward passes in training. The model has the weights that
+    the run starts from: the means are of these, also where a run goes on."""
+    assert subject.sae is not None
+    by_place = features_by_place(reading, features_to_ablate(config, subject.sae), "sae.ablate")
+    if not by_place:
+        return
+    centres: list[Any] = [None] * len(reading.places)
+    if config.sae.ablate_to == "mean":
+        centres = list(subject.sae.vectors(mean_vector(subject)))
+    layers = models.decoder_layers(subject.policy, config.model.block_name)
+    for number, own in by_place.items():
+        layer, member = reading.places[number][0], subject.sae.members[number]
+        saes.ablate(layers[layer], member.W_dec[own].to(parallel.device()), centres[number])
+        console.print(f"sae.ablate: in training {len(own)} features of layer {layer} are set to {config.sae.ablate_to}")
+
+
+def steer_features(config: Config, model: PreTrainedModel, reading: Reading) -> None:
+    """Add the decoder directions of `sae.steer`, each times its weight, to the residual stream of a model."""
+    weights = {own.index: own.weight for own in config.sae.steer or []}
+    layers, first = models.decoder_layers(model, config.model.block_name), 0
+    for (layer, _), member in zip(reading.places, reading.sae.members):
+        own = {index - first: weight for index, weight in weights.items() if first <= index < first + member.d_sae}
+        first += member.d_sae
+        if own:
+            scales = torch.tensor(list(own.values()))
+            saes.steer(layers[layer], (scales @ member.W_dec[list(own)]).to(parallel.device()))
+
+
+@torch.no_grad()
+def mean_vector(subject: Subject) -> Tensor:
+    """The mean vector [D] that the SAE reads, over the text tokens of MEAN_RECORDS training records at most."""
+    loader, tap = subject.loaders["train"], subject.tap
+    assert tap is not None
+    keys = loader.used()[:MEAN_RECORDS]
+    subject.policy.eval()
+    total, count = torch.zeros((), device=parallel.device()), 0
+    for start in range(0, len(keys), loader.batch_size):
+        batch = loader.batch(keys[start : start + loader.batch_size]).to(parallel.device())
+        x = models.read_residual(subject.policy, batch, tap).float()
+        kept = x[~saes.attention_sinks(x, batch.content_lengths)]
+        total, count = total + kept.sum(0), count + len(kept)
+    return total / count
 
 
 def tokenise_split(config: Config, classes: RunClasses, tokenizer: Tokenizer, split: str) -> TokenisedData:

@@ -135,7 +135,7 @@ def require_orders(path: Path, config: DictConfig, given: set[str]) -> None:
             raise UserError(
                 f"{path}: its {key}={values[key]} is not followed; to go there, give ++{key}={values[key]} yourself"
             )
-    for key in ("loss.trainer", "loss.dataloader"):
+    for key in ("loss.trainer", "loss.dataloader", *(f"term.{name}.function" for name in settings.terms_of(values))):
         value = str(OmegaConf.select(config, key))
         if key not in given and ":" in value and module_name(file := resolve_path(value.rpartition(":")[0])) is None:
             raise UserError(f"{path}: its {key} is code in {file}; to run it, give ++{key}={value} yourself")
@@ -190,7 +190,7 @@ def require_undamaged(folder: Path) -> None:
 
 def trainer_class(config: Config) -> type[loop.BasicTrainer]:
     """The class whose loss trained the policy."""
-    return settings.run_classes(config.loss).trainer
+    return settings.run_classes(config.loss, {}).trainer
 
 
 def require_language_model(config: Config, policy: Policy) -> None:

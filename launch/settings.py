@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -33,11 +33,12 @@ from models import CONFIG_FILES, fetch, load_config, load_generation_config, req
 from sampling.settings import SamplingSettings
 from training import loop
 from training.metrics import check_trackers
-from training.quantities import Binding, bind
-from training.settings import LossSettings, TrainingSettings
+from training.quantities import Binding, bind, bind_term
+from training.settings import LossSettings, TermSettings, TrainingSettings
 from utils import (
     REPO,
     Count,
+    Natural,
     NonNegative,
     PathName,
     Settings,
@@ -47,12 +48,13 @@ from utils import (
     flat,
     known_keys,
     load_class,
+    load_function,
     suggest,
     valid_unicode,
 )
 
 S = TypeVar("S", bound=Settings)
-GROUPS = ("loss", "model", "sae", "experiment")  # each a directory of config/
+GROUPS = ("loss", "term", "model", "sae", "experiment")  # each a directory of config/
 
 
 class Config(TrainingSettings, SamplingSettings):
@@ -62,6 +64,8 @@ class Config(TrainingSettings, SamplingSettings):
     nproc: Count | None
     sae: SAESection
     compare_to: PathName | None
+    data: Annotated[list[PathName], Field(min_length=1)] | None
+    score_by: Annotated[list[Natural], Field(min_length=1)] | None
     probe: PathName | list[PathName] | None
     probe_texts: Count
     probe_features: Count
@@ -147,7 +151,7 @@ ELSEWHERE = {
 def translate_argument(argument: str) -> list[str]:
     """A command's argument in Hydra's words: `++config.key=value` as HALOs' FAQ has it; `model=` with a directory, a
     run or a Hub id; `sae=[a,b]`, where Hydra would lay the second over the first; `gemma-2-2b` as the earlier FPO code
-    spells gemma2b."""
+    spells gemma2b; `term=nll` and `term=[nll,features]`, each of which goes into a section of its own."""
     argument = re.sub(r"^\+\+config\.", "++", argument)
     if argument.startswith("model="):
         source = argument.removeprefix("model=")
@@ -159,6 +163,8 @@ def translate_argument(argument: str) -> list[str]:
             )
     if re.match(r"(model|sae)=", argument):
         argument = re.sub(r"\bgemma-2-(2b|9b)\b", r"gemma\1", argument)
+    if terms := re.fullmatch(r"\+{0,2}term=\[?([\w, -]+)\]?", argument):
+        return [f"+term@term.{name.strip()}={name.strip()}" for name in terms[1].split(",")]
     if several := re.fullmatch(r"sae=\[(.*)\]", argument):
         names = [name.strip() for name in several[1].split(",")]
         return ["~sae", *(f"+sae@sae.parts.{re.sub(r'[^a-zA-Z0-9]', '_', name)}={name}" for name in names)]
@@ -247,7 +253,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 def is_known(key: str) -> bool:
     """Whether something may read the key. The keys of the loss are for its signature to know (`quantities.bind`)."""
-    free = ("loss.", "optimizer_options.", "sae.parts.", "hydra.")  # any key may be added below these
+    free = ("loss.", "term.", "optimizer_options.", "sae.parts.", "hydra.")  # any key may be added below these
     return key.startswith(free) or any(f"{known}.".startswith(f"{key}.") for known in known_keys(Config))
 
 
@@ -361,7 +367,7 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
     with problems.collected():
         config = checked(Config, values)
     with problems.collected():
-        classes = run_classes(checked(LossSettings, values["loss"], "loss"))
+        classes = run_classes(checked(LossSettings, values["loss"], "loss"), terms_of(values))
     with problems.collected():
         training = part_of(TrainingSettings, values)
         loop.check_optimizer(training)
@@ -385,6 +391,8 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
         takes or config.train_on == "targets",
         f"train_on={config.train_on}: loss={config.loss.name} does not read single completions, as sft and sae do",
     )
+    if config.sae.ablate:
+        classes = with_ablation(config, classes, problems)
     if config.eval_best is not None:
         there, wanted = classes.trainer.evaluated(classes.binding), config.eval_best.removeprefix("-")
         problems.expect(
@@ -403,13 +411,45 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
     return config, classes
 
 
-def run_classes(loss: LossSettings) -> RunClasses:
-    """The classes that the loss names, matched with its hyper-parameters. Raises UserError where they do not fit."""
+def with_ablation(config: Config, classes: RunClasses, problems: Problems) -> RunClasses:
+    """The classes of a run that ablates features, so that it needs an SAE whatever its loss."""
+    binding = classes.binding
+    problems.expect(classes.trainer.can_plan, f"sae.ablate: loss={config.loss.name} trains no model")
+    problems.expect(
+        not (config.model.use_peft and "live_reference" in binding.needs),
+        f"sae.ablate: with adapters, loss={config.loss.name} reads its reference by the model that is trained, from "
+        "which the features would be missing too: model.use_peft=false",
+    )
+    return replace(classes, binding=replace(binding, needs=binding.needs | {"sae"}))
+
+
+def terms_of(values: dict[str, Any]) -> dict[str, TermSettings]:
+    """The terms that a configuration adds to its loss, by name."""
+    terms = values.get("term")
+    named = terms.items() if isinstance(terms, dict) else ()  # what else it is `Config` tells
+    return {name: checked(TermSettings, own, f"term.{name}") for name, own in named}
+
+
+def run_classes(loss: LossSettings, terms: dict[str, TermSettings]) -> RunClasses:
+    """The classes that the loss names, and the functions that the terms name, matched with their hyper-parameters.
+    Raises UserError where they do not fit."""
     if loss.trainer is None:
         raise UserError(f"loss={loss.name} needs a trainer of yours: ++loss.trainer=path/to/file.py:Class")
     trainer = load_class(loss.trainer, trainers, "loss.trainer")
     loader = load_class(loss.dataloader, dataloader, "loss.dataloader")
-    return RunClasses(trainer, loader, bind(trainer, loader.records, loss))
+    binding = bind(trainer, loader.records, loss)
+    added = []
+    for name, own in terms.items():
+        function = load_function(own.function, trainers, f"term.{name}.function")
+        added.append(bind_term(trainer, name, function, own))
+    needs = binding.needs.union(*(term.binding.needs for term in added))
+    return RunClasses(trainer, loader, replace(binding, needs=needs, terms=tuple(added)))
+
+
+def classes_of_loss(name: str) -> RunClasses:
+    """Those of a loss of this repo, with its YAML as it is."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(REPO / f"config/loss/{name}.yaml"))
+    return run_classes(checked(LossSettings, values, "loss"), {})
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -196,10 +196,11 @@ def metrics(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in PACE} for line in lines]
 
 
-def look_at(browser: str, page: Path, profile: Path) -> tuple[str, list[str]]:
-    """The page's DOM once its script has run, and what it said on the console."""
+def look_at(browser: str, page: Path, profile: Path, width: int = 1200) -> tuple[str, list[str]]:
+    """The page's DOM once its script has run in a window of that width, and what it said on the console."""
     arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={profile}"]
     arguments += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    arguments += [f"--window-size={width},900"]
     done = subprocess.run(
         [browser, *arguments, "--dump-dom", page.resolve().as_uri()],
         capture_output=True, text=True, timeout=120, check=True,

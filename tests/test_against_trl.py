@@ -227,6 +227,14 @@ def test_loss_and_gradients_equal_trl(tmp_path: Path, moved: Path, loss: str) ->
         assert other._metrics["train"]["kl"] == pytest.approx([float(ours.kl)], rel=1e-4)
 
 
+def test_dpo_with_nll_equals_trl(tmp_path: Path, moved: Path) -> None:
+    """TRL's mean of the chosen tokens is over the batch, ours over each completion: the same of one pair."""
+    weighted = ["loss.beta=0.3", "+term@term.nll=nll", "term.nll.weight=0.25", "model.batch_size=1"]
+    ours = prepared(tmp_path, pairs(BATCH), "loss=dpo", *weighted, *apart(moved))
+    options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.25], "beta": 0.3}
+    assert_same(our_step(ours), their_step(theirs("DPO", ours.loaders["train"], tmp_path, moved, **options)))
+
+
 def test_bco_of_both_sides_equals_trls_bco_of_pairs(tmp_path: Path, moved: Path) -> None:
     """TRL's has no mean reward; ours is 0 at the first step. TRL adds the two sides, ours is their mean."""
     shared = [*apart(moved), "loss.beta=0.3"]

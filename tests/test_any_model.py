@@ -24,6 +24,9 @@ def test_model_takes_a_directory_a_run_or_a_hub_id(tmp_path, monkeypatch):
     for argument, (name, place) in expected.items():
         own = ["model=base", f"model.name='{name}'", f"model.name_or_path='{place}'"]
         assert settings.translate_argument(argument) == own
+    for argument in ("term=[nll,features]", "+term=[nll, features]"):
+        assert settings.translate_argument(argument) == ["+term@term.nll=nll", "+term@term.features=features"]
+    assert settings.translate_argument("+term=nll") == ["+term@term.nll=nll"]
     assert settings.translate_argument("model=tiny") == ["model=tiny"]
 
 

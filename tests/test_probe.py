@@ -1,7 +1,6 @@
 """Which features tell two kinds of text apart, and the weights that come of it."""
 
 import json
-from math import exp, log
 from types import SimpleNamespace
 
 import datasets
@@ -12,13 +11,12 @@ from scipy.stats import mannwhitneyu
 from test_training import run
 
 import models
-import trainers
 from data import toy
 from features import probe
 from launch import settings
 from launch.policies import read_config
 from sae import compute_feature_drift, pooled_features, read_feature_weights
-from utils import UserError, load_class
+from utils import UserError
 
 TINY = REPO / "assets/tiny"
 
@@ -200,13 +198,3 @@ def test_contrasts_differ_in_their_attribute_alone(attribute):
         assert sides[0] == sides[1]
         seen.add(tuple(sides[0].values()))
     assert len(seen) > 40  # the others vary
-
-
-def test_both_sides_by_hand():
-    """The benchmark's trainer: the two drifts are added to the loss, with gradient into both."""
-    trainer = load_class("benchmarks/fpo_symmetric.py:SymmetricFPOTrainer", trainers, "loss.trainer")
-    logps = [torch.tensor([value]) for value in (-1.0, -3.0, -2.0, -2.5)]  # rewards 2 * 1 and 2 * -0.5
-    drifts = [torch.tensor([value], requires_grad=True) for value in (0.25, 0.5)]
-    losses, *_ = trainer.loss(None, *logps, *drifts, beta=2.0, alpha=4.0)
-    assert losses.item() == pytest.approx(log(1 + exp(-3)) + 4 * 0.75)
-    assert [float(gradient) for gradient in torch.autograd.grad(losses.sum(), drifts)] == [4, 4]

@@ -597,25 +597,8 @@ def test_a_small_file_that_would_fill_the_memory(layout, tmp_path):
         load_sae(path)
 
 
-ODD = [
-    None,
-    True,
-    0,
-    -1,
-    2,
-    0.5,
-    float("nan"),
-    10**30,
-    10**400,
-    1e300,
-    "",
-    "relu",
-    "blocks.2.hook_resid_post",
-    [],
-    [1],
-    {},
-    {"k": 1},
-]
+NUMBERS = [0, -1, 2, 0.5, float("nan"), 10**30, 10**400, 1e300]
+ODD = [None, True, *NUMBERS, "", "relu", "blocks.2.hook_resid_post", [], [1], {}, {"k": 1}]
 KINDS = [torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64]
 
 

@@ -108,6 +108,20 @@ def test_code_runs_only_if_the_command_line_names_it(theirs, tmp_path, key, name
     assert ran.exists()
 
 
+def test_a_terms_code_too(theirs, tmp_path):
+    code, ran = tmp_path / "theirs.py", tmp_path / "ran"
+    content = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\ndef pull(policy_logps): return policy_logps\n"
+    code.write_text(content)
+    own = f"{code}:pull"
+    path = theirs(term={"own": {"function": own, "weight": 1.0}})
+    with pytest.raises(UserError, match=r"its term\.own\.function is code in .*theirs\.py; to run it, give"):
+        read_config(path, [])
+    policies.trainer_class(settings.typed(read_unchecked(path, [])))
+    assert not ran.exists()
+    settings.check_config(read_config(path, [f"++term.own.function={own}"]), modes=["sample"])
+    assert ran.exists()
+
+
 def test_this_programs_own_files_are_no_foreign_code(theirs):
     path = theirs(loss__trainer="autoencoders/training.py:SAETrainer")
     assert read_config(path, []).loss.trainer == "autoencoders/training.py:SAETrainer"

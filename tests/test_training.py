@@ -164,12 +164,27 @@ def test_step_0_is_log_2_without_drift(plain_run, loss):
 
 
 @pytest.mark.parametrize("loss", ["sft", "fpo", "kto"])
-def test_accumulation_equals_the_big_batch(tmp_path, plain_run, loss):
-    whole = metrics(plain_run(loss))
-    split = run(tmp_path, f"loss={loss}", "exp_name=split", "++model.gradient_accumulation_steps=4")
+def test_accumulation_equals_the_big_batch(tmp_path, loss):
+    own = [f"loss={loss}", "+term@term.nll=nll"]  # whose mean is over records; sft's is over tokens
+    whole = run(tmp_path, *own, "exp_name=whole")
+    split = run(tmp_path, *own, "exp_name=split", "++model.gradient_accumulation_steps=4")
     assert losses(split) == pytest.approx(losses(whole), rel=1e-4)
     norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (whole, split)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_any_loss_takes_terms(tmp_path, plain_run):
+    """One of this repo, and one of a file that gives the mean of its batch; each has its line in the metrics."""
+    (tmp_path / "mine.py").write_text("def low(policy_mean_logps, *, by):\n    return by * policy_mean_logps.mean()\n")
+    mine = f"+term.mine={{function: '{tmp_path}/mine.py:low', weight: 5, by: 2}}"
+    found = run(tmp_path, "loss=kto", "exp_name=kto", "+term@term.features=features", "term.features.k=8", mine)
+    alone = metrics(plain_run("kto"))
+    assert found[0]["loss/eval"] == alone[0]["loss/eval"] and found[0]["term_eval/features"] == 0
+    assert found[0]["term_eval/mine"] < 0
+    assert found[-1]["term_eval/features"] > 0
+    assert found[-1]["term_eval/mine"] < found[0]["term_eval/mine"] - 0.05
+    with pytest.raises(UserError, match=r"term\.mine\.by is missing"):
+        assembled(tmp_path, "loss=dpo", mine.replace(", by: 2", ""))
 
 
 class Killed(Exception):

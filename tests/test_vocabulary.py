@@ -1,11 +1,18 @@
 """The signature of a loss is its schema."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+from conftest import collate, pairs, random_sae
+
+import sae as saes
+import trainers
+from autoencoders.training import SAETrainer
 from dataloader import PairedPreferenceDataLoader, UnpairedPreferenceDataLoader
-from trainers import DPOTrainer, FPOTrainer, KTOTrainer, PairedPreferenceTrainer
-from training.quantities import bind, parse_parameter
-from training.settings import LossSettings
+from trainers import BradleyTerryTrainer, DPOTrainer, FPOTrainer, KTOTrainer, PairedPreferenceTrainer
+from training.quantities import QUANTITIES, LossContext, bind, bind_term, parse_parameter
+from training.settings import LossSettings, TermSettings
 from utils import UserError, checked
 
 PAIRED = PairedPreferenceDataLoader.records
@@ -70,3 +77,89 @@ def test_a_default_in_the_signature_needs_no_value():
             """Nothing."""
 
     assert bound(Defaulted, DPO).options["loss"] == {"beta": 0.1}
+
+
+def term(trainer, function, **values):
+    return bind_term(trainer, "own", function, checked(TermSettings, {"function": "f", "weight": 2.0, **values}))
+
+
+def test_a_term_asks_as_a_loss_does_and_for_all_sequences_of_pairs_too():
+    def pull(chosen_logps, policy_mean_logps, ref_token_logps, *, scale):
+        """Nothing."""
+
+    own = term(DPOTrainer, pull, scale=3)
+    assert [(i.quantity, i.side) for i in own.binding.inputs] == [
+        ("policy_logps", "chosen"),
+        ("policy_mean_logps", None),
+        ("reference_token_logps", None),
+    ]
+    assert own.weight == 2 and own.binding.options["loss"] == {"scale": 3} and own.binding.needs == {"reference"}
+    assert term(KTOTrainer, pull, scale=3).binding.inputs == own.binding.inputs
+
+
+def test_a_term_that_does_not_fit_is_told():
+    def pull(policy_chosen_lops, *, scale):
+        """Nothing."""
+
+    with pytest.raises(UserError) as error:
+        term(DPOTrainer, pull, scal=3)
+    message = str(error.value)
+    assert "pull of term.own asks for 'policy_chosen_lops' (did you mean 'policy_chosen_logps'?)" in message
+    assert (
+        "term.own.scal is read by nothing (did you mean 'scale'?)" in message and "term.own.scale is missing" in message
+    )
+    for trainer in (BradleyTerryTrainer, SAETrainer):
+        with pytest.raises(UserError, match=f"term.own: {trainer.__name__} trains no language model"):
+            term(trainer, trainers.nll)
+
+
+def test_what_is_to_be_learnt():
+    batch = collate(pairs(2))
+    desirable = QUANTITIES["desirable"](LossContext(batch, None))
+    assert desirable.tolist() == [True, True, False, False]
+    batch.record["desirable"] = torch.tensor([True, False, False, True])
+    assert QUANTITIES["desirable"](LossContext(batch, None)).tolist() == [True, False, False, True]
+
+
+def test_terms_by_hand():
+    logps, desirable = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([True, False, True])
+    assert trainers.nll(logps, desirable).tolist() == [1, 0, 4]
+    drift = torch.tensor([0.25, 0.5])
+    assert trainers.features(drift) is drift
+
+
+def test_features_that_a_loss_names():
+    """With gradient through the policy's; the reference's come from the cache. An index beyond the SAE is named."""
+    sae, batch = random_sae(), collate(pairs(2))
+    residual = torch.randn(len(batch.content), 32, requires_grad=True)
+    batch.reference["features"] = torch.rand(4, 48)
+    context = LossContext(batch, SimpleNamespace(residual=residual), sae)
+    found = QUANTITIES["policy_features"](context, latents=[7, 3])
+    expected = saes.pooled_features(sae, residual, batch.content_lengths)[:, [7, 3]]
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert residual.grad.abs().sum() > 0
+    cached = QUANTITIES["reference_features"](context, latents=[7, 3])
+    assert torch.equal(cached, batch.reference["features"][:, [7, 3]])
+
+    def pull(chosen_features, ref_rejected_features):
+        """Nothing."""
+
+    binding = term(DPOTrainer, pull, latents=[0, 48]).binding
+    assert binding.needs == {"reference", "sae"}
+    with pytest.raises(UserError, match=r"term\.own\.latents: 48 is no feature of the SAE, which has 48"):
+        binding.with_sae(sae)
+    with pytest.raises(UserError, match=r"term\.own\.latents"):
+        term(DPOTrainer, pull, latents=[-1])
+
+
+def test_a_records_weight_counts_for_its_sequences_and_their_tokens():
+    batch = collate(pairs(2))
+    ones = torch.ones(len(batch.target))
+    assert torch.equal(batch.weighted(ones), ones)
+    batch.weights = [0.5, 2.0]
+    assert batch.weighted(torch.ones(2)).tolist() == [0.5, 2]
+    assert batch.weighted(torch.ones(4)).tolist() == [0.5, 2, 0.5, 2]
+    by_token = [weight for length, weight in zip(batch.lengths, [0.5, 2, 0.5, 2]) for _ in range(length)]
+    assert batch.weighted(ones).tolist() == by_token
+    assert trainers.tokens_in(collate(pairs(2))) == len(ones)

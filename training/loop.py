@@ -40,7 +40,7 @@ from training.metrics import (
     evaluation_table,
     of_data_set,
 )
-from training.quantities import OF_TOKENS, QUANTITIES, Binding, LossContext
+from training.quantities import OF_TOKENS, Binding, LossContext
 from training.reference import Reference, ReferenceCache
 from training.settings import TrainingSettings
 from training.throughput import Flops, ThroughputMeter
@@ -216,9 +216,13 @@ class BasicTrainer:
         """The values [N] of all completion tokens, or those of the tokens of one side (`token_sides`)."""
         return values
 
-    def weight(self, batch: Batch) -> int:
-        """What a batch counts for in the mean over the optimiser step: its number of records."""
-        return len(batch.index)
+    def weight(self, batch: Batch) -> float:
+        """What a batch counts for in the mean of the loss over the optimiser step: its records."""
+        return self.records(batch)
+
+    def records(self, batch: Batch) -> float:
+        """The records of a batch, each by its weight."""
+        return len(batch.index) if batch.weights is None else sum(batch.weights)
 
     def score(self, batch: Batch, reference: Reference | None) -> tuple[Batch, Any]:
         """The batch on the device, with what the reference says of it, and what the policy says."""
@@ -276,26 +280,31 @@ class BasicTrainer:
     def evaluated(cls, binding: Binding) -> list[str]:
         """The names of the metrics that an evaluation has."""
         drift = [*(f"feature_drift_eval/{side}" for side in cls.sides if side), "sae_eval/left_out"]
-        return ["loss/eval", *(drift if "feature_drift" in binding.options else ())]
+        terms = [f"term_eval/{term.name}" for term in binding.terms]
+        return ["loss/eval", *(drift if "feature_drift" in binding.options else ()), *terms]
 
-    def compute_loss(self, batch: Batch, split: str, means: MetricAccumulator) -> Tensor:
-        """Losses of a batch, one for each record; their sum over the step, divided by its weight, is minimised."""
+    def compute_loss(self, batch: Batch, split: str, means: MetricAccumulator, per_record: float = 1.0) -> Tensor:
+        """The losses of a batch and its terms; their sum over the step, divided by the step's weight, is minimised.
+
+        `per_record` is what a record counts for in the step's weight on average: the mean of a loss may be one over
+        tokens, that of a term is one over records.
+        """
         batch, scores = self.score(batch, self.references.get(split))
-        evidence = LossContext(batch, scores, self.sae, self.kl, self.mean_reward, self.value_head)
-        options = self.binding.options
-        names = dict.fromkeys(i.quantity for i in self.binding.inputs)
-        quantities = {name: QUANTITIES[name](evidence, **options[name]) for name in names}
-        inputs = {
-            i.parameter: (self.side_of_tokens if i.quantity in OF_TOKENS else self.side)(
-                quantities[i.quantity], i.side, batch
-            )
-            for i in self.binding.inputs
-        }
-        result = self.loss(**inputs, **options["loss"])
+        context = LossContext(batch, scores, self.sae, self.kl, self.mean_reward, self.value_head)
+        quantities = self.binding.compute(context)
+        result = self.loss(**self.inputs(self.binding, quantities, batch), **self.binding.options["loss"])
         losses, *rewards = result if isinstance(result, tuple) else (result,)
-        if losses.ndim == 0:  # a custom loss may give the mean of its batch
-            losses = losses.expand(self.weight(batch))
+        # A custom loss may give the mean of its batch.
+        losses = batch.weighted(losses) if losses.ndim else losses.expand(1) * self.weight(batch)
         means.add(f"loss/{split}", losses, self.weight(batch))
+        added = []
+        for term in self.binding.terms:
+            inputs = self.inputs(term.binding, term.binding.compute(context), batch)
+            values = term.function(**inputs, **term.binding.options["loss"])
+            records = self.records(batch)
+            values = batch.weighted(values) if values.ndim else values.expand(1) * records
+            means.add(f"term_{split}/{term.name}", values, records)
+            added.append(term.weight * per_record * values)
         self.report(means, split, batch, scores, rewards)
         if "feature_drift" in quantities:
             assert self.sae is not None
@@ -303,7 +312,15 @@ class BasicTrainer:
             means.add(f"sae_{split}/left_out", torch.cat(sinks))
             for side in filter(None, self.sides):
                 means.add(f"feature_drift_{split}/{side}", self.side(quantities["feature_drift"], side, batch))
-        return losses
+        return torch.cat([losses, *added])
+
+    def inputs(self, binding: Binding, quantities: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The positional arguments of a loss or a term, by name."""
+        found = {}
+        for i in binding.inputs:
+            part = self.side_of_tokens if i.quantity in OF_TOKENS else self.side
+            found[i.parameter] = part(quantities[i.quantity], i.side, batch)
+        return found
 
     def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         """Add what this shape of data logs, beside the loss."""
@@ -458,11 +475,11 @@ class BasicTrainer:
 
     def update(self, step: int, micro_batches: list[Batch], means: MetricAccumulator) -> None:
         """One update of the weights. The host does not wait for its outcome, which `check_updates` reads."""
-        own = sum(self.weight(batch) for batch in micro_batches)
-        total = int(parallel.sum_over_ranks(torch.tensor(own)))
+        own = [[self.weight(batch), self.records(batch)] for batch in micro_batches]
+        total, records = parallel.sum_over_ranks(torch.tensor(own, dtype=torch.float64).sum(0)).tolist()
         losses = []
         for batch in micro_batches:
-            losses.append(self.compute_loss(batch, "train", means))
+            losses.append(self.compute_loss(batch, "train", means, total / records))
             (losses[-1].sum() * parallel.world_size() / total).backward()  # gradients are averaged over the ranks
         self.average_replicated()
         norm = self.clip_gradients()

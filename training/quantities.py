@@ -9,21 +9,24 @@ A quantity is one value for each sequence, [S], or, where it says so, for each c
 pairs each is asked for once for the chosen and once for the rejected completions, [B] each, or those of their tokens:
 `policy_logps` as `policy_chosen_logps` and `policy_rejected_logps`, `feature_drift` as `chosen_feature_drift`, and so
 on. Short names work too: `chosen_logps` is `policy_chosen_logps`, `ref_chosen_logps` is `reference_chosen_logps`.
+
+A term that is added to a loss is such a function too. It may also ask for the values of all sequences of pairs.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from pydantic import create_model
 from torch import Tensor, nn
 
 import sae as saes
 from data.batch import Batch, sum_by_sequence
-from training.settings import LossSettings
-from utils import SIDES, Count, Settings, UserError, checked, suggest
+from training.settings import LossSettings, TermSettings
+from utils import SIDES, Count, Natural, Settings, UserError, checked, suggest
 
 
 @dataclass
@@ -78,14 +81,28 @@ def feature_drift(e: LossContext, *, divergence: str, k: Count, feature_weights:
     )
 
 
+def policy_features(e: LossContext, *, latents: list[Natural]) -> Tensor:
+    """Pooled activations of the SAE's features `latents` in the completion, [S, K], with gradient."""
+    assert e.sae is not None and e.policy.residual is not None
+    wanted = torch.tensor(latents).expand(e.batch.num_sequences, -1)
+    return saes.selected_features(e.sae, e.policy.residual, e.batch.content_lengths, wanted)
+
+
+def reference_features(e: LossContext, *, latents: list[Natural]) -> Tensor:
+    """The same under the reference."""
+    return e.batch.reference["features"][:, latents]
+
+
 def position_kl(e: LossContext) -> Tensor:
     """Sum over the completion's tokens of KL(reference || policy) of the next token (TDPO, 2404.11999)."""
     return sum_by_sequence(e.policy.token_kl, e.batch.sequence, e.batch.num_sequences)
 
 
 def desirable(e: LossContext) -> Tensor:
-    """Whether the completion is labelled as desirable (bool); for unpaired data."""
-    return e.batch.record["desirable"]
+    """Whether the completion is one to learn (bool): labelled as desirable, chosen of a pair, or a demonstration."""
+    if "desirable" in e.batch.record:
+        return e.batch.record["desirable"]
+    return torch.arange(e.batch.num_sequences, device=e.batch.target.device) < len(e.batch.index)
 
 
 def kl(e: LossContext) -> Tensor:
@@ -153,6 +170,8 @@ QUANTITIES: dict[str, Callable[..., Tensor]] = {
         reference_mean_logps,
         lengths,
         feature_drift,
+        policy_features,
+        reference_features,
         position_kl,
         desirable,
         kl,
@@ -179,6 +198,8 @@ NEEDS = {  # what has to be there before the first step, for those that take mor
     "reference_logps": {"reference"},
     "reference_mean_logps": {"reference"},
     "feature_drift": {"reference", "sae"},
+    "policy_features": {"sae"},
+    "reference_features": {"reference", "sae"},
     "position_kl": {"live_reference"},
     "kl": {"reference", "kl"},
     "on_policy_weight": {"log_squares"},
@@ -197,15 +218,44 @@ class Input:
 
 @dataclass(frozen=True)
 class Binding:
-    """A loss matched with its configuration."""
+    """A loss, or a term, matched with its configuration."""
 
+    where: str  # the section of the configuration
     inputs: tuple[Input, ...]
     options: dict[str, dict[str, Any]]  # hyper-parameters of `__init__`, `loss`, the loader and each quantity
     needs: frozenset[str]  # of "reference", "live_reference", "sae", "kl", "log_squares"
+    terms: tuple["Term", ...] = ()  # that are added to the loss
 
-    def with_options(self, reader: str, options: dict[str, Any]) -> "Binding":
-        """The same binding, with other options for one of their readers."""
-        return replace(self, options={**self.options, reader: options})
+    def parts(self) -> list["Binding"]:
+        """The loss's own binding, and those of its terms."""
+        return [self, *(term.binding for term in self.terms)]
+
+    def with_sae(self, sae: saes.SAE) -> "Binding":
+        """The same binding, with what is said of an SAE's features checked, and feature weights read into tensors.
+        Raises UserError for what does not fit the SAE."""
+        options = dict(self.options)
+        if "feature_drift" in options:
+            options["feature_drift"] = saes.drift_options(sae, self.where, **options["feature_drift"])
+        for quantity in {"policy_features", "reference_features"} & options.keys():
+            beyond = [latent for latent in options[quantity]["latents"] if latent >= sae.d_sae]
+            if beyond:
+                raise UserError(f"{self.where}.latents: {beyond[0]} is no feature of the SAE, which has {sae.d_sae:,}")
+        terms = tuple(replace(term, binding=term.binding.with_sae(sae)) for term in self.terms)
+        return replace(self, options=options, terms=terms)
+
+    def compute(self, context: LossContext) -> dict[str, Tensor]:
+        """The quantities that the parameters name, each once."""
+        return {i.quantity: QUANTITIES[i.quantity](context, **self.options[i.quantity]) for i in self.inputs}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A function that is added to a loss: it gives a value for each record, or each sequence, or their mean."""
+
+    name: str
+    function: Callable[..., Tensor]
+    weight: float
+    binding: Binding
 
 
 def parse_parameter(parameter: str) -> Input | None:
@@ -225,17 +275,25 @@ def keyword_only(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def may_have(trainer: Any, quantity: str, side: str | None) -> bool:
-    """Whether the losses of a trainer may ask for a quantity of that side."""
-    return side in (trainer.token_sides if quantity in OF_TOKENS else trainer.sides)
+def sides_of(trainer: Any, quantity: str) -> tuple[str | None, ...]:
+    """Of which sides the losses of a trainer may ask for a quantity."""
+    return trainer.token_sides if quantity in OF_TOKENS else trainer.sides
 
 
-def known_parameters(trainer: Any) -> list[str]:
+def sides_in_term(trainer: Any, quantity: str) -> tuple[str | None, ...]:
+    """The same of terms, which may ask for the values of all sequences of pairs too."""
+    return tuple(dict.fromkeys([None, *sides_of(trainer, quantity)]))
+
+
+SidesOf = Callable[[Any, str], tuple[str | None, ...]]
+
+
+def known_parameters(trainer: Any, sides: SidesOf = sides_of) -> list[str]:
     """Every full name that a loss may ask for."""
     names = []
-    for side in trainer.sides:
+    for side in dict.fromkeys(side for quantity in QUANTITIES for side in sides(trainer, quantity)):
         for quantity in QUANTITIES:
-            if not may_have(trainer, quantity, side):
+            if side not in sides(trainer, quantity):
                 continue
             owner, _, rest = quantity.partition("_")
             owned = owner in ("policy", "reference")
@@ -243,39 +301,64 @@ def known_parameters(trainer: Any) -> list[str]:
     return names
 
 
-def bind(trainer: type, loader: Callable[..., Any], settings: LossSettings) -> Binding:
+def bind(trainer: Any, loader: Callable[..., Any], settings: LossSettings) -> Binding:
     """Match a trainer's signature with the keys of `config.loss`.
 
     Raises UserError naming everything that does not fit: a parameter that is no quantity; a hyper-parameter that has
     no value, or one that its annotation does not allow; a key that nothing reads.
     """
-    name, problems, inputs = trainer.__name__, [], []
-    loss = inspect.signature(trainer.loss)  # type: ignore[attr-defined]
-    for parameter in list(loss.parameters.values())[1:]:
+    parameters = list(inspect.signature(trainer.loss).parameters.values())[1:]
+    readers = {"init": trainer.__init__, "loss": trainer.loss, "loader": loader}
+    return match(trainer, f"{trainer.__name__}.loss", parameters, readers, settings.hyperparameters, "loss", sides_of)
+
+
+def bind_term(trainer: Any, name: str, function: Callable[..., Tensor], settings: TermSettings) -> Term:
+    """The same for a term, beside the losses of a trainer. Raises UserError, also where it trains no language model."""
+    where = f"term.{name}"
+    if trainer.is_reward or not trainer.can_plan:
+        raise UserError(f"{where}: {trainer.__name__} trains no language model, which is what a term is added to")
+    parameters, readers = list(inspect.signature(function).parameters.values()), {"loss": function}
+    asking = f"{function.__name__} of {where}"
+    binding = match(trainer, asking, parameters, readers, settings.hyperparameters, where, sides_in_term)
+    return Term(name, function, settings.weight, binding)
+
+
+def match(
+    trainer: Any,
+    asking: str,
+    parameters: Sequence[inspect.Parameter],
+    readers: dict[str, Callable[..., Any]],
+    values: dict[str, Any],
+    where: str,
+    sides: SidesOf,
+) -> Binding:
+    """Match positional parameters with quantities, and the keyword-only ones of all readers with `values`."""
+    problems, inputs = [], []
+    for parameter in parameters:
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
             continue
         found = parse_parameter(parameter.name)
-        if found is None or not may_have(trainer, found.quantity, found.side):
-            known = known_parameters(trainer)
+        if found is None or found.side not in sides(trainer, found.quantity):
+            known = known_parameters(trainer, sides)
             hint = suggest(parameter.name, known)
-            problems.append(f"{name}.loss asks for {parameter.name!r}{hint}; it can have {', '.join(known)}")
+            problems.append(f"{asking} asks for {parameter.name!r}{hint}; it can have {', '.join(known)}")
         else:
             inputs.append(found)
 
     quantities = dict.fromkeys(i.quantity for i in inputs)
-    readers = {"init": trainer.__init__, "loss": trainer.loss, "loader": loader}  # type: ignore[attr-defined, misc]
     readers |= {quantity: QUANTITIES[quantity] for quantity in quantities}
     wanted = {reader: keyword_only(function) for reader, function in readers.items()}
-    values = settings.hyperparameters
+    owner = asking.removesuffix(".loss")
     try:
-        checked(hyperparameters(name, tuple(readers.values())), values, "loss")
+        checked(hyperparameters(owner, tuple(readers.values())), values, where)
     except UserError as error:
         takes = ", ".join(sorted({key for parameters in wanted.values() for key in parameters})) or "none"
         unread = "is read by nothing" in str(error)
-        problems.append(f"{error}\nhyper-parameters of {name}: {takes}" if unread else str(error))
+        problems.append(f"{error}\nhyper-parameters of {owner}: {takes}" if unread else str(error))
     if problems:
         raise UserError("\n".join(problems))
     return Binding(
+        where=where,
         inputs=tuple(inputs),
         options={reader: {k: values[k] for k in parameters if k in values} for reader, parameters in wanted.items()},
         needs=frozenset().union(*(NEEDS.get(quantity, set()) for quantity in quantities)),

@@ -69,11 +69,21 @@ class ReferenceCache:
             "token_logps": torch.tensor(np.concatenate([none, *rows["token_logps"]])),
         }
         if self.d_sae is not None:
-            features = torch.zeros(len(places), self.d_sae)
-            for row, latents, activations in zip(features, rows["latents"], rows["activations"]):
-                row[torch.tensor(latents, dtype=torch.long)] = torch.tensor(activations, dtype=torch.float32)
-            batch.reference["features"] = features
+            batch.reference["features"] = dense(rows, self.d_sae)
         return batch
+
+    def features(self, keys: Sequence[Any], completion: int) -> Tensor:
+        """The pooled features [R, F] of one completion of some records."""
+        assert self.d_sae is not None
+        return dense(self.rows[[self.place[key] * self.completions + completion for key in keys]], self.d_sae)
+
+
+def dense(rows: dict[str, Any], d_sae: int) -> Tensor:
+    """The pooled features [R, F] of some rows of the cache."""
+    features = torch.zeros(len(rows["latents"]), d_sae)
+    for row, latents, activations in zip(features, rows["latents"], rows["activations"]):
+        row[torch.tensor(latents, dtype=torch.long)] = torch.tensor(activations, dtype=torch.float32)
+    return features
 
 
 class LiveReference:

@@ -25,6 +25,20 @@ class LossSettings(Settings):
         return dict(self.model_extra or {})
 
 
+class TermSettings(Settings):
+    """`term.<name>` of the configuration: something that is added to the loss, and its hyper-parameters."""
+
+    model_config = STRICT | ConfigDict(extra="allow")
+
+    function: str
+    weight: NonNegative
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The keys that belong to the function and its quantities."""
+        return dict(self.model_extra or {})
+
+
 class WandbSettings(Settings):
     """`wandb` of the configuration."""
 
@@ -60,3 +74,4 @@ class TrainingSettings(DataSettings):
     wandb: WandbSettings
     model: ModelSettings
     loss: LossSettings
+    term: dict[str, TermSettings]

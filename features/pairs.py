@@ -1,0 +1,454 @@
+"""What preference data would teach, read before training: `eval.py --config-path=... ++mode=features ++data=[PAIRS]`.
+
+The model that training starts from reads both completions of every pair, and an SAE says how active each feature is in
+them, on average over the text tokens. Of each feature the difference x, chosen less rejected, is summed up over the
+pairs: `data_features.parquet` has a row for each feature, `report.html` shows those that speak loudest, with the pairs
+that say it. `++score_by=` writes the pairs again, with a score of each.
+
+What the reference cache of loss=fpo holds is all that is needed, so where it is there, the model reads only the pairs
+that the page shows. Shape letters: n pairs, F features, Q = F + 1 quantities, the last of which is the length.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from data import tokenise
+from data.batch import batches_by_length
+from dataloader import DataLoader, short_names
+from distributed import parallel
+from features.measure import decode, described_parts, pieces
+from features.probe import half_of, texts_of
+from features.report import digits
+from launch import assembly, settings
+from launch.settings import Config
+from models import read_residual
+from sae import attention_sinks
+from training.loop import Subject
+from training.reference import ReferenceCache
+from utils import UserError, atomic_write, console, html_page, progress_bar, write_json_lines
+
+AT_ONCE = 256  # pairs whose differences [n, Q] are in memory together, but for a prompt that has more
+SHOWN = 8  # features that the chosen completions have most more of, and as many of the rejected ones', with
+EXAMPLES = 3  # pairs of each, of which
+BEFORE, AFTER = 16, 24  # tokens around the strongest one are shown
+LINES_SHOWN = 10  # of the table on the terminal
+
+
+# ----------------------------------------------------------------------------------------------------- the figures
+
+
+class Differences:
+    """Sums over pairs of the differences x [n, Q], and for each quantity the pairs that differ most.
+
+    Pairs of one prompt are not independent, so what a prompt's pairs add up to counts for the standard error.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.pairs, self.prompts, self.squared_sizes = 0, 0, 0.0  # the last: over prompts, of their numbers of pairs
+        self.half_pairs = torch.zeros(2, 1, dtype=torch.float64)
+        names = ("x", "squares", "prompt_squares", "by_size", "chosen", "rejected", "more", "less")
+        self.sums = {name: torch.zeros(width, dtype=torch.float64) for name in names}
+        self.halves = torch.zeros(2, width, dtype=torch.float64)
+        self.most = torch.full((2 * EXAMPLES, width), -torch.inf)
+        self.most[EXAMPLES:] = torch.inf  # the smallest
+        self.keys = torch.full(self.most.shape, -1)
+
+    def add(self, chosen: Tensor, rejected: Tensor, keys: Sequence[int], prompt: Tensor, half: Tensor) -> None:
+        """Pairs [n, Q] each, known by `keys`, all those of some prompts: `prompt` [n] numbers these from 0, `half` [n]
+        says which half of the prompts each belongs to."""
+        x = (chosen - rejected).double()
+        sizes = prompt.bincount().double()
+        of_prompts = torch.zeros(len(sizes), x.shape[1], dtype=torch.float64).index_add_(0, prompt, x)
+        self.pairs, self.prompts = self.pairs + len(x), self.prompts + len(sizes)
+        self.squared_sizes += float(sizes.square().sum())
+        added = {
+            "x": x.sum(0),
+            "squares": x.square().sum(0),
+            "prompt_squares": of_prompts.square().sum(0),
+            "by_size": sizes @ of_prompts,
+            "chosen": chosen.double().sum(0),
+            "rejected": rejected.double().sum(0),
+            "more": (x > 0).double().sum(0),
+            "less": (x < 0).double().sum(0),
+        }
+        for name, values in added.items():
+            self.sums[name] += values
+        self.halves.index_add_(0, half, x)
+        self.half_pairs.index_add_(0, half, torch.ones(len(x), 1, dtype=torch.float64))
+        for rows, sign in ((slice(0, EXAMPLES), 1), (slice(EXAMPLES, None), -1)):
+            together = torch.cat([sign * self.most[rows], sign * x.float()])
+            known = torch.cat([self.keys[rows], torch.tensor(keys)[:, None].expand(-1, x.shape[1])])
+            best = together.topk(EXAMPLES, dim=0)
+            self.most[rows], self.keys[rows] = sign * best.values, known.gather(0, best.indices)
+
+    def over_ranks(self) -> None:
+        """Add up the sums of all ranks. The pairs that differ most stay with the rank that read them."""
+        counts = torch.tensor([self.pairs, self.prompts, self.squared_sizes], dtype=torch.float64)
+        self.pairs, self.prompts, self.squared_sizes = parallel.sum_over_ranks(counts).tolist()
+        self.sums = {name: parallel.sum_over_ranks(values) for name, values in self.sums.items()}
+        self.halves, self.half_pairs = map(parallel.sum_over_ranks, (self.halves, self.half_pairs))
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """A column [Q] for each figure.
+
+        delta: the mean of x. d: delta over the standard deviation of x. z: delta over its standard error, clustered by
+        prompt. delta_first, delta_second: delta on either half of the prompts. more, less: the share of pairs whose
+        chosen, or rejected, completion has more.
+        """
+        n, sums = self.pairs, self.sums
+        delta = sums["x"] / n
+        deviation = ((sums["squares"] - n * delta.square()).clamp(min=0) / (n - 1)).sqrt()
+        clustered = sums["prompt_squares"] - 2 * delta * sums["by_size"] + delta.square() * self.squared_sizes
+        error = (clustered.clamp(min=0) * self.prompts / (self.prompts - 1)).sqrt() / n
+        first, second = self.halves / self.half_pairs.clamp(min=1)
+        columns = {
+            "chosen_mean": sums["chosen"] / n,
+            "rejected_mean": sums["rejected"] / n,
+            "delta": delta,
+            "d": torch.where(delta == 0, 0.0, delta / deviation),
+            "z": torch.where(delta == 0, 0.0, delta / error),
+            "delta_first": first,
+            "delta_second": second,
+            "more": sums["more"] / n,
+            "less": sums["less"] / n,
+        }
+        return {name: values.numpy() for name, values in columns.items()}
+
+
+def groups(prompts: Sequence[str]) -> Iterator[list[int]]:
+    """The places of all pairs of some prompts, in groups of AT_ONCE pairs or of one prompt."""
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    group: list[int] = []
+    for number, place in enumerate(order):
+        group.append(place)
+        ends = number + 1 == len(order) or prompts[order[number + 1]] != prompts[place]
+        if ends and (len(group) >= AT_ONCE or number + 1 == len(order)):
+            yield group
+            group = []
+
+
+def differences(loader: DataLoader, cache: ReferenceCache) -> Differences:
+    """Of all pairs of the loader, over all ranks. Raises UserError where there are too few to say anything of."""
+    keys = loader.used()
+    prompts = loader.rows.select_columns("messages")[keys]["messages"]
+    if len(set(prompts)) < 2:
+        raise UserError(f"data: pairs of {len(set(prompts))} prompt, but what is by chance shows only over several")
+    found = Differences((cache.d_sae or 0) + 1)
+    with progress_bar("pairs", len(keys), 0) as advance:
+        done = 0
+        for number, places in enumerate(groups(prompts)):
+            done += len(places)
+            if number % parallel.world_size() == parallel.rank():
+                own = [keys[place] for place in places]
+                chosen, rejected = (
+                    torch.cat([cache.features(own, side), lengths_of(loader, own, side)], 1) for side in (0, 1)
+                )
+                names = {text: n for n, text in enumerate(dict.fromkeys(prompts[place] for place in places))}
+                prompt = torch.tensor([names[prompts[place]] for place in places])
+                half = torch.tensor([half_of(prompts[place]) for place in places])
+                found.add(chosen, rejected, own, prompt, half)
+            advance(done, None)
+    found.over_ranks()
+    return found
+
+
+def lengths_of(loader: DataLoader, keys: list[int], side: int) -> Tensor:
+    """The tokens [n, 1] of one side's completions."""
+    return torch.tensor([[float(completions[side])] for _, completions in loader.shapes(keys)])
+
+
+# ----------------------------------------------------------------------------------------------------- the pairs
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """The part of a completion where a feature is strongest, with its activation at each token."""
+
+    tokens: list[str]
+    values: list[float]
+    starts: bool  # with the completion's first token
+    ends: bool  # with its last
+
+
+@dataclass(frozen=True)
+class Example:
+    """A pair that a feature tells apart."""
+
+    prompt: str  # its end
+    difference: float
+    source: str
+    sides: list[Excerpt]  # chosen, rejected
+
+
+def strongest_pairs(found: Differences, features: Sequence[int]) -> dict[int, list[tuple[float, int]]]:
+    """The pairs (difference, key), over all ranks, that differ most in the direction of each feature's delta."""
+    own = {}
+    for feature in features:
+        rows = slice(0, EXAMPLES) if found.sums["x"][feature] > 0 else slice(EXAMPLES, None)
+        pairs = zip(found.most[rows, feature].tolist(), found.keys[rows, feature].tolist())
+        own[feature] = [(value, key) for value, key in pairs if key >= 0 and value]
+    everywhere = parallel.gather_objects(own)
+    joined = {feature: [pair for part in everywhere for pair in part[feature]] for feature in features}
+    return {feature: sorted(pairs, key=lambda pair: -abs(pair[0]))[:EXAMPLES] for feature, pairs in joined.items()}
+
+
+@torch.no_grad()
+def read_pairs(subject: Subject, what: str, keys: Sequence[int]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Of this rank's share of some pairs, the vectors [M, D] that the SAE reads at the text tokens of either
+    completion. For all ranks to call, with the same pairs."""
+    loader, tap, world = subject.loaders["train"], subject.tap, parallel.world_size()
+    assert tap is not None
+    lengths = [prompt + sum(completions) for prompt, completions in loader.shapes(list(keys))] if keys else []
+    batches = batches_by_length(lengths, max(1, loader.batch_size // world))
+    with progress_bar(what, len(batches), 0) as advance:
+        for first in range(0, len(batches), world):
+            # A rank without a batch of its own reads one all the same: a split model runs on all ranks or on none.
+            places = [*batches[first : first + world], *[batches[first]] * world][parallel.rank()]
+            own = [keys[place] for place in places]
+            batch = loader.batch(own).to(parallel.device())
+            residual = read_residual(subject.policy, batch, tap).split(batch.content_lengths)
+            if first + parallel.rank() < len(batches):
+                yield from ((key, [residual[n], residual[len(own) + n]]) for n, key in enumerate(own))
+            advance(min(first + world, len(batches)), None)
+
+
+def joined(own: dict[Any, Any]) -> dict[Any, Any]:
+    """What all ranks have, each of other keys."""
+    return {key: value for part in parallel.gather_objects(own) for key, value in part.items()}
+
+
+def examples(subject: Subject, pairs: dict[int, list[tuple[float, int]]]) -> dict[int, list[Example]]:
+    """The pairs of each feature, read token by token."""
+    keys = sorted({key for own in pairs.values() for _, key in own})
+    by_key = {key: [f for f, own in pairs.items() if key in [k for _, k in own]] for key in keys}
+    shown: dict[tuple[int, int], list[Excerpt]] = {}
+    loader, sae = subject.loaders["train"], subject.sae
+    assert sae is not None
+    for key, sides in read_pairs(subject, "the pairs to show", keys):
+        latents = torch.tensor(by_key[key], device=parallel.device())
+        active = [sae.encode_latents(x, latents).cpu() for x in sides]
+        contents = [[t for t in ids if t != loader.eos_id] for ids in loader.values[key]["completion_ids"]]
+        for column, feature in enumerate(by_key[key]):
+            shown[feature, key] = [
+                excerpt(subject, ids, values[:, column]) for ids, values in zip(contents, active, strict=True)
+            ]
+    shown = joined(shown)
+    found = {}
+    for feature, own in pairs.items():
+        found[feature] = [
+            Example(prompt_end(subject, key), x, loader.rows[key]["source"], shown[feature, key]) for x, key in own
+        ]
+    return found
+
+
+def excerpt(subject: Subject, ids: list[int], values: Tensor) -> Excerpt:
+    at = int(values.argmax()) if len(values) else 0
+    start, end = max(0, at - BEFORE), min(len(ids), at + AFTER + 1)
+    shown = [digits(value) for value in values[start:end].tolist()]
+    return Excerpt(pieces(subject.tokenizer, ids, start, end), shown, start == 0, end == len(ids))
+
+
+def prompt_end(subject: Subject, key: int) -> str:
+    ids = subject.loaders["train"].values[key]["prompt_ids"]
+    return decode(subject.tokenizer, ids[-2 * BEFORE :], skip_special_tokens=True)
+
+
+# ----------------------------------------------------------------------------------------------------- all of it
+
+
+def write_data_features(config: Config) -> Path:
+    """Read the pairs of `data`, and write `data_features.parquet`, `report.html` and, with `score_by` or a
+    probe, `pairs.jsonl`. Gives the folder.
+
+    Raises UserError, before a weight is read, for data without pairs and for an SAE that does not fit.
+    """
+    named = config.data or []
+    config = config.model_copy(update={"datasets": named})
+    classes = settings.classes_of_loss("fpo")  # so that its reference cache is used
+    paths = settings.find_required_paths(config)
+    reading = assembly.read_saes(config, paths)
+    require_features(config.score_by, reading.sae.d_sae)
+    data = assembly.load_data(config, classes, paths, splits=["train"])
+    subject = assembly.load_subject(config, classes, data, reading)
+    cached = assembly.make_references(config, classes.binding, paths, data.tokens, subject, reading, ["train"])
+    cache, loader = cached["train"], data.loaders["train"]
+    assert isinstance(cache, ReferenceCache)
+
+    found = differences(loader, cache)
+    columns = found.figures()
+    parts = described_parts(config, paths, reading.sae)
+    order = np.argsort(-columns["z"][:-1], kind="stable").tolist()
+    up = [f for f in order[:SHOWN] if columns["delta"][f] > 0]
+    down = [f for f in order[: -SHOWN - 1 : -1] if columns["delta"][f] < 0]
+    shown = examples(subject, strongest_pairs(found, up + down))
+    scores = None
+    if config.probe is not None:
+        scores = scores_by_behaviour(config, subject)
+    elif config.score_by is not None:
+        scores = scores_by_features(config.score_by, loader, cache)
+
+    name = "+".join(short_names(named).values())
+    folder = Path(config.cache_dir) / config.exp_name / "data_features" / name
+    if parallel.rank() == 0:
+        labels = [str(n) if len(parts) == 1 else f"{part.name} {n}" for part in parts for n in range(part.d_sae)]
+        addresses = [part.address and f"{part.address}/{n}" for part in parts for n in range(part.d_sae)]
+        about = {
+            "model": config.model.name,
+            "data": named,
+            "pairs": int(found.pairs),
+            "prompts": int(found.prompts),
+            "sae": [asdict(part) for part in parts],
+        }
+        with atomic_write(folder) as part:
+            part.mkdir(parents=True)
+            saes = [own.name for own in parts for _ in range(own.d_sae)]
+            pq.write_table(table(columns, saes, about), part / "data_features.parquet")
+            (part / "report.html").write_text(page(columns, labels, addresses, shown, up, down, about))
+            if scores is not None:
+                with (part / "pairs.jsonl").open("wb") as file:
+                    write_json_lines(file, *scored_rows(loader, scores))
+            if folder.exists():
+                folder.rename(part.with_name("replaced"))
+        show(columns, labels, up, down)
+        files = "report.html, data_features.parquet" + (", pairs.jsonl" if scores is not None else "")
+        console.print(f"written to {folder}: {files}", markup=False)
+    return folder
+
+
+def require_features(wanted: list[int] | None, d_sae: int) -> None:
+    """Raises UserError where the SAE lacks one of these features."""
+    beyond = [feature for feature in wanted or [] if feature >= d_sae]
+    if beyond:
+        raise UserError(f"score_by: {beyond[0]} is no feature of the SAE, which has {d_sae:,}")
+
+
+def scores_by_features(features: list[int], loader: DataLoader, cache: ReferenceCache) -> dict[int, float]:
+    """Of each pair, by how much more active the features are, added up, in the chosen completion."""
+    keys = loader.used()
+    scores: dict[int, float] = {}
+    for start in range(0, len(keys), AT_ONCE):
+        own = keys[start : start + AT_ONCE]
+        chosen, rejected = (cache.features(own, side)[:, features].sum(1) for side in (0, 1))
+        scores |= dict(zip(own, (chosen - rejected).tolist()))
+    return scores
+
+
+def scores_by_behaviour(config: Config, subject: Subject) -> dict[int, float]:
+    """Of each pair, the cosine of v_pair and v_behaviour (2602.11079): of the mean vector of the chosen completion's
+    text tokens less that of the rejected one's, and of the probe's first kind of text less its second."""
+    _, kinds = texts_of(config)
+    limits = {"max_length": config.model.max_length, "max_prompt_length": config.model.max_prompt_length}
+    template = tokenise.make_template(config, subject.tokenizer)
+    means = []
+    for records in kinds.values():
+        rows, _ = tokenise.tokenise(records, subject.tokenizer, template, **limits)
+        means.append(torch.stack(list(mean_vectors(subject, list(rows)))).mean(0))
+    behaviour = means[0] - means[1]
+    scores = {}
+    for key, sides in read_pairs(subject, "the pairs' vectors", subject.loaders["train"].used()):
+        chosen, rejected = map(mean_vector, sides)
+        scores[key] = float(torch.cosine_similarity(chosen - rejected, behaviour, dim=0))
+    return joined(scores)
+
+
+@torch.no_grad()
+def mean_vectors(subject: Subject, rows: list[dict[str, Any]]) -> Iterator[Tensor]:
+    """The mean vector [D] of each row's completion, read on every rank."""
+    loader, tap = subject.loaders["train"], subject.tap
+    assert tap is not None
+    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in rows]
+    for places in batches_by_length(lengths, max(1, loader.batch_size)):
+        own = [rows[place] for place in places]
+        prompts, completions = [row["prompt_ids"] for row in own], [row["completion_ids"] for row in own]
+        batch = loader.collate(prompts, completions, places).to(parallel.device())
+        yield from map(mean_vector, read_residual(subject.policy, batch, tap).split(batch.content_lengths))
+
+
+def mean_vector(x: Tensor) -> Tensor:
+    """The mean [D] of vectors [M, D] that are no attention sinks."""
+    kept = x.float()[~attention_sinks(x, [len(x)])]
+    return kept.sum(0) / max(1, len(kept))
+
+
+def scored_rows(loader: DataLoader, scores: dict[int, float]) -> Iterator[dict[str, Any]]:
+    """The pairs, highest score first, as `datasets=` reads them."""
+    for key, score in sorted(scores.items(), key=lambda item: -item[1]):
+        row = loader.rows[key]
+        chosen, rejected = row["completions"]
+        yield {
+            "prompt": json.loads(row["messages"]),
+            "chosen": chosen,
+            "rejected": rejected,
+            "score": score,
+            "source": row["source"],
+        }
+
+
+def table(columns: dict[str, np.ndarray], saes: list[str], about: dict[str, Any]) -> pa.Table:
+    """A row for each feature, in order, and a last one for the length, whose `sae` and `feature` are null."""
+    counts: dict[str, int] = {}
+    numbers = [counts.update({sae: counts.get(sae, -1) + 1}) or counts[sae] for sae in saes]
+    made = pa.table({"sae": [*saes, None], "feature": [*numbers, None], **columns})
+    return made.replace_schema_metadata({"data_features": json.dumps(about)})
+
+
+def show(columns: dict[str, np.ndarray], labels: list[str], up: list[int], down: list[int]) -> None:
+    """The table on the terminal."""
+    shown = Table("feature", "delta", "d", "z", "halves", "chosen has more", "rejected has more")
+    for place in [len(labels), *up[: LINES_SHOWN // 2], *down[: LINES_SHOWN // 2]]:
+        values = {name: float(column[place]) for name, column in columns.items()}
+        shown.add_row(
+            labels[place] if place < len(labels) else "length",
+            *(f"{values[name]:.3g}" for name in ("delta", "d", "z")),
+            f"{values['delta_first']:.3g}, {values['delta_second']:.3g}",
+            *(f"{values[name]:.1%}" for name in ("more", "less")),
+        )
+    console.print(shown)
+
+
+def page(
+    columns: dict[str, np.ndarray],
+    labels: list[str],
+    addresses: list[str | None],
+    shown: dict[int, list[Example]],
+    up: list[int],
+    down: list[int],
+    about: dict[str, Any],
+) -> str:
+    """The page's HTML."""
+
+    def figures(place: int) -> dict[str, float | None]:
+        values = {name: float(column[place]) for name, column in columns.items()}
+        return {name: digits(value) if math.isfinite(value) else None for name, value in values.items()}
+
+    def card(feature: int) -> dict[str, Any]:
+        own = [asdict(example) | {"difference": digits(example.difference)} for example in shown[feature]]
+        return {"name": labels[feature], "address": addresses[feature], **figures(feature), "pairs": own}
+
+    firm = np.sign(columns["delta_first"][:-1]) * np.sign(columns["delta_second"][:-1]) > 0
+    strong = np.abs(columns["z"][:-1]) > 3
+    length = figures(len(labels))
+    data = {"length": length, "up": list(map(card, up)), "down": list(map(card, down))}
+    longer = length["delta"] or 0
+    firm = int((strong & firm).sum())
+    places = {
+        "title": f"What {', '.join(Path(name).name for name in about['data'])} would teach {about['model']}",
+        "finding": f"{firm:,} of {len(labels):,} features differ between chosen and rejected completions by more than "
+        "three standard errors, and with one sign on both halves of the prompts. Chosen completions are "
+        f"{abs(longer):.3g} tokens {'longer' if longer > 0 else 'shorter'}.",
+        "subtitle": f"{about['pairs']:,} pairs of {about['prompts']:,} prompts, read by {about['model']} before "
+        f"training, through {'; '.join(part['path'] for part in about['sae'])}.",
+    }
+    return html_page("features/pairs.html", {name: escape(text) for name, text in places.items()}, data)
