@@ -338,16 +338,23 @@ def compared_latents(policy: Tensor, reference: Tensor, k: int) -> tuple[Tensor,
     """The latents of each sequence that drift compares: I_k = topk(policy) | topk(reference) (FPO, 2411.07618).
 
     Takes pooled features [S, F] of policy and reference. Returns latents [S, 2k] and a mask [S, 2k] that is True once
-    for each member of I_k. A latent that is zero in both is not a member; so with fewer than k active latents the
-    result does not depend on the order of ties among zeros.
+    for each member of I_k. A latent that is zero in both is not a member. Of equal ones at rank k, the lowest are.
     """
     k = min(k, policy.shape[1])
-    from_policy, from_reference = policy.topk(k), reference.topk(k)
-    repeated = (from_reference.indices.unsqueeze(2) == from_policy.indices.unsqueeze(1)) & (
-        from_policy.values > 0
-    ).unsqueeze(1)
-    member = torch.cat([from_policy.values > 0, (from_reference.values > 0) & ~repeated.any(2)], dim=1)
-    return torch.cat([from_policy.indices, from_reference.indices], dim=1), member
+    (of_policy, is_active), (of_reference, was_active) = strongest(policy, k), strongest(reference, k)
+    repeated = (of_reference.unsqueeze(2) == of_policy.unsqueeze(1)) & is_active.unsqueeze(1)
+    member = torch.cat([is_active, was_active & ~repeated.any(2)], dim=1)
+    return torch.cat([of_policy, of_reference], dim=1), member
+
+
+def strongest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of pooled features [S, F]: their latents [S, k], of equal ones those with the lowest numbers, and
+    whether each is active."""
+    lowest_first = torch.arange(features.shape[1] - 1, -1, -1, device=features.device)
+    # The bits of floats that are not negative order them, and leave room for a number that tells equal ones apart.
+    keys = (features.float().clamp(min=0).contiguous().view(torch.int32).long() << 32) | lowest_first
+    latents = keys.topk(k).indices
+    return latents, features.gather(1, latents) > 0
 
 
 def kl_terms(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
@@ -461,12 +468,14 @@ def listed_features(source: Any, d_sae: int, where: str) -> tuple[dict[int, floa
             source = json.loads(resolve_path(source).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"{setting}: cannot read {source} as JSON ({error})") from error
+    if not isinstance(source, list):
+        raise UserError(f"{where}: not a list of {{index: a feature or {OTHER_FEATURES}, weight: a number}}")
     others, listed = 1.0, {}
     for entry in source:
         try:
             weight = float(entry["weight"])
             index = None if entry["index"] == OTHER_FEATURES else int(entry["index"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{where}: {entry!r} is not {{index: a feature or {OTHER_FEATURES}, weight: a number}}"
             ) from error

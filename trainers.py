@@ -435,43 +435,46 @@ class UnpairedPreferenceTrainer(BasicTrainer):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self.mismatched_kl = MismatchedKL(self) if "kl" in self.binding.needs else None
+        self.mismatched = MismatchedMean(self) if "mismatched" in self.binding.needs else None
 
     @classmethod
     def check(cls, config: TrainingSettings, binding: Binding) -> None:
         for key in ("batch_size", "eval_batch_size"):
-            if "kl" in binding.needs and getattr(config.model, key) == 1:
+            if "mismatched" in binding.needs and getattr(config.model, key) == 1:
                 raise UserError(f"model.{key}=1: KTO's z needs the completion of another example, so at least 2")
 
     @classmethod
     def evaluated(cls, binding: Binding) -> list[str]:
         own = [f"{name}_eval/{side}" for name in ("logps", "rewards") for side in ("chosen", "rejected")]
-        return [*super().evaluated(binding), *own, *(["kl/eval"] if "kl" in binding.needs else ())]
+        means = [f"{name}/eval" for name in ("kl", "mismatched_logps") if name in binding.quantities()]
+        return [*super().evaluated(binding), *own, *means]
 
     def side(self, values: Tensor, side: str | None, batch: Batch) -> Tensor:
         return values if side is None else values[batch.record[side]]
 
     def prepare_step(self, split: str, step: int, micro_batches: list[Batch]) -> list[Batch]:
-        if self.mismatched_kl:
-            self.mismatched_kl.prepare(split, step)
+        if self.mismatched:
+            self.mismatched.prepare(split, step)
         return super().prepare_step(split, step, micro_batches)
 
     def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
-        if self.mismatched_kl:
-            self.kl = self.mismatched_kl.estimate(split, step)
+        if self.mismatched:
+            self.mismatched_mean = self.mismatched.estimate(split, step)
 
     def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         for side in ("chosen", "rejected"):
             means.add(f"logps_{split}/{side}", self.side(scores.logps, side, batch))
             for values in rewards:
                 means.add(f"rewards_{split}/{side}", self.side(values, side, batch))
-        if self.kl is not None:
-            means.add(f"kl/{split}", self.kl)
+        for name in ("kl", "mismatched_logps"):
+            if name in self.binding.quantities():
+                context = LossContext(batch, scores, mismatched_mean=self.mismatched_mean)
+                means.add(f"{name}/{split}", QUANTITIES[name](context)[:1])
 
 
-class MismatchedKL:
-    """KTO's z (2402.01306): the mean log-ratio of each prompt with another record's completion, over the optimiser
-    step on all ranks, and at least 0."""
+class MismatchedMean:
+    """A mean over each prompt of an optimiser step, on all ranks, with another record's completion: of the log-ratio,
+    or without a reference of the log-probability per token."""
 
     def __init__(self, trainer: BasicTrainer) -> None:
         self.trainer = trainer
@@ -488,15 +491,15 @@ class MismatchedKL:
 
     @torch.no_grad()
     def estimate(self, split: str, step: int) -> Tensor:
-        """z [], the same on all ranks."""
-        reference = self.trainer.references[f"{split}/mismatched"]
+        """The mean [], the same on all ranks."""
+        reference = self.trainer.references.get(f"{split}/mismatched")
         total = torch.zeros(2, device=self.trainer.device, dtype=torch.float64)
         for batch in self.prepared.pop((split, step), None) or self.batches(split, step):
             batch, scores = self.trainer.score(batch, reference)
-            logratios = scores.logps - batch.reference["logps"]
-            total += torch.stack([logratios.double().sum(), total.new_full((), len(logratios))])
-        logratio, count = parallel.sum_over_ranks(total)
-        return (logratio / count).clamp(min=0).float()
+            values = scores.logps - batch.reference["logps"] if reference else scores.mean_logps
+            total += torch.stack([values.double().sum(), total.new_full((), len(values))])
+        added, count = parallel.sum_over_ranks(total)
+        return (added / count).float()
 
 
 class KTOTrainer(UnpairedPreferenceTrainer):
@@ -546,21 +549,19 @@ class KTOZeroTrainer(UnpairedPreferenceTrainer):
 
 
 class KTOSurprisalTrainer(UnpairedPreferenceTrainer):
-    """KTO without a reference: log-probabilities per token replace log-ratios, as in HALOs.
-
-    Its z, a mean of log-probabilities, is never above 0, so it is 0.
-    """
+    """KTO without a reference: log-probabilities per token replace log-ratios, as in HALOs. So z is a mean of these."""
 
     def loss(
         self,
         policy_mean_logps,
         desirable,
+        mismatched_logps,
         *,
         beta: Positive,
         desirable_weight: NonNegative,
         undesirable_weight: NonNegative,
     ):
-        values = torch.sigmoid(beta * signed(policy_mean_logps, desirable))
+        values = torch.sigmoid(beta * signed(policy_mean_logps - mismatched_logps, desirable))
         return torch.where(desirable, desirable_weight, undesirable_weight) * (1 - values), beta * policy_mean_logps
 
 

@@ -326,7 +326,7 @@ def make_references(
     if not needs & {"reference", "live_reference"}:
         return {}
     records: dict[str, Records] = {split: subject.loaders[split] for split in cached}
-    if "kl" in needs:
+    if "mismatched" in needs:
         records |= {f"{split}/mismatched": dataloader.MismatchedRecords(subject.loaders[split]) for split in cached}
     live = "live_reference" in needs
     weights = models.reference_weights(model)

@@ -60,6 +60,7 @@ CHARTS = {
     "logps": ("Log-probability", "nats a completion"),
     "feature_drift": ("Feature drift", "from the reference"),
     "kl": ("KL to the reference", "nats a completion"),
+    "mismatched_logps": ("Log-probability of mismatched completions", "nats a token"),
     "value_loss": ("Value loss", "half the squared error of the value head"),
     "sae/l0": ("L0", "active latents a token"),
     "sae/fvu": ("FVU", "squared error over the variance"),

@@ -151,7 +151,7 @@ class Server:
             return content
         try:
             return self._read(content)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):
             if isinstance(content, dict) and content.get("error"):  # with status 200, as OpenRouter has it
                 return self._fault(status_in(content["error"]), content)
             return Fault(f"what it sent is no completion: {self.redact(words_of(content))}", True, is_invalid=True)

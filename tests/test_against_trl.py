@@ -223,8 +223,10 @@ def test_loss_and_gradients_equal_trl(tmp_path: Path, moved: Path, loss: str) ->
     other = theirs(kind, ours.loaders["train"], tmp_path, moved, **options)
     assert_same(our_step(ours), their_step(other))
     if loss == "kto":
-        assert ours.kl is not None and ours.kl > 0.1  # so it is not the clamp that makes them equal
-        assert other._metrics["train"]["kl"] == pytest.approx([float(ours.kl)], rel=1e-4)
+        assert (
+            ours.mismatched_mean is not None and ours.mismatched_mean > 0.1
+        )  # so it is not the clamp that makes them equal
+        assert other._metrics["train"]["kl"] == pytest.approx([float(ours.mismatched_mean)], rel=1e-4)
 
 
 def test_dpo_with_nll_equals_trl(tmp_path: Path, moved: Path) -> None:
@@ -493,8 +495,8 @@ def z_of(trainer: BasicTrainer) -> list[float]:
     found = []
     for step, batches in enumerate(trainer.loaders["train"].steps()):
         trainer.before_step("train", step, batches)
-        assert trainer.kl is not None and not trainer.kl.requires_grad
-        found.append(float(trainer.kl))
+        assert trainer.mismatched_mean is not None and not trainer.mismatched_mean.requires_grad
+        found.append(float(trainer.mismatched_mean))
     return found
 
 

@@ -239,8 +239,8 @@ def test_kto_by_hand():
     assert losses.tolist() == pytest.approx([2 * softplus(-0.1), 3 * softplus(-0.4)])
     losses, _ = loss_of(KTOZeroTrainer, *inputs, beta=0.1)
     assert losses.tolist() == pytest.approx([1 - sigmoid(0.2), 1 - sigmoid(0.3)])
-    losses, _ = loss_of(KTOSurprisalTrainer, column(-1, -2), inputs[2], beta=0.1, **weights)
-    assert losses.tolist() == pytest.approx([2 * (1 - sigmoid(-0.1)), 3 * (1 - sigmoid(0.2))])
+    losses, _ = loss_of(KTOSurprisalTrainer, column(-1, -2), inputs[2], -1.5 * z, beta=0.1, **weights)  # 0.5 and -0.5
+    assert losses.tolist() == pytest.approx([2 * (1 - sigmoid(0.05)), 3 * (1 - sigmoid(0.05))])
 
 
 def test_bradley_terry_by_hand():

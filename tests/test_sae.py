@@ -152,6 +152,16 @@ def test_compared_latents_are_the_union_of_both_top_ks():
     assert sets == [[0, 1, 2], [3]]  # each member once; zeros are not members
 
 
+def test_of_equal_features_at_rank_k_the_lowest_are_compared():
+    equal = torch.tensor([[2.0, 1, 1, 3, 1, 1], [0, 1e-3, 1e-3, 1e-3, 0, 0]])
+    latents, member = compared_latents(equal, equal.flip(0), k=3)
+    assert latents[0].tolist() == [3, 0, 1, 1, 2, 3]
+    assert [sorted(row[mask].tolist()) for row, mask in zip(latents, member)] == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    values, indices = torch.rand(40, 300, generator=torch.Generator().manual_seed(0)).topk(9)
+    some = torch.zeros(40, 300).scatter(1, indices, values)
+    assert torch.equal(saes.strongest(some, 9)[0], indices)
+
+
 def test_drift_by_hand():
     policy, reference = torch.tensor([[3.0, 1.0, 0.0, 0.0]]), torch.tensor([[1.0, 1.0, 9.0, 9.0]])
     weight = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
@@ -250,9 +260,18 @@ def test_feature_weights_scale_the_terms_one_by_one():
 
 def test_feature_weights_are_read_and_checked(tmp_path):
     (tmp_path / "weights.json").write_text('[{"index": 1, "weight": 5}]')
+    (tmp_path / "number.json").write_text("7")
+    with pytest.raises(UserError, match=r"number\.json: not a list of"):
+        saes.read_feature_weights(str(tmp_path / "number.json"), 3)
     assert saes.read_feature_weights(str(tmp_path / "weights.json"), 3).tolist() == [1, 5, 1]
     assert saes.read_feature_weights([{"index": 0, "weight": 0}], 2).tolist() == [0, 1]
-    for wrong in ([{"index": 3, "weight": 1}], [{"index": 0, "weight": -1}], [{"feature": 0}], str(tmp_path / "none")):
+    for wrong in (
+        [{"index": 3, "weight": 1}],
+        [{"index": 0, "weight": -1}],
+        [{"feature": 0}],
+        {"index": 0},
+        str(tmp_path / "none"),
+    ):
         with pytest.raises(UserError, match="weights"):
             saes.read_feature_weights(wrong, 3)
 

@@ -530,7 +530,7 @@ def test_what_comes_before_the_first_step_changes_no_step(tmp_path):
 def test_what_a_step_reads_is_ready_before_it(tmp_path):
     trainer = assembled(tmp_path, "loss=kto")
     micro_batches = next(trainer.steps("train"))
-    for batch in [*micro_batches, *trainer.mismatched_kl.prepared["train", 0]]:
+    for batch in [*micro_batches, *trainer.mismatched.prepared["train", 0]]:
         assert len(batch.reference["logps"]) == batch.num_sequences
 
 

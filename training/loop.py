@@ -166,7 +166,7 @@ class BasicTrainer:
         self.device = parallel.device()
         self.policy, self.sae, self.tap = setup.policy, setup.sae, setup.tap
         self.loaders, self.references, self.load = setup.loaders, setup.references, setup.load
-        self.kl: Tensor | None = None  # what some trainers add to the evidence
+        self.mismatched_mean: Tensor | None = None  # what some trainers add to the context of a loss
         self.mean_reward: Tensor | None = None
         self.value_head: nn.Module | None = None
         self.module = self.trained_module()
@@ -290,7 +290,7 @@ class BasicTrainer:
         tokens, that of a term is one over records.
         """
         batch, scores = self.score(batch, self.references.get(split))
-        context = LossContext(batch, scores, self.sae, self.kl, self.mean_reward, self.value_head)
+        context = LossContext(batch, scores, self.sae, self.mismatched_mean, self.mean_reward, self.value_head)
         quantities = self.binding.compute(context)
         result = self.loss(**self.inputs(self.binding, quantities, batch), **self.binding.options["loss"])
         losses, *rewards = result if isinstance(result, tuple) else (result,)

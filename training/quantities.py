@@ -17,16 +17,26 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import create_model
+from pydantic import AfterValidator, create_model
+from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 import sae as saes
 from data.batch import Batch, sum_by_sequence
 from training.settings import LossSettings, TermSettings
 from utils import SIDES, Count, Natural, Settings, UserError, checked, suggest
+
+
+def list_or_file(value: Any) -> Any:
+    if value is not None and not isinstance(value, str | list):
+        raise PydanticCustomError("feature_weights", "has to be null, a list of features, or a file of one")
+    return value
+
+
+FeatureWeights = Annotated[Any, AfterValidator(list_or_file)]  # once the SAE is read, a tensor
 
 
 @dataclass
@@ -36,7 +46,7 @@ class LossContext:
     batch: Batch
     policy: Any  # models.Scores; models.RewardScores of a reward model
     sae: saes.SAE | None = None
-    kl: Tensor | None = None  # of the whole optimiser step
+    mismatched_mean: Tensor | None = None  # of the whole optimiser step (`MismatchedMean`)
     mean_reward: Tensor | None = None  # of all steps so far
     value_head: nn.Module | None = None
 
@@ -66,7 +76,9 @@ def lengths(e: LossContext) -> Tensor:
     return e.policy.lengths
 
 
-def feature_drift(e: LossContext, *, divergence: str, k: Count, feature_weights: Any = None) -> Tensor:
+def feature_drift(
+    e: LossContext, *, divergence: str, k: Count, feature_weights: str | list[Any] | None = None
+) -> Tensor:
     """How far the completion's pooled SAE features are from the reference's (`sae.compute_feature_drift`)."""
     assert e.sae is not None and e.policy.residual is not None
     reference = e.batch.reference["features"]
@@ -106,9 +118,16 @@ def desirable(e: LossContext) -> Tensor:
 
 
 def kl(e: LossContext) -> Tensor:
-    """KTO's z, one number for all sequences of an optimiser step (`UnpairedPreferenceTrainer.before_step`)."""
-    assert e.kl is not None
-    return e.kl.expand(e.batch.num_sequences)
+    """KTO's z, one number for all sequences of an optimiser step: the mean log-ratio of each prompt with another
+    record's completion, and at least 0."""
+    assert e.mismatched_mean is not None
+    return e.mismatched_mean.clamp(min=0).expand(e.batch.num_sequences)
+
+
+def mismatched_logps(e: LossContext) -> Tensor:
+    """The mean log-probability per token of these completions, one number for all sequences of an optimiser step."""
+    assert e.mismatched_mean is not None
+    return e.mismatched_mean.expand(e.batch.num_sequences)
 
 
 def mean_reward(e: LossContext) -> Tensor:
@@ -175,6 +194,7 @@ QUANTITIES: dict[str, Callable[..., Tensor]] = {
         position_kl,
         desirable,
         kl,
+        mismatched_logps,
         mean_reward,
         on_policy_weight,
         rewards,
@@ -201,7 +221,8 @@ NEEDS = {  # what has to be there before the first step, for those that take mor
     "policy_features": {"sae"},
     "reference_features": {"reference", "sae"},
     "position_kl": {"live_reference"},
-    "kl": {"reference", "kl"},
+    "kl": {"reference", "mismatched"},
+    "mismatched_logps": {"mismatched"},
     "on_policy_weight": {"log_squares"},
     "reference_token_logps": {"reference"},
 }
@@ -223,8 +244,12 @@ class Binding:
     where: str  # the section of the configuration
     inputs: tuple[Input, ...]
     options: dict[str, dict[str, Any]]  # hyper-parameters of `__init__`, `loss`, the loader and each quantity
-    needs: frozenset[str]  # of "reference", "live_reference", "sae", "kl", "log_squares"
+    needs: frozenset[str]  # of "reference", "live_reference", "sae", "mismatched", "log_squares"
     terms: tuple["Term", ...] = ()  # that are added to the loss
+
+    def quantities(self) -> set[str]:
+        """What the loss and its terms ask for."""
+        return {i.quantity for part in self.parts() for i in part.inputs}
 
     def parts(self) -> list["Binding"]:
         """The loss's own binding, and those of its terms."""
