@@ -76,9 +76,7 @@ def lengths(e: LossContext) -> Tensor:
     return e.policy.lengths
 
 
-def feature_drift(
-    e: LossContext, *, divergence: str, k: Count, feature_weights: str | list[Any] | None = None
-) -> Tensor:
+def feature_drift(e: LossContext, *, divergence: str, k: Count, feature_weights: FeatureWeights = None) -> Tensor:
     """How far the completion's pooled SAE features are from the reference's (`sae.compute_feature_drift`)."""
     assert e.sae is not None and e.policy.residual is not None
     reference = e.batch.reference["features"]
