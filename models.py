@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,10 +41,11 @@ from sae import JointTap, MLPTap, ResidualTap
 from utils import UserError, resolve_path
 
 transformers_logging.disable_progress_bar()
-COSTLY = (  # selective checkpointing keeps the results of these operations
+# Selective checkpointing keeps the results of these operations. No bmm: attention scores are the largest tensors of a
+# layer, and where they are in fp32 `attention.attend` overwrites them.
+COSTLY = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
 )
@@ -158,18 +159,29 @@ def decoder_layers(model: PreTrainedModel, block_name: str | None = None) -> Seq
     return list(next(iter(stacks.values())))
 
 
-def recompute_activations(model: PreTrainedModel, which: bool | str) -> None:
+def recompute_activations(layers: Sequence[nn.Module], which: bool | str) -> None:
     """Turn on activation checkpointing: the backward pass computes activations again, so fewer are kept in memory.
 
     With True or "full" the forward pass keeps only each layer's input. With "selective" it also keeps the results of
-    matrix products and attention (COSTLY). With False nothing changes.
+    linear layers and fused attention (COSTLY). With False nothing changes. It goes around the `forward` that a layer
+    has now: a compiled one, and not the hooks that read a layer or gather its weights.
     """
     if not which:
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if which == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(COSTLY))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    for layer in layers:
+        layer.forward = _recomputed(layer, layer.forward, options)
+
+
+def _recomputed(layer: nn.Module, forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """The forward pass of a layer with activation checkpointing, where it is trained."""
+
+    def forward_again(*inputs: Any, **named: Any) -> Any:
+        return checkpoint(forward, *inputs, **options, **named) if layer.training else forward(*inputs, **named)
+
+    return forward_again
 
 
 def find_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:

@@ -295,8 +295,9 @@ def build_model(
             )
         source = source_of(directory, load_from)
         model = models.load_quantised(source, attention, parallel.device(), DTYPES[settings.policy_dtype])
-        models.recompute_activations(model, settings.activation_checkpointing)
         adapters.add(model, settings, DTYPES[settings.weights_dtype])
+        layers = models.decoder_layers(model, settings.block_name)
+        models.recompute_activations(layers, settings.activation_checkpointing)
         return model
     compute, trained = DTYPES[settings.policy_dtype], DTYPES[settings.weights_dtype]
 
@@ -304,14 +305,14 @@ def build_model(
         layers = models.decoder_layers(model, settings.block_name)
         if frozen:
             model.requires_grad_(False)
-        else:
-            if settings.use_peft:
-                adapters.add(model, settings, trained)
-            models.recompute_activations(model, settings.activation_checkpointing)
+        elif settings.use_peft:
+            adapters.add(model, settings, trained)
         if settings.compile:
             head.compile_passes(model)
             for layer in layers:
                 layer.forward = torch.compile(layer.forward, dynamic=True)  # not the layer: its hooks stay outside
+        if not frozen:
+            models.recompute_activations(layers, settings.activation_checkpointing)
         shard(model, layers, compute, hybrid=settings.hybrid_sharding, offload=settings.cpu_offload)
 
     return models.load_model(

@@ -143,10 +143,11 @@ def activations(model: PreTrainedModel, own: ModelSettings, batch: Batch) -> flo
     everything = kept_for_backward(model, batch)
     if not own.activation_checkpointing:
         return everything
-    one_layer = everything / len(decoder_layers(model, own.block_name))  # has all of its own in the backward pass
+    layers = decoder_layers(model, own.block_name)
+    one_layer = everything / len(layers)  # has all of its own in the backward pass
     with Products() as products:
         final_hidden_states(model, batch)
-    models.recompute_activations(model, own.activation_checkpointing)
+    models.recompute_activations(layers, own.activation_checkpointing)
     kept = kept_for_backward(model, batch) + (products.size if own.activation_checkpointing == "selective" else 0)
     return kept + one_layer
 
