@@ -17,6 +17,7 @@ from distributed import parallel
 from distributed.sharding import DTYPES
 from launch.settings import Config, RunClasses, RunPaths
 from modeling import adapters
+from modeling.attention import FUSED
 from modeling.head import CHUNK_ELEMENTS
 from modeling.settings import ModelSettings
 from models import decoder_layers, final_hidden_states
@@ -64,6 +65,7 @@ def make(config: Config, classes: RunClasses, paths: RunPaths, ranks: int) -> Pl
     architecture = models.load_config(paths.model)
     pairs = None not in classes.trainer.sides
     implementation, layout = models.choose_attention(own, architecture, pairs=pairs)
+    implementation = "outline" if implementation in FUSED else implementation
     kind: Any = AutoModelForSequenceClassification if classes.trainer.is_reward else AutoModelForCausalLM
     with init_empty_weights(include_buffers=True):
         model = kind.from_config(architecture, dtype=computes, attn_implementation=implementation)

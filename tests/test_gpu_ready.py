@@ -1,12 +1,33 @@
 """What would crash, be wrong or take too much memory on a GPU, shown on a CPU."""
 
+import errno
+import fcntl
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import REPO, collate, pairs, tiny_gemma
-from test_training import settle
+from safetensors.torch import load_file
+from test_plan import plan_of
+from test_training import assembled, run, settle
+from torch._dynamo.testing import CompileCounter
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
+import models
 from launch import assembly, plan, settings
-from utils import UserError
+from modeling import attention
+from modeling.attention import block_mask
+from training.checkpoint import Run
+from utils import UserError, open_json_lines
 
 
 def built(tmp_path, *overrides, folder=REPO / "assets/tiny"):
@@ -40,3 +61,157 @@ def test_checkpointing_keeps_as_little_of_compiled_layers_that_fsdp_splits(tmp_p
 def test_selective_checkpointing_of_fused_operations_is_refused(tmp_path):
     with pytest.raises(UserError, match="selective keeps the results of single operations, which"):
         built(tmp_path, "model.compile=true", "model.activation_checkpointing=selective")
+
+
+# ------------------------------------------------------------------------------------------------------- compiled code
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_tap_inside_of_a_compiled_model_reads(tmp_path):
+    plain = assembled(tmp_path, "loss=fpo", "sae.hook=mlp", "exp_name=plain")
+    batch = next(plain.loaders["train"].steps())[0]
+    with torch.no_grad():
+        expected = models.score(plain.policy.eval(), batch, plain.tap)
+        compiled = assembled(tmp_path, "loss=fpo", "sae.hook=mlp", "model.compile=true", "exp_name=compiled")
+        for _ in range(2):
+            models.score(compiled.policy.eval(), batch)  # compiles the layers without a hook
+            found = models.score(compiled.policy, batch, compiled.tap)
+            torch.testing.assert_close(found.residual, expected.residual, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts the graphs of compiled functions, which run as they are, on a CPU too."""
+    counter, real = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=counter, **options))
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # for its gradients
+    attention.compiled_flex.cache_clear()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=3):  # its own is 8, which takes longer to reach
+        yield counter
+    attention.compiled_flex.cache_clear()
+
+
+def test_flex_attention_stays_compiled_and_right(graphs):
+    """Over rows of any length, both windows, with and without gradients; LoRA on q and v has none of the keys."""
+    flex, generator = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flex")), torch.Generator()
+    heads, counts = {"q": 4, "k": 2, "v": 2}, []
+    for records in (1, 18, 30):
+        batch = collate(pairs(records), "shared_prefix")
+        padded, width = attention.whole_blocks(flex, batch), batch.input_ids.shape[1]
+        masks, blocks = attention.BlockMasks(padded), attention.segment_blocks(batch)
+        for window, own in itertools.product((None, 4), ("", "qv")):
+            options = {"scaling": 0.5, "softcap": 5.0, "sliding_window": window}
+            rows = [
+                torch.randn(1, count, padded.input_ids.shape[1], 8, generator=generator) for count in heads.values()
+            ]
+            tensors = [row.requires_grad_(name in own) for row, name in zip(rows, heads)]
+            found = attention.flex_attention(None, *tensors, None, block_masks=masks, **options)[0][:, :width]
+            cut = [tensor[:, :, :width] for tensor in tensors]
+            expected, _ = attention.segment_attention(None, *cut, None, blocks=blocks, **options)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            if trained := [tensor for tensor in tensors if tensor.requires_grad]:
+                weights = torch.randn(expected.shape, generator=generator)
+                gradients = [torch.autograd.grad((output * weights).sum(), trained) for output in (found, expected)]
+                torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        counts.append(graphs.frame_count)
+    assert counts == [4, 8, 8]
+
+
+def test_masks_are_made_for_the_windows_of_the_layers_alone(monkeypatch):
+    made = []
+    monkeypatch.setattr(attention, "compiled_flex", lambda: attention.torch_flex_attention)
+    monkeypatch.setattr(attention, "block_mask", lambda batch, window: made.append(window) or block_mask(batch, window))
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, attn_implementation="flex",
+    )  # fmt: skip
+    with torch.no_grad():
+        models.score(MistralForCausalLM(config).eval(), collate(pairs(), "packed"))
+    assert made == [4]
+
+
+@pytest.mark.parametrize(("kilobytes", "chosen"), [(163, "flex"), (99, "segments")])  # an A100, an L40S
+def test_wide_heads_need_shared_memory_for_flex_attention(monkeypatch, kilobytes, chosen):
+    properties = SimpleNamespace(shared_memory_per_block_optin=kilobytes << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    wide = AutoConfig.for_model("gemma2", head_dim=256)
+    assert attention.choose("auto", "auto", wide, torch.device("cuda"), "bfloat16", pairs=True)[0] == chosen
+    assert attention.choose("auto", "auto", LlamaConfig(), torch.device("cuda"), "bfloat16", pairs=True)[0] == "flex"
+
+
+# ------------------------------------------------------------------------------------------------------------ plans
+
+
+@pytest.mark.parametrize("implementation", ["flex", "flash_attention_2"])
+def test_a_plan_runs_no_kernel_of_a_gpu(monkeypatch, implementation):
+    monkeypatch.setattr(models, "choose_attention", lambda *_args, **_options: (implementation, "packed"))
+    assert plan_of("loss=dpo")[1].memory["activations"] > 0
+
+
+def test_a_plan_counts_what_a_fused_kernel_keeps():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    batch, kept = collate([record | {"completion_ids": [[5] * 9]} for record in pairs()]), []
+    for name in ("sdpa", "outline"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, attn_implementation=name))
+        kept.append(plan.kept_for_backward(model, batch))
+    assert kept[1] == pytest.approx(kept[0], rel=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------- kinds of tensors
+
+
+def test_ppo_takes_steps_of_many_tensors_at_once(tmp_path):
+    """Also where FSDP splits the policy and not the value head; a state of these is taken up where nothing is split."""
+    own = ["loss=ppo", "++optimizer_options.foreach=true"]
+    run(tmp_path, *own, "n_examples=16", "model.cpu_offload=true")
+    lines = run(tmp_path, *own, "n_examples=24", "model.cpu_offload=false")
+    run(tmp_path, *own, "n_examples=24", "exp_name=whole")
+    assert lines[-1]["step"] == 3
+    states = [load_state(tmp_path / name / "state/step-000000003") for name in ("ppo_tiny", "whole")]
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+
+
+def load_state(folder):
+    return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+
+
+def test_bf16_weights_that_would_not_change_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"model\.weights_dtype=bfloat16, lr=5e-06: a step would change next to no"):
+        assembled(tmp_path, "loss=sft", "model.weights_dtype=bfloat16", "lr=5e-6")
+    assembled(tmp_path, "loss=sft", "model.weights_dtype=bfloat16", "lr=1e-3")
+
+
+# ------------------------------------------------------------------------------------------- a model's own logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("cohere", {"logit_scale": 0.0625}), ("granite", {"logits_scaling": 8.0})]
+)
+def test_a_model_that_scales_its_logits_is_refused(tmp_path, kind, options):
+    tokenizer = AutoTokenizer.from_pretrained(REPO / "assets/tiny")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(kind, **sizes, num_attention_heads=4, num_key_value_heads=4, **options)
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    folder = [f"model.name_or_path={tmp_path}/model", "model.max_length=256", "model.max_prompt_length=128"]
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}/model: {type(model).__name__} cannot be trained here. .* nats away"
+    ):
+        assembled(tmp_path, "loss=sft", *folder)
+
+
+# ------------------------------------------------------------------------------------------------------- file systems
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Run(tmp_path / "run").writing():
+        pass
+    open_json_lines(tmp_path / "lines.jsonl").close()
+    assert capsys.readouterr().out.count("no locks on this file system (Function not implemented)") == 2

@@ -207,7 +207,7 @@ def test_the_rule_by_hand():
 @torch.no_grad()
 def test_flex_attention_forward(monkeypatch):
     """Its forward pass also runs on a CPU. It is not compiled, since that is slow and needs a compiler."""
-    monkeypatch.setattr("transformers.integrations.flex_attention.is_torchdynamo_compiling", lambda: True)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: attention.torch_flex_attention)
     records = pairs(3)
     expected = score(random_model("gemma2", "segments"), collate(records)).token_logps
     flex = random_model("gemma2", "flex")
