@@ -106,7 +106,8 @@ def flex_fits(config: PretrainedConfig, device: torch.device) -> bool:
     """
     text = config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return width <= WIDE[0] or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= WIDE[1]
+    properties: Any = torch.cuda.get_device_properties(device) if width > WIDE[0] else None
+    return properties is None or properties.shared_memory_per_block_optin >= WIDE[1]
 
 
 def for_sampling(attention: str, config: PretrainedConfig, device: torch.device, dtype: str) -> str:
@@ -146,8 +147,17 @@ def whole_blocks(model: PreTrainedModel, batch: Batch) -> Batch:
     missing = max(LEAST_WIDTH, -(-width // BLOCK) * BLOCK) - width
     if model.config._attn_implementation != "flex" or batch.segments is None or not missing:
         return batch
-    values = {"input_ids": 0, "position_ids": 0, "document": PAD, "branch": 0}
-    return replace(batch, **{name: F.pad(getattr(batch, name), (0, missing), value=v) for name, v in values.items()})
+
+    def padded(row: Tensor, value: int) -> Tensor:
+        return F.pad(row, (0, missing), value=value)
+
+    return replace(
+        batch,
+        input_ids=padded(batch.input_ids, 0),
+        position_ids=padded(batch.position_ids, 0),
+        document=padded(batch.document, PAD),
+        branch=padded(batch.branch, 0),
+    )
 
 
 @dataclass

@@ -1,8 +1,10 @@
 """What would crash, be wrong or take too much memory on a GPU, shown on a CPU."""
 
+import contextlib
 import errno
 import fcntl
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from test_plan import plan_of
 from test_training import assembled, run, settle
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,10 +26,13 @@ from transformers import (
 )
 
 import models
+from distributed import parallel
 from launch import assembly, plan, settings
 from modeling import attention
 from modeling.attention import block_mask
+from modeling.head import in_fp32, project
 from training.checkpoint import Run
+from training.metrics import MetricAccumulator
 from utils import UserError, open_json_lines
 
 
@@ -215,3 +221,72 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         pass
     open_json_lines(tmp_path / "lines.jsonl").close()
     assert capsys.readouterr().out.count("no locks on this file system (Function not implemented)") == 2
+
+
+# -------------------------------------------------------------------------------------------------- a GPU's tensors
+
+ELSEWHERE = torch.device("meta")  # of a GPU that is not there, torch can compute no gradients
+
+
+class Elsewhere(FakeTensorMode):
+    """Tensors without values on another device. One that is on the CPU is refused beside them, and so is waiting for a
+    value. Counts the operations."""
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self.operations = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations[str(function)] += 1
+        return super().__torch_dispatch__(function, types, args, kwargs or {})
+
+    def move(self, tensor):
+        return self.from_tensor(tensor.detach()).to(ELSEWHERE)
+
+    def move_all(self, module):
+        """All tensors that the module holds."""
+        moved = {}  # a tied one stays one
+        for part in module.modules():
+            for held in (part._parameters, part._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        if id(tensor) not in moved:
+                            own = self.move(tensor)
+                            moved[id(tensor)] = torch.nn.Parameter(own) if tensor.requires_grad else own
+                        held[name] = moved[id(tensor)]
+
+
+LOSSES = ["loss=fpo", "loss=ppo", "loss=bradley-terry"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_compute_where_the_model_is(tmp_path, monkeypatch, loss):
+    trainer = assembled(tmp_path, loss)
+    batch = trainer.prepare_batches("train", next(trainer.loaders["train"].steps()))[0]
+    trainer.device = ELSEWHERE
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: contextlib.nullcontext())  # knows no such device
+    monkeypatch.setattr(parallel, "sum_over_ranks", lambda values: values)
+    with Elsewhere() as mode:
+        for module in filter(None, (trainer.module, trainer.sae)):
+            mode.move_all(module)
+        trainer.before_step("train", 0, [batch])
+        trainer.compute_loss(batch, "train", MetricAccumulator()).sum().backward()
+        assert all(p.grad is not None and p.grad.device == ELSEWHERE for p in trainer.module.parameters())
+
+
+def test_feature_weights_are_where_the_model_is(tmp_path, monkeypatch):
+    raw, _ = settle(tmp_path, "loss=fpo", "+loss.feature_weights=[{index: 3, weight: 2.0}]")
+    config, classes = settings.check_config(raw)
+    monkeypatch.setattr(assembly, "load_data", lambda *_: SimpleNamespace(loaders={}))
+    monkeypatch.setattr(parallel, "device", lambda: ELSEWHERE)
+    inputs = assembly.read_inputs(config, classes, settings.find_paths(config, classes.binding.needs))
+    assert inputs.binding.options["feature_drift"]["feature_weights"].device == ELSEWHERE
+
+
+def test_logits_and_rewards_are_summed_in_fp32_where_a_device_can():
+    hidden, weight = torch.randn(5, 8).bfloat16(), torch.randn(64, 8).bfloat16()
+    with Elsewhere() as mode:
+        logits = project(mode.move(hidden), mode.move(weight), mode.move(weight[:, 0]))
+    assert logits.dtype == torch.float32 and mode.operations["aten.mm.dtype"] == 1
+    head = torch.nn.Linear(8, 1, bias=False).bfloat16()
+    assert torch.equal(in_fp32(head, hidden), hidden.float() @ head.weight.float().T)
