@@ -128,7 +128,7 @@ def require_own_scores(model: PreTrainedModel, source: Path, *, reward: bool) ->
 
     A model that is split over ranks has to be asked by all of them.
     """
-    pad = model.config.get_text_config().pad_token_id  # from the first of which on a reward model reads nothing
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)  # a reward model does not read it
     ids = [token for token in range(10) if token != pad][:9]
     record = {"prompt_ids": ids[:2], "completion_ids": [ids[2:]], "index": 0}
     batch = collate([record], "padded", pad_id=0, eos_id=-1).to(parallel.device())

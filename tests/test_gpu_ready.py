@@ -91,11 +91,12 @@ def graphs(monkeypatch):
     counter, real = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=counter, **options))
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # for its gradients
-    attention.compiled_flex.cache_clear()
+    compiled_flex = attention.compiled_flex
+    compiled_flex.cache_clear()
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=3):  # its own is 8, which takes longer to reach
         yield counter
-    attention.compiled_flex.cache_clear()
+    compiled_flex.cache_clear()
 
 
 def test_flex_attention_stays_compiled_and_right(graphs):
@@ -122,6 +123,35 @@ def test_flex_attention_stays_compiled_and_right(graphs):
                 torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
         counts.append(graphs.frame_count)
     assert counts == [4, 8, 8]
+
+
+def test_flex_attention_is_no_part_of_a_layers_graph(monkeypatch, graphs):
+    """There the soft-cap would be a variable, and torch would compute all scores."""
+    asked = []
+
+    def kernel(query, *_, score_mod, **_options):
+        asked.append((score_mod, torch.compiler.is_compiling()))
+        return query
+
+    monkeypatch.setattr(attention, "compiled_flex", lambda: kernel)
+    masks = attention.BlockMasks(collate(pairs(), "packed"), {None: None})
+
+    def layer(x, softcap):
+        return (
+            attention.flex_attention(None, x, x, x, None, scaling=0.5, softcap=softcap, block_masks=masks)[0] + x.sum()
+        )
+
+    torch.compile(layer, dynamic=True)(torch.randn(1, 2, 4, 8), 5.0)
+    assert asked == [(attention.soft_capped(5.0), False)] and graphs.frame_count
+
+
+@torch.no_grad()
+def test_saes_are_trained_on_rows_that_are_padded_to_whole_blocks(tmp_path, monkeypatch):
+    trainer = assembled(tmp_path, "loss=sae", "loss.d_sae=64", "loss.k=4", "loss.batch_tokens=106")
+    expected = trainer.evaluate()
+    monkeypatch.setattr(attention, "compiled_flex", lambda: attention.torch_flex_attention)
+    trainer.policy.config._attn_implementation = "flex"
+    assert trainer.evaluate() == pytest.approx(expected, rel=1e-4)
 
 
 def test_masks_are_made_for_the_windows_of_the_layers_alone(monkeypatch):
