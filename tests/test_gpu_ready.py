@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import itertools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -72,17 +71,14 @@ def test_selective_checkpointing_of_fused_operations_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------- compiled code
 
 
-@pytest.mark.usefixtures("traced")
-def test_a_tap_inside_of_a_compiled_model_reads(tmp_path):
-    plain = assembled(tmp_path, "loss=fpo", "sae.hook=mlp", "exp_name=plain")
-    batch = next(plain.loaders["train"].steps())[0]
-    with torch.no_grad():
-        expected = models.score(plain.policy.eval(), batch, plain.tap)
-        compiled = assembled(tmp_path, "loss=fpo", "sae.hook=mlp", "model.compile=true", "exp_name=compiled")
-        for _ in range(2):
-            models.score(compiled.policy.eval(), batch)  # compiles the layers without a hook
-            found = models.score(compiled.policy, batch, compiled.tap)
-            torch.testing.assert_close(found.residual, expected.residual, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("hook", "compiled"), [("mlp", [0, 1, 3]), ("residual", [0, 1, 2, 3])])
+def test_layers_with_a_tap_inside_are_not_compiled(tmp_path, monkeypatch, hook, compiled):
+    """Compiled code calls no hook that was added later."""
+    found = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: found.append(function) or function)
+    trainer = assembled(tmp_path, "loss=fpo", f"sae.hook={hook}", "model.compile=true")
+    layers = models.decoder_layers(trainer.policy)
+    assert [layers.index(own.__self__) for own in found if hasattr(own, "__self__")] == compiled
 
 
 @pytest.fixture
@@ -94,7 +90,7 @@ def graphs(monkeypatch):
     compiled_flex = attention.compiled_flex
     compiled_flex.cache_clear()
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=3):  # its own is 8, which takes longer to reach
+    with torch._dynamo.config.patch(recompile_limit=1):  # its own, 8, takes longer to reach
         yield counter
     compiled_flex.cache_clear()
 
@@ -107,7 +103,7 @@ def test_flex_attention_stays_compiled_and_right(graphs):
         batch = collate(pairs(records), "shared_prefix")
         padded, width = attention.whole_blocks(flex, batch), batch.input_ids.shape[1]
         masks, blocks = attention.BlockMasks(padded), attention.segment_blocks(batch)
-        for window, own in itertools.product((None, 4), ("", "qv")):
+        for window, own in ((None, ""), (4, "qv")):
             options = {"scaling": 0.5, "softcap": 5.0, "sliding_window": window}
             rows = [
                 torch.randn(1, count, padded.input_ids.shape[1], 8, generator=generator) for count in heads.values()
@@ -122,7 +118,7 @@ def test_flex_attention_stays_compiled_and_right(graphs):
                 gradients = [torch.autograd.grad((output * weights).sum(), trained) for output in (found, expected)]
                 torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
         counts.append(graphs.frame_count)
-    assert counts == [4, 8, 8]
+    assert counts == [2, 4, 4]
 
 
 def test_flex_attention_is_no_part_of_a_layers_graph(monkeypatch, graphs):
@@ -147,7 +143,7 @@ def test_flex_attention_is_no_part_of_a_layers_graph(monkeypatch, graphs):
 
 @torch.no_grad()
 def test_saes_are_trained_on_rows_that_are_padded_to_whole_blocks(tmp_path, monkeypatch):
-    trainer = assembled(tmp_path, "loss=sae", "loss.d_sae=64", "loss.k=4", "loss.batch_tokens=106")
+    trainer = assembled(tmp_path, "loss=sae", "loss.d_sae=64", "loss.k=4", "loss.batch_tokens=106", "n_eval_examples=2")
     expected = trainer.evaluate()
     monkeypatch.setattr(attention, "compiled_flex", lambda: attention.torch_flex_attention)
     trainer.policy.config._attn_implementation = "flex"
@@ -202,14 +198,17 @@ def test_ppo_takes_steps_of_many_tensors_at_once(tmp_path):
     own = ["loss=ppo", "++optimizer_options.foreach=true"]
     run(tmp_path, *own, "n_examples=16", "model.cpu_offload=true")
     lines = run(tmp_path, *own, "n_examples=24", "model.cpu_offload=false")
-    run(tmp_path, *own, "n_examples=24", "exp_name=whole")
     assert lines[-1]["step"] == 3
-    states = [load_state(tmp_path / name / "state/step-000000003") for name in ("ppo_tiny", "whole")]
-    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+    states = [load_state(tmp_path / f"ppo_tiny/state/step-00000000{step}") for step in (2, 3)]
+    slots = {name for name in states[0] if name.startswith("optimizer.exp_avg_sq:")}
+    assert states[0].keys() == states[1].keys() and len(slots) == sum(name.startswith("model.") for name in states[0])
+    for name in slots:  # as large as 0.999 of what it was, so it is the same parameter's
+        assert (states[1][name] >= 0.998 * states[0][name]).all()
 
 
 def load_state(folder):
-    return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    """The tensors of a state that one rank wrote."""
+    return load_file(folder / "rank-00001.safetensors")
 
 
 def test_bf16_weights_that_would_not_change_are_refused(tmp_path):
@@ -286,7 +285,7 @@ class Elsewhere(FakeTensorMode):
                         held[name] = moved[id(tensor)]
 
 
-LOSSES = ["loss=fpo", "loss=ppo", "loss=bradley-terry"]
+LOSSES = ["loss=fpo", "loss=ppo"]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
