@@ -31,6 +31,7 @@ from modeling import attention
 from modeling.attention import block_mask
 from modeling.head import in_fp32, project
 from training.checkpoint import Run
+from training.loop import BasicTrainer
 from training.metrics import MetricAccumulator
 from utils import UserError, open_json_lines
 
@@ -319,3 +320,12 @@ def test_logits_and_rewards_are_summed_in_fp32_where_a_device_can():
     assert logits.dtype == torch.float32 and mode.operations["aten.mm.dtype"] == 1
     head = torch.nn.Linear(8, 1, bias=False).bfloat16()
     assert torch.equal(in_fp32(head, hidden), hidden.float() @ head.weight.float().T)
+
+
+def test_ranks_draw_other_dropout_masks_and_a_resumed_one_the_same(monkeypatch):
+    trainer, drawn = SimpleNamespace(config=SimpleNamespace(seed=1)), []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        BasicTrainer.seed_step(trainer, 3)
+        drawn.append(torch.rand(8))
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
