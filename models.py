@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,22 +29,23 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from data.batch import Batch, sum_by_sequence
+from data.batch import Batch, collate, sum_by_sequence
 from data.hub import download
 from distributed import parallel
 from distributed.sharding import allocate_parameters, backbone
-from modeling.attention import choose, mask_inputs
-from modeling.head import token_statistics
+from modeling.attention import choose, mask_inputs, whole_blocks
+from modeling.head import in_fp32, token_statistics
 from modeling.settings import ModelSettings
 from modeling.weights import WEIGHTS, load_weights, open_weights, require_matching_weights, weight_files
 from sae import JointTap, MLPTap, ResidualTap
 from utils import UserError, resolve_path
 
 transformers_logging.disable_progress_bar()
-COSTLY = (  # selective checkpointing keeps the results of these operations
+# Selective checkpointing keeps the results of these operations. No bmm: attention scores are the largest tensors of a
+# layer, and where they are in fp32 `attention.attend` overwrites them.
+COSTLY = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
 )
@@ -112,10 +113,41 @@ def at_text(tap: ResidualTap, batch: Batch) -> Tensor:
 
 
 def final_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The hidden states [R, T, D] after the last layer and the final norm, which the vocabulary projection reads."""
+    """The hidden states [R, T, D] after the last layer and the final norm, which the vocabulary projection reads. There
+    may be more at the end of a row (`whole_blocks`)."""
+    batch = whole_blocks(model, batch)
     return backbone(model)(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **mask_inputs(model, batch)
     ).last_hidden_state
+
+
+@torch.no_grad()
+def require_own_scores(model: PreTrainedModel, source: Path, *, reward: bool) -> None:
+    """Compare the scores of a short text with what the model's own forward pass says. Raises UserError, which names the
+    model, where they differ: its logits are more than a projection of the last hidden states and soft-capping.
+
+    A model that is split over ranks has to be asked by all of them.
+    """
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)  # a reward model does not read it
+    ids = [token for token in range(10) if token != pad][:9]
+    record = {"prompt_ids": ids[:2], "completion_ids": [ids[2:]], "index": 0}
+    batch = collate([record], "padded", pad_id=0, eos_id=-1).to(parallel.device())
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, **mask_inputs(model, batch)}
+    logits = model(**inputs, use_cache=False).logits
+    if reward:
+        found, expected = score_rewards(model, batch).rewards, logits.float().squeeze(1)
+    else:
+        found = score(model, batch).token_logps
+        every = logits.float().flatten(0, 1)[batch.predictor].log_softmax(1)
+        expected = every.gather(1, batch.target.unsqueeze(1)).squeeze(1)
+    rounding = 8 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    apart = (found - expected).abs().max()
+    if apart > rounding + 1e-3:  # not so where both are not a number
+        what = f"rewards are up to {apart:.3g}" if reward else f"log-probabilities are up to {apart:.3g} nats"
+        raise UserError(
+            f"{source}: {type(model).__name__} cannot be trained here. On a short text its own {what} away from those "
+            "that a loss would get: it does something to its logits that is not known here, such as scaling them"
+        )
 
 
 @dataclass
@@ -130,7 +162,7 @@ def score_rewards(model: PreTrainedModel, batch: Batch) -> RewardScores:
     hidden = final_hidden_states(model, batch).flatten(0, 1)
     last = torch.tensor(batch.lengths, dtype=torch.long).cumsum(0) - 1
     at_last = batch.position[last.to(hidden.device, non_blocking=True)]
-    return RewardScores(cast(Any, model).score(hidden[at_last]).float().squeeze(1))
+    return RewardScores(in_fp32(cast(Any, model).score, hidden[at_last]).squeeze(1))
 
 
 # ---------------------------------------------------------------------------------------------------- structure
@@ -158,18 +190,29 @@ def decoder_layers(model: PreTrainedModel, block_name: str | None = None) -> Seq
     return list(next(iter(stacks.values())))
 
 
-def recompute_activations(model: PreTrainedModel, which: bool | str) -> None:
+def recompute_activations(layers: Sequence[nn.Module], which: bool | str) -> None:
     """Turn on activation checkpointing: the backward pass computes activations again, so fewer are kept in memory.
 
     With True or "full" the forward pass keeps only each layer's input. With "selective" it also keeps the results of
-    matrix products and attention (COSTLY). With False nothing changes.
+    linear layers and fused attention (COSTLY). With False nothing changes. It goes around the `forward` that a layer
+    has now: a compiled one, and not the hooks that read a layer or gather its weights.
     """
     if not which:
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if which == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(COSTLY))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    for layer in layers:
+        layer.forward = _recomputed(layer, layer.forward, options)
+
+
+def _recomputed(layer: nn.Module, forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """The forward pass of a layer with activation checkpointing, where it is trained."""
+
+    def forward_again(*inputs: Any, **named: Any) -> Any:
+        return checkpoint(forward, *inputs, **options, **named) if layer.training else forward(*inputs, **named)
+
+    return forward_again
 
 
 def find_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:

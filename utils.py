@@ -339,6 +339,22 @@ def open_in_place(path: Path) -> IO[bytes]:
     return open(path, "ab+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
+def lock(file: IO[bytes], path: Path, *, wait: bool) -> None:
+    """Lock an open file until it is closed. On a file system without locks this says so, and goes on.
+
+    Raises BlockingIOError where another process locks it, unless it is to `wait` for that.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        told = (
+            f"{path}: no locks on this file system ({error.strerror}), so do not start a second process that writes it"
+        )
+        console.print(told, style="yellow")
+
+
 def require_writable(*paths: Path) -> None:
     """Raises UserError for a path that no file can be written to. Directories above are made; no file is. What killed
     processes were writing beside it goes."""
@@ -429,7 +445,7 @@ def open_json_lines(path: Path, *, wait: bool = False) -> IO[bytes]:
     while True:
         file = open_in_place(path)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock(file, path, wait=wait)
         except BlockingIOError as error:
             file.close()
             raise UserError(f"{path}: another process is writing it") from error

@@ -21,6 +21,7 @@ from autoencoders.activations import ActivationLoader, Activations, text_positio
 from autoencoders.formats import load_sae, save_sae, save_saelens
 from data.batch import Batch
 from distributed import parallel
+from modeling.attention import whole_blocks
 from models import decoder_layers, final_hidden_states, make_tap, score
 from sae import ENCODE_ELEMENTS, SAE, attention_sinks
 from training.loop import BasicTrainer, Setup, warmup_of
@@ -219,7 +220,7 @@ class SAETrainer(BasicTrainer):
     @torch.no_grad()
     def residuals(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The residual stream [M, layers * D] at a batch's text tokens, and which of them [M] are trained on."""
-        batch = batch.to(self.device)
+        batch = whole_blocks(self.policy, batch.to(self.device))
         with self.reader.reading():
             final_hidden_states(self.policy, batch)
         where = text_positions(batch, self.special)
@@ -350,7 +351,7 @@ class SAETrainer(BasicTrainer):
         means = torch.zeros(len(saes), saes[0].d_in, dtype=torch.float64, device=self.device)
         for micro_batches in self.steps("eval"):
             self.stop_if_asked()
-            for batch in (batch.to(self.device) for batch in micro_batches):
+            for batch in (whole_blocks(self.policy, batch.to(self.device)) for batch in micro_batches):
                 where = text_positions(batch, self.special)
                 with self.reader.reading():
                     own = self.cross_entropy(batch)

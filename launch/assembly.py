@@ -26,6 +26,7 @@ from distributed.sharding import DTYPES, shard
 from launch.report import RunPage
 from launch.settings import Config, RunClasses, RunPaths
 from modeling import adapters, head
+from modeling.compiled import compiled
 from modeling.settings import ModelSettings
 from modeling.weights import source_of, weights_digest
 from sae import SAE, ResidualTap
@@ -178,7 +179,8 @@ def load_data(config: Config, classes: RunClasses, paths: RunPaths, splits: Sequ
 def load_subject(config: Config, classes: RunClasses, data: Data, reading: Reading | None) -> Subject:
     """The policy with its tokenizer, the loaders and, where there is an SAE, a tap on it."""
     model = config.model
-    load = functools.partial(build_model, model, data.implementation, len(data.tokenizer))
+    inside = [layer for layer, hook in reading.places if hook == "mlp"] if reading else []
+    load = functools.partial(build_model, model, data.implementation, len(data.tokenizer), uncompiled=inside)
     directory, load_from = models.start_weights(model)
     policy = load(directory, load_from, reward=classes.trainer.is_reward)
     subject = Subject(policy=policy, tokenizer=data.tokenizer, loaders=data.loaders, load=load)
@@ -356,11 +358,13 @@ def build_model(
     *,
     reward: bool = False,
     frozen: bool = False,
+    uncompiled: Sequence[int] = (),
 ) -> PreTrainedModel:
     """A model split over the ranks: the one to train, or a frozen one, with embeddings for `vocabulary` tokens.
 
-    What is not trained is kept in the dtype that is computed in. Raises UserError for a model in 4 bits that lacks
-    embeddings.
+    What is not trained is kept in the dtype that is computed in. `uncompiled` layers have a tap inside, which compiled
+    code would not call. Raises UserError for a model in 4 bits that lacks embeddings, and for one whose scores are not
+    its own (`models.require_own_scores`).
     """
     if settings.load_in_4bit and not frozen:
         if lacking := models.tokens_to_add(models.load_config(directory), vocabulary):
@@ -369,8 +373,10 @@ def build_model(
             )
         source = source_of(directory, load_from)
         model = models.load_quantised(source, attention, parallel.device(), DTYPES[settings.policy_dtype])
-        models.recompute_activations(model, settings.activation_checkpointing)
         adapters.add(model, settings, DTYPES[settings.weights_dtype])
+        layers = models.decoder_layers(model, settings.block_name)
+        models.recompute_activations(layers, settings.activation_checkpointing)
+        models.require_own_scores(model, source, reward=reward)
         return model
     compute, trained = DTYPES[settings.policy_dtype], DTYPES[settings.weights_dtype]
 
@@ -378,17 +384,17 @@ def build_model(
         layers = models.decoder_layers(model, settings.block_name)
         if frozen:
             model.requires_grad_(False)
-        else:
-            if settings.use_peft:
-                adapters.add(model, settings, trained)
-            models.recompute_activations(model, settings.activation_checkpointing)
+        elif settings.use_peft:
+            adapters.add(model, settings, trained)
         if settings.compile:
             head.compile_passes(model)
-            for layer in layers:
-                layer.forward = torch.compile(layer.forward, dynamic=True)  # not the layer: its hooks stay outside
+            for layer in (layer for number, layer in enumerate(layers) if number not in uncompiled):
+                layer.forward = compiled(layer.forward, dynamic=True)  # not the layer: its hooks stay outside
+        if not frozen:
+            models.recompute_activations(layers, settings.activation_checkpointing)
         shard(model, layers, compute, hybrid=settings.hybrid_sharding, offload=settings.cpu_offload)
 
-    return models.load_model(
+    model = models.load_model(
         directory,
         attention,
         parallel.device(),
@@ -399,3 +405,5 @@ def build_model(
         shape=shape,
         offload=settings.cpu_offload,
     )
+    models.require_own_scores(model, source_of(directory, load_from), reward=reward)
+    return model

@@ -17,6 +17,7 @@ from distributed import parallel
 from distributed.sharding import DTYPES
 from launch.settings import Config, RunClasses, RunPaths
 from modeling import adapters
+from modeling.attention import FUSED
 from modeling.head import CHUNK_ELEMENTS
 from modeling.settings import ModelSettings
 from models import decoder_layers, final_hidden_states
@@ -64,6 +65,7 @@ def make(config: Config, classes: RunClasses, paths: RunPaths, ranks: int) -> Pl
     architecture = models.load_config(paths.model)
     pairs = None not in classes.trainer.sides
     implementation, layout = models.choose_attention(own, architecture, pairs=pairs)
+    implementation = "outline" if implementation in FUSED else implementation
     kind: Any = AutoModelForSequenceClassification if classes.trainer.is_reward else AutoModelForCausalLM
     with init_empty_weights(include_buffers=True):
         model = kind.from_config(architecture, dtype=computes, attn_implementation=implementation)
@@ -143,10 +145,11 @@ def activations(model: PreTrainedModel, own: ModelSettings, batch: Batch) -> flo
     everything = kept_for_backward(model, batch)
     if not own.activation_checkpointing:
         return everything
-    one_layer = everything / len(decoder_layers(model, own.block_name))  # has all of its own in the backward pass
+    layers = decoder_layers(model, own.block_name)
+    one_layer = everything / len(layers)  # has all of its own in the backward pass
     with Products() as products:
         final_hidden_states(model, batch)
-    models.recompute_activations(model, own.activation_checkpointing)
+    models.recompute_activations(layers, own.activation_checkpointing)
     kept = kept_for_backward(model, batch) + (products.size if own.activation_checkpointing == "selective" else 0)
     return kept + one_layer
 

@@ -383,6 +383,11 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
         config.model.use_peft or not config.model.load_in_4bit, "model.load_in_4bit needs model.use_peft=true as well"
     )
     problems.expect(
+        not (config.model.compile and config.model.activation_checkpointing == "selective"),
+        "model.activation_checkpointing=selective keeps the results of single operations, which model.compile=true "
+        "fuses: take activation_checkpointing=full, or compile=false",
+    )
+    problems.expect(
         not (config.model.use_peft and classes.trainer.control_tokens),
         f"loss={config.loss.name} has to learn its control tokens, which adapters do not: model.use_peft=false",
     )

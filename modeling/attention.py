@@ -17,20 +17,23 @@ and K queries and keys of a segment.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import eager_mask
 
 from data.batch import PAD, Batch
+from modeling.compiled import compiled
 from utils import UserError, console
 
 # For these architectures tests/test_layouts.py compares every layout with one forward pass for each sequence.
@@ -75,13 +78,14 @@ def possible_combinations(
 ) -> list[tuple[str, str]]:
     """All (attention implementation, layout) that work for a model on this machine, the fastest first."""
     on_gpu = device.type == "cuda" and dtype == "bfloat16"
+    flex = on_gpu and flex_fits(config, device)
     flash = on_gpu and importlib.util.find_spec("flash_attn") is not None
     possible: list[tuple[str, str]] = []
     if config.get_text_config().model_type in TESTED:
         for layout in ("shared_prefix", "packed") if pairs else ("packed", "shared_prefix"):
             if flash and layout == "packed":
                 possible.append(("flash_attention_2", layout))
-            if on_gpu:
+            if flex:
                 possible.append(("flex", layout))
             possible.append(("segments", layout))
     if flash:
@@ -90,6 +94,20 @@ def possible_combinations(
         possible.append(("sdpa", "padded"))
     possible.append(("eager", "padded"))
     return possible
+
+
+WIDE = (128, 160 << 10)  # heads that are wider need a GPU with this much shared memory, in bytes, for flex attention
+
+
+def flex_fits(config: PretrainedConfig, device: torch.device) -> bool:
+    """Whether torch's kernels of flex attention, forward and backward, fit into a GPU for heads of the model's width.
+
+    An A100 has 163 KB of shared memory for a block and an H100 227; an A10, L40S or RTX 4090 has 99.
+    """
+    text = config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    properties: Any = torch.cuda.get_device_properties(device) if width > WIDE[0] else None
+    return properties is None or properties.shared_memory_per_block_optin >= WIDE[1]
 
 
 def for_sampling(attention: str, config: PretrainedConfig, device: torch.device, dtype: str) -> str:
@@ -110,13 +128,49 @@ def mask_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
     no_mask = {"attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1)}  # transformers leaves a 4-d mask as it is
     if implementation == "flex":
-        windows = {None, getattr(model.config.get_text_config(), "sliding_window", None)}
-        return {**no_mask, "block_masks": {window: block_mask(batch, window) for window in windows}}
+        return {**no_mask, "block_masks": BlockMasks(batch)}
+    if implementation == "outline":
+        return no_mask
     assert implementation == "segments", f"{implementation} attention cannot read packed rows"
     return {**no_mask, "blocks": segment_blocks(batch)}
 
 
 # ---------------------------------------------------------------------------------------------------- flex attention
+
+
+BLOCK, LEAST_WIDTH = 128, 256  # rows are padded to whole blocks; of one alone torch would make other graphs
+
+
+def whole_blocks(model: PreTrainedModel, batch: Batch) -> Batch:
+    """The batch as the model reads it: for flex attention its one row is padded at the end, which moves no position."""
+    width = batch.input_ids.shape[1]
+    missing = max(LEAST_WIDTH, -(-width // BLOCK) * BLOCK) - width
+    if model.config._attn_implementation != "flex" or batch.segments is None or not missing:
+        return batch
+
+    def padded(row: Tensor, value: int) -> Tensor:
+        return F.pad(row, (0, missing), value=value)
+
+    return replace(
+        batch,
+        input_ids=padded(batch.input_ids, 0),
+        position_ids=padded(batch.position_ids, 0),
+        document=padded(batch.document, PAD),
+        branch=padded(batch.branch, 0),
+    )
+
+
+@dataclass
+class BlockMasks:
+    """The block masks of a batch. One is made when a layer with its sliding window first asks for it."""
+
+    batch: Batch
+    made: dict[int | None, BlockMask] = field(default_factory=dict)
+
+    def of(self, window: int | None) -> BlockMask:
+        if window not in self.made:
+            self.made[window] = block_mask(self.batch, window)
+        return self.made[window]
 
 
 def mask_rule(batch: Batch, window: int | None) -> Callable[..., Tensor]:
@@ -142,18 +196,57 @@ def block_mask(batch: Batch, window: int | None) -> BlockMask:
     return create_block_mask(mask_rule(batch, window), rows, None, width, width, device=device, _compile=compiled)
 
 
+@torch.compiler.disable  # it is compiled by itself: within a layer's graph the soft-cap would become a variable
 def flex_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    block_masks: BlockMasks | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """`flex` in the registry of transformers: output [R, T, H, E] from queries, keys and values [R, H or G, T, E].
 
     Without block masks (padded rows, sampling) it computes what `segment_attention` does.
     """
-    masks = options.pop("block_masks", None)
-    if masks is None:
+    if block_masks is None:
+        options: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
         return segment_attention(module, query, key, value, attention_mask, **options)
-    mask = masks[options.get("sliding_window")]
-    return flex_attention_forward(module, query, key, value, mask, **options)[0], None
+    assert not dropout, "flex attention has no dropout"
+    output = compiled_flex()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else soft_capped(softcap),
+        block_mask=block_masks.of(sliding_window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+@cache
+def compiled_flex() -> Callable[..., Tensor]:
+    """torch's flex attention, compiled once in a process. Uncompiled it makes all scores, so that is an error: when
+    there are too many graphs (`fullgraph`), and when the environment turns torch.compile off."""
+    warnings.filterwarnings("error", "flex_attention called without torch.compile")
+    return compiled(torch_flex_attention, fullgraph=True)
+
+
+@cache
+def soft_capped(softcap: float) -> Callable[..., Tensor]:
+    """Soft-capping as a `score_mod` of flex attention."""
+
+    def cap(score: Tensor, _row: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
 
 
 # ---------------------------------------------------------------------------------------------------- by segments
@@ -285,6 +378,36 @@ def attend(
     return (weights.view(*grouped_query.shape[:3], -1) @ value).view(query.shape)
 
 
+# ---------------------------------------------------------------------------------------------------- for plans
+
+FUSED = ("flash_attention_2", "flex", "sdpa")  # one kernel each, of which a plan runs this outline
+
+
+class Outline(torch.autograd.Function):
+    """Computes nothing, and keeps for the backward pass what a fused kernel does."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        return output
+
+
+def outline_attention(
+    module: nn.Module,  # noqa: ARG001
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`outline` in the registry of transformers, also on the meta device."""
+    return Outline.apply(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register("outline", outline_attention)
+AttentionMaskInterface.register("outline", lambda *_args, **_options: None)
 for name, function in (("flex", flex_attention), ("segments", segment_attention)):
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, eager_mask)  # used for padded rows and sampling

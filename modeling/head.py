@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from modeling.compiled import compiled
+
 CHUNK_ELEMENTS = 1 << 26  # logits in memory at once: 256 MiB in fp32
 CACHE_ELEMENTS = 1 << 21  # logits that a CPU passes over at once, so that intermediate results stay in its cache
 
@@ -129,7 +131,22 @@ class _Projection:
 
     def logits(self, chunk: slice) -> Tensor:
         """[n, V] in fp32."""
-        return self.passes.soft_cap(F.linear(self.hidden[chunk], self.weight, self.bias), self.softcap)
+        return self.passes.soft_cap(project(self.hidden[chunk], self.weight, self.bias), self.softcap)
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The logits [n, V] before soft-capping. A GPU gives its sums in fp32, as they are; a CPU only rounded to the dtype
+    of `hidden`."""
+    if hidden.device.type == "cpu" or hidden.dtype == torch.float32:
+        return F.linear(hidden, weight, bias)
+    logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return logits if bias is None else logits.add_(bias)
+
+
+def in_fp32(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What a small module gives when it computes in fp32, whatever its parameters are kept in."""
+    parameters = {name: parameter.float() for name, parameter in module.named_parameters()}
+    return torch.func.functional_call(module, parameters, (inputs.float(),))
 
 
 # --------------------------------------------------------------------------------------------- passes over the logits
@@ -223,11 +240,11 @@ CHOSEN = "_passes"  # the attribute of a vocabulary projection that holds its pa
 def compiled_passes() -> Passes:
     """The five functions, each fused by torch.compile. They are compiled once in a process."""
     return Passes(
-        soft_cap=torch.compile(soft_cap, dynamic=True),
-        target_logps=torch.compile(target_logps, dynamic=True),
-        log_squares=torch.compile(log_sum_of_squares, dynamic=True),
-        kl=torch.compile(kl_divergence, dynamic=True),
-        gradient=torch.compile(logits_to_gradient, dynamic=True),
+        soft_cap=compiled(soft_cap, dynamic=True),
+        target_logps=compiled(target_logps, dynamic=True),
+        log_squares=compiled(log_sum_of_squares, dynamic=True),
+        kl=compiled(kl_divergence, dynamic=True),
+        gradient=compiled(logits_to_gradient, dynamic=True),
     )
 
 

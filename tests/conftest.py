@@ -51,14 +51,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
-def tiny_gemma(seed: int = 0) -> Gemma2ForCausalLM:
+def tiny_gemma(seed: int = 0, layers: int = 3) -> Gemma2ForCausalLM:
     """A random Gemma 2: soft-capping, sliding windows and a tied head, as in the real one."""
     torch.manual_seed(seed)
     config = Gemma2Config(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from data.batch import BATCH_LAYOUTS, count_positions, micro_batches
 from modeling import attention
 from modeling.attention import choose, mask_rule
-from models import decoder_layers, score, score_rewards
+from models import decoder_layers, recompute_activations, score, score_rewards
 from sae import ResidualTap, pooled_features
 from training.metrics import MetricAccumulator
 from utils import UserError, prefetch
@@ -207,7 +207,7 @@ def test_the_rule_by_hand():
 @torch.no_grad()
 def test_flex_attention_forward(monkeypatch):
     """Its forward pass also runs on a CPU. It is not compiled, since that is slow and needs a compiler."""
-    monkeypatch.setattr("transformers.integrations.flex_attention.is_torchdynamo_compiling", lambda: True)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: attention.torch_flex_attention)
     records = pairs(3)
     expected = score(random_model("gemma2", "segments"), collate(records)).token_logps
     flex = random_model("gemma2", "flex")
@@ -226,10 +226,11 @@ def test_flash_attention_is_told_where_documents_end():
     assert told["max_length_q"] == told["max_length_k"] == max(lengths)
 
 
-def test_activation_checkpointing_changes_nothing():
+@pytest.mark.parametrize("which", ["full", "selective"])
+def test_activation_checkpointing_changes_nothing(which):
     records, model = pairs(3), random_model("gemma2", "segments").train()
     plain = gradients(model, score(model, collate(records, "shared_prefix")).logps)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(decoder_layers(model), which)
     assert_close_gradients(gradients(model, score(model, collate(records, "shared_prefix")).logps), plain)
 
 

@@ -305,7 +305,6 @@ def test_a_step_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, log_every
     assert str(state) in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 def test_activation_checkpointing_changes_nothing(tmp_path, plain_run):
     checkpointed = run(tmp_path, "loss=fpo", "++model.activation_checkpointing=true")
     assert losses(checkpointed) == pytest.approx(losses(metrics(plain_run("fpo"))), rel=1e-5)

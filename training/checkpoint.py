@@ -14,7 +14,6 @@ be trusted: safetensors, JSON, and a policy.pt of plain tensors that `torch.load
 """
 
 import contextlib
-import fcntl
 import json
 import re
 import secrets
@@ -45,6 +44,7 @@ from utils import (
     damaged_files,
     flush_to_disk,
     is_file_name,
+    lock,
     open_in_place,
     remove_litter,
     seal,
@@ -108,17 +108,17 @@ class Run:
         """The lock on the directory: an open file; closing it, or the end of the process, unlocks."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open_in_place(self.folder / ".lock")
+            held = open_in_place(self.folder / ".lock")
         except OSError as error:
             raise UserError(f"cannot write to {self.folder} ({error}); cache_dir= names another place") from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(held, self.folder, wait=False)
         except BlockingIOError as error:
             message = f"{self.folder}: another process is writing to this run; use another exp_name"
             raise UserError(message) from error
         for folder in (self.folder, self.states, self.folder / "features"):
             remove_litter(folder)
-        return lock
+        return held
 
     def manifest(self) -> dict[str, Any] | None:
         """The run's `id` and its `files`: names in the directory. None where there is no run.
@@ -294,12 +294,13 @@ class Run:
         optimiser = {name: like(trained, name, sizes[name]) for name in rest}
         dcp.load({**trained, **buffers, **optimiser}, storage_reader=reader)
         state: dict[int, dict[str, Tensor]] = {}
-        numbers = {name: number for number, name in enumerate(trained)}
+        numbers = {name: number for number, name in optimised(module, optimizer).items()}
         for name, tensor in optimiser.items():
             owner, slot = owner_and_slot(name)
             state.setdefault(numbers[owner], {})[slot] = tensor
         state = dict(sorted(state.items()))
-        groups = [{**group, "params": list(range(len(trained)))} for group in self.place["param_groups"]]
+        options = self.place["param_groups"][0]  # the same of all: on other ranks there may be other groups
+        groups = [{**options, "params": group["params"]} for group in optimizer.state_dict()["param_groups"]]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def saved_log(self) -> bytes:
@@ -428,13 +429,21 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor]:
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What the optimiser keeps for each trained parameter: `optimizer.<slot>:<name of the parameter>`, in an order that
     does not depend on whether it was loaded."""
-    named = dict(enumerate(trained_tensors(module)))
+    named = optimised(module, optimizer)
     return {
         f"optimizer.{slot}:{named[number]}": value
         for number, slots in optimizer.state_dict()["state"].items()
         for slot, value in sorted(slots.items())
         if isinstance(value, Tensor)
     }
+
+
+def optimised(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """The names of the trained tensors by their numbers in the optimiser's state."""
+    reshard(module)
+    names = {id(parameter): f"model.{name}" for name, parameter in module.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {number: names[id(parameter)] for number, parameter in enumerate(parameters)}
 
 
 def owner_and_slot(name: str) -> tuple[str, str]:

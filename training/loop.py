@@ -55,6 +55,7 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 }
 
 LEAST_MOVE = 1e-5  # of a weight: less than a thousandth of the usual size of one
+LEAST_BF16_MOVE = 2**-14  # of a weight of the usual size in bf16: any smaller one is rounded away
 
 HEADLINE = {  # what the terminal shows of a step, and as what
     "loss/train": "loss",
@@ -99,8 +100,10 @@ def make_optimizer(config: TrainingSettings, parameters: Sequence[Tensor], lr: f
         if name in options and isinstance(options[name], bool) != is_flag and options[name] is not None:
             wanted = "true or false" if is_flag else "a number"
             raise UserError(f"optimizer_options.{name}={written(options[name])}: has to be {wanted}")
+    # One operation on many tensors at once (`foreach`, the default on a GPU) takes split ones or whole ones.
+    kinds = [[p for p in parameters if isinstance(p, DTensor) is split] for split in (True, False)]
     with refused_options(config):
-        return kind(parameters, lr=lr, **options)
+        return kind([{"params": own} for own in kinds if own], lr=lr, **options)
 
 
 @contextlib.contextmanager
@@ -190,6 +193,12 @@ class BasicTrainer:
         reshard(self.module)  # a pass without a step has left some of it gathered, and the optimiser needs the slices
         trained = [p for p in self.module.parameters() if p.requires_grad]
         assert self.config.lr is not None  # filled in before (settings.with_defaults)
+        coarse = any(parameter.dtype == torch.bfloat16 for parameter in trained) and self.config.optimizer != "SGD"
+        if coarse and self.config.lr < LEAST_BF16_MOVE:
+            raise UserError(
+                f"model.weights_dtype=bfloat16, lr={self.config.lr:g}: a step would change next to no weight, since "
+                f"one of 0.02, a usual size, is {2 * LEAST_BF16_MOVE:.1g} from the next; give weights_dtype=float32"
+            )
         self.optimizer = make_optimizer(self.config, trained, self.config.lr)
         steps = len(self.loaders["train"])
         if (warmup := warmup_of(self.config, steps)) >= steps:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import sae as saes
 from data.batch import Batch, sum_by_sequence
+from distributed import parallel
 from training.settings import LossSettings, TermSettings
 from utils import SIDES, Count, Natural, Settings, UserError, checked, suggest
 
@@ -258,7 +259,10 @@ class Binding:
         Raises UserError for what does not fit the SAE."""
         options = dict(self.options)
         if "feature_drift" in options:
-            options["feature_drift"] = saes.drift_options(sae, self.where, **options["feature_drift"])
+            drift = saes.drift_options(sae, self.where, **options["feature_drift"])
+            if drift["feature_weights"] is not None:
+                drift["feature_weights"] = drift["feature_weights"].to(parallel.device())
+            options["feature_drift"] = drift
         for quantity in {"policy_features", "reference_features"} & options.keys():
             beyond = [latent for latent in options[quantity]["latents"] if latent >= sae.d_sae]
             if beyond:
