@@ -392,7 +392,8 @@ def read_file(file: Path) -> Dataset:
         if is_samples_file(file):
             raise UserError(
                 f"{file} holds samples that eval.py wrote: answers, without a label that says which are good. "
-                f"`python compare.py -f {file}` judges them; rows to train on have one of the layouts {FILE_LAYOUTS}"
+                f"`eval.py ++mode=label` and `compare.py --write_pairs` make training data of them; rows to train on "
+                f"have one of the layouts {FILE_LAYOUTS}"
             )
         found = ", ".join([*columns, *data.bad.unused]) or "none"
         raise UserError(f"{data.bad.summary()}\nColumns found: {found}. Known layouts: {FILE_LAYOUTS}.")

@@ -6,6 +6,8 @@
     python eval.py --config-path=outputs/my_run ++mode=features     what training did to the features, as a page
     python eval.py --config-path=outputs/my_run ++mode=features ++probe=[a,b]   the SAE's features that tell two data
                                                                     sets apart, and weights for loss.feature_weights
+    python eval.py --config-path=outputs/rm ++mode=label ++files=[samples/a.json] ++labels=pairs.jsonl
+                                                                    training data, by a reward model's scores
 
 --config-path is a run directory, a config.yaml that a run wrote, or a model in the Hub's format; any key of the
 configuration can be changed. If it is killed, the same command goes on where it was.
@@ -14,7 +16,7 @@ configuration can be changed. If it is killed, the same command goes on where it
 from launch import startup
 
 if __name__ == "__main__":
-    startup.begin(__doc__, ["sampling", "features", "data"])
+    startup.begin(__doc__, ["sampling", "labels", "features", "data"])
 
 import argparse
 import sys
@@ -29,6 +31,7 @@ import models
 from data import tokenise
 from distributed import parallel
 from features import measure, probe, report
+from judging import answers, labels, rewards
 from launch import assembly, settings
 from launch.policies import (
     Policy,
@@ -42,7 +45,7 @@ from launch.report import write_run_page
 from launch.settings import Config
 from sampling import backends, benchmark_files, diversity, samples
 from training.checkpoint import Run
-from utils import UserError, console, require_writable, user_path, write_json
+from utils import UserError, console, file_digest, require_writable, user_path, write_json
 
 
 def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
@@ -161,6 +164,43 @@ def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     console.print(f"written to {run / 'features'}: report.html, drift.parquet")
 
 
+def write_labels(raw: DictConfig, path: Path, overrides: list[str]) -> None:
+    """Training data in the file `labels`, from samples that the reward model scores; beside it how it was made, and the
+    rewards, which another command on the same samples finds there."""
+    config = settings.typed(raw)
+    if config.files is None or config.labels is None:
+        raise UserError("mode=label: ++files=[samples/x.json] names samples, ++labels=pairs.jsonl the file to write")
+    target, named = Path(config.labels), [config.files] if isinstance(config.files, str) else config.files
+    sources = [Path(name) for name in named]
+    parallel.from_rank_zero(lambda: labels.require_place(target, "labels=", sources))
+    texts = labels.texts_of([answers.read_answers(source) for source in sources])
+    if not any(text.answer for text in texts):
+        raise UserError(f"{', '.join(named)}: no answer to label")
+    policy = find_policy(path, config, overrides)
+    model = rewards.RewardModel(
+        config,
+        policy.folder,
+        policy.tokenizer,
+        policy.load_from,
+        policy.digest(),
+        as_trained=trainer_class(config).is_reward,
+    )
+    found, bad = model.score(texts, labels.beside(target, "rewards.jsonl"))
+    recipe = labels.Recipe(config.label_as, config.rejected, config.min_margin, config.threshold, config.seed)
+    made = labels.label(labels.by_prompt(texts, found), recipe)
+    made.left_out.update(bad.counts)
+    if missing := sum(text.answer is None for text in texts):
+        made.left_out[labels.NO_ANSWER] += missing
+    how = {
+        "reward_model": str(policy.folder.resolve()),
+        **model.identity,
+        "template": tokenise.template_name(config, model.tokenizer),
+        **recipe._asdict(),
+        "files": {str(source): file_digest(source) for source in sources},
+    }
+    parallel.from_rank_zero(lambda: labels.publish(target, made, how))
+
+
 def update_run_page(run: Path) -> None:
     """Let the run page link to what was written now."""
     if (run / "metrics.jsonl").is_file():
@@ -168,7 +208,7 @@ def update_run_page(run: Path) -> None:
 
 
 TOY = {"toy", "toy_sft"}  # data sets whose answers the toy language's rules can judge
-WORK = {"eval": write_metrics, "features": write_features}  # by mode, where it is not sampling
+WORK = {"eval": write_metrics, "features": write_features, "label": write_labels}  # by mode, where it is not sampling
 
 
 def main() -> None:

@@ -80,13 +80,17 @@ class ChatTemplate:
 
         Raises UserError when the template renders the prompt differently once an answer follows it.
         """
-        whole = self._render([*messages, {"role": "assistant", "content": text}], add_generation_prompt=False)
+        whole = self.conversation([*messages, {"role": "assistant", "content": text}])
         if not whole.startswith(prompt):
             raise UserError(
                 "template=chat: the tokenizer's chat template does not begin a conversation with the rendering of its "
                 f"prompt, so the completion cannot be told from it:\n{prompt!r}\n{whole!r}\nUse template=tulu."
             )
         return whole.removeprefix(prompt)
+
+    def conversation(self, messages: Sequence[Message]) -> str:
+        """A conversation with all its answers."""
+        return self._render(messages, add_generation_prompt=False)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         try:
@@ -254,6 +258,14 @@ def tokenise_prompts(
     if bad.places:
         raise BadRow(bad.summary())
     return [{**record, **own} for record, own in zip(records, found, strict=True)]
+
+
+def conversation_ids(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> list[int]:
+    """The tokens of a conversation as the chat template writes it, with what follows its last turn. BOS comes first,
+    once, where the tokenizer has one."""
+    return _prompt_ids(tokenizer, [template.conversation(messages)])[0]
 
 
 def cut_prompt(

@@ -117,6 +117,8 @@ def results(command: Command) -> list[str]:
     if command.program == "eval.py" and "config-path" in values:
         source, mode, folder = values["config-path"], values.get("mode", "sample"), values.get("samples_dir", "samples")
         name = values.get("exp_name") or Path(source.removesuffix("/config.yaml")).name
+        if mode == "label":
+            return [values["labels"]]
         measured = [f"{source}/{mode}", f"{source}/eval.json", f"outputs/{name}/features"]
         sampled = [f"{folder}/{name}.json", f"{folder}/{name}-{mode}.json", f"{folder}/alpaca_eval/{name}"]
         return measured if mode in ("eval", "features") else sampled
@@ -137,7 +139,7 @@ PATHS = {
     "loss.trainer": False,
     "loss.feature_weights": False,
 }
-LISTS = ("datasets", "eval_datasets", "probe")
+LISTS = ("datasets", "eval_datasets", "probe", "files")
 FLAGS = ("-f", "--file", "--against", "--questions", "--references", "-p")
 TOOLS = {"pip", "conda", "hf", ".", "python3.11", "accelerate", "transformers", "chromium", "rm", "scripts/check"}
 
@@ -202,8 +204,8 @@ def test_train_command_is_sound(name, tmp_path, monkeypatch):
     for directory in ("assets", "docs", "tests"):
         (tmp_path / directory).symlink_to(REPO / directory)
     for path, text in command.made.items():
-        if text is not None:
-            (tmp_path / path).write_text(text)
+        if text is not None or path.endswith(".jsonl"):
+            (tmp_path / path).write_text(text or "")
     monkeypatch.chdir(tmp_path)
     if "$FPO_DATA" in name and not DATA.is_dir():
         pytest.skip(f"no real data in {DATA}")
