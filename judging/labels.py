@@ -252,15 +252,17 @@ def beside(path: Path, what: str) -> Path:
     return path.with_name(f"{path.name.removesuffix('.jsonl')}.{what}")
 
 
-def require_place(path: Path, flag: str, inputs: Sequence[Path]) -> None:
-    """Raises UserError where training data cannot be written, or would replace what was not made so."""
+def require_place(path: Path, flag: str, others: Sequence[Path], *, writes: bool = True) -> None:
+    """Raises UserError where training data cannot be written, or would replace what was not made so, such as one of the
+    other files."""
     if path.suffix != ".jsonl":
         raise UserError(f"{flag}{path}: the name of a file of training data has to end in .jsonl")
-    if path.resolve() in {other.resolve() for other in inputs}:
-        raise UserError(f"{flag}{path} would overwrite a file of answers; name another file")
+    if path.resolve() in {other.resolve() for other in others}:
+        raise UserError(f"{flag}{path} is a file that this command reads, or writes; name another one")
     if path.exists() and not (made := beside(path, "made.json")).is_file():
         raise UserError(f"{flag}{path} is there already, and no {made.name} beside it says that it was made so")
-    require_writable(path, beside(path, "made.json"))
+    if writes:
+        require_writable(path, beside(path, "made.json"))
 
 
 def publish(path: Path, labels: Labels, how: dict[str, Any]) -> None:

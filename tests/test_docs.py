@@ -122,6 +122,8 @@ def results(command: Command) -> list[str]:
         measured = [f"{source}/{mode}", f"{source}/eval.json", f"outputs/{name}/features"]
         sampled = [f"{folder}/{name}.json", f"{folder}/{name}-{mode}.json", f"{folder}/alpaca_eval/{name}"]
         return measured if mode in ("eval", "features") else sampled
+    if "--write_pairs" in words:
+        return [words[words.index("--write_pairs") + 1]]
     if words[0] in ("cp", "mkdir") or words[:3] == ["python", "-m", "data.toy"]:
         return [words[-1].rstrip("/")]
     return []
