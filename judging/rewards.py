@@ -46,7 +46,14 @@ class RewardModel:
         self.config, self.as_trained = config, as_trained
         self.tokenizer: Tokenizer = models.load_tokenizer(tokenizer)
         self.template = tokenise.make_template(config, self.tokenizer)
-        self.identity = {"weights": digest, "dtype": config.model.policy_dtype, "as_trained": as_trained}
+        self.identity = {
+            "reward_model": str((Path(load_from) if load_from else folder).resolve()),
+            "weights": digest,
+            "dtype": config.model.policy_dtype,
+            "template": tokenise.template_name(config, self.tokenizer),
+            "as_trained": as_trained,
+        }
+        self.scale = [digest, config.model.policy_dtype, as_trained]  # what a reward depends on beside the tokens
         self._source = (folder, load_from)
         self._architecture = architecture
 
@@ -118,7 +125,7 @@ class RewardModel:
         For all ranks to call; batches do not depend on their number. Raises UserError for rewards that are no numbers.
         """
         tokens, bad = self.tokens(texts)
-        key_of = {number: fingerprint(self.identity, ids) for number, ids in tokens.items()}
+        key_of = {number: fingerprint(self.scale, ids) for number, ids in tokens.items()}
         by_key = {key: tokens[number] for number, key in key_of.items()}
         keys, sequences = list(by_key), list(by_key.values())
         batches = batches_by_length([len(ids) for ids in sequences], self.batch_size())

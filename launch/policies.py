@@ -27,6 +27,7 @@ DEFAULTS: dict[str, list[str]] = {
     "eval": OWN_DISTRIBUTION,
     "features": OWN_DISTRIBUTION,
     "label": [],
+    "rewards": [],
     "alpacaeval": ["eval_datasets=[alpacaeval]", "eval_split=test"],
     "arenahard": ["eval_datasets=[arenahard]", "eval_split=test"],
     "mtbench": ["eval_datasets=[mtbench]", "eval_split=test", "++temperature=null"],
