@@ -5,7 +5,8 @@ whatever follows it, and the boundary between prompt and completion is exact.
 
 A record, made by a loader in dataloader.py, is
     {"prompt": [messages], "completions": [str, ...], "desirable": bool | None, "score": float | None,
-     "truncation_mode": "keep_start" | "keep_end", "source": str, "data_set": str, which may be absent}
+     "truncation_mode": "keep_start" | "keep_end", "source": str,
+     and perhaps "weight": float (in the loss), "data_set": str}
 """
 
 import json
@@ -147,6 +148,7 @@ FEATURES = datasets.Features(
         "completions": datasets.List(datasets.Value("string")),
         "desirable": datasets.Value("bool"),
         "score": datasets.Value("float64"),
+        "weight": datasets.Value("float64"),  # in the loss; null: 1
         "source": datasets.Value("string"),
         "data_set": datasets.Value("string"),
     }
@@ -333,6 +335,7 @@ def _encode(
                 raise BadRow(f"the completion holds the end-of-sequence token {eos} inside its text")
             row = {
                 "data_set": None,
+                "weight": None,
                 **record,
                 "prompt": prompt,
                 "messages": json.dumps(record["prompt"], ensure_ascii=False),

@@ -153,7 +153,8 @@ def paths_of(command: Command) -> Iterator[tuple[str, bool]]:
         if key in PATHS and not value.startswith("[") and (key != "loss.trainer" or ":" in value):
             yield value, PATHS[key]
         if key in LISTS:
-            yield from ((item, False) for item in value.strip("[]").split(",") if "/" in item or "." in item)
+            items = re.sub(r"\{name: (.*?), weight: .*?\}", r"\1", value).strip("[]").split(",")
+            yield from ((item, False) for item in items if "/" in item or "." in item)
     if command.program == "compare.py":
         flag = ""
         for word in command.arguments:
