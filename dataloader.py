@@ -88,9 +88,7 @@ class Example:
     sources: list[str] = field(default_factory=list)  # where each came from, "file:line" or "file row 17"
     pairs: list[tuple[int, int]] = field(default_factory=list)  # (preferred, dispreferred)
     sft_targets: list[int] = field(default_factory=list)  # demonstrations; the preferred ones if none is set
-    weights: dict[tuple[int, ...], float] = field(
-        default_factory=dict
-    )  # in the loss, of a pair or a completion; else 1
+    weights: dict[tuple[int, ...], float] = field(default_factory=dict)  # in the loss, of pairs and completions; else 1
     followups: list[str] = field(default_factory=list)  # the user's later turns, for a benchmark of several turns
     benchmark: dict[str, Any] = field(default_factory=dict)  # what a benchmark knows its question by: its id, category
 
@@ -684,6 +682,7 @@ class Mixture:
             if len(own):
                 self.parts[name] = own, max(1, round(weight * len(own)))
         self.total = sum(count for _, count in self.parts.values())
+        self.epochs_for_all = max(math.ceil(len(own) / count) for own, count in self.parts.values())
 
     def rows(self, epoch: int) -> np.ndarray:
         """The rows of an epoch, data set by data set."""
@@ -820,7 +819,7 @@ class DataLoader:
 
     def used(self) -> list[int]:
         """The rows that the run will see, in order."""
-        if self.mixture is None and self.total >= len(self.rows):
+        if self.total >= self.per_epoch * (self.mixture.epochs_for_all if self.mixture else 1):
             return list(range(len(self.rows)))
         starts = range(0, self.total, self.per_epoch)
         return sorted({i for e, start in enumerate(starts) for i in self._order(e)[: self.total - start].tolist()})

@@ -216,7 +216,8 @@ def write_reward_figures(raw: DictConfig, path: Path, overrides: list[str]) -> N
         console.print(bad.summary(), style="yellow")
     if parallel.rank() == 0:
         write_json(target, {**model.identity, "left_out": bad.report(), **figures})
-    reward_figures.print_accuracies(figures["accuracy"])
+    if pairs:
+        reward_figures.print_accuracies(figures["accuracy"])
     for name, curve in figures["best_of_n"].items():
         reward_figures.print_curve(name, curve)
     console.print(f"written to {target}")
@@ -244,12 +245,12 @@ def update_run_page(run: Path) -> None:
 
 
 TOY = {"toy", "toy_sft"}  # data sets whose answers the toy language's rules can judge
-WORK = {
+WORK = {  # by mode, where it is not sampling
     "eval": write_metrics,
     "features": write_features,
     "label": write_labels,
     "rewards": write_reward_figures,
-}  # by mode, where it is not sampling
+}
 
 
 def main() -> None:

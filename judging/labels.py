@@ -64,7 +64,8 @@ class Labels:
 
     kind: str  # of the rows: a Recipe's label_as
     rows: list[Row] = field(default_factory=list)
-    asked: int = 0  # prompts, or pairs that a judge was shown
+    unit: str = "prompts"  # what they come from, or "comparisons" that a judge made,
+    asked: int = 0  # and how many there were
     rewards: list[float] = field(default_factory=list)  # of all answers
     margins: list[float] = field(default_factory=list)  # of the pairs, where rewards made them
     without: Counter[str] = field(default_factory=Counter)  # why so many of `asked` gave no row
@@ -74,7 +75,7 @@ class Labels:
         """As JSON."""
         spreads = {"rewards": self.rewards, "margins": self.margins}
         return {
-            "asked": self.asked,
+            self.unit: self.asked,
             "rows": len(self.rows),
             **{name: mean_and_deviation(values) for name, values in spreads.items() if values},
             "without": dict(self.without),
@@ -83,7 +84,7 @@ class Labels:
 
     def line(self) -> str:
         """The figures in words."""
-        parts = [f"{len(self.rows):,} rows ({self.kind}) from {self.asked:,}"]
+        parts = [f"{len(self.rows):,} rows ({self.kind}) from {self.asked:,} {self.unit}"]
         for name, values in (("rewards", self.rewards), ("margins", self.margins)):
             if values:
                 parts.append(f"{name} " + ", ".join(f"{key} {x:.4g}" for key, x in mean_and_deviation(values).items()))
@@ -101,13 +102,13 @@ def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------------- from rewards
 
 
-def texts_of(files: Sequence[AnswerFile], key: str = "policy") -> list[Text]:
-    """The answers in files of them, in their order."""
+def texts_of(files: Sequence[AnswerFile]) -> list[Text]:
+    """The policies' answers in files of them, in their order."""
     return [
         Text(row.messages, text if text and text.strip() else None, f"{file.path}, answer {number}")
         for file in files
         for number, row in enumerate(file.rows, 1)
-        for text in [answer_in(row, key)]
+        for text in [answer_in(row, "policy")]
     ]
 
 
@@ -210,7 +211,7 @@ def labelled_row(messages: list[Message], text: str, is_good: bool, score: float
 
 def pairs_of_verdicts(comparisons: Sequence[Comparison], verdicts: Sequence[list[Verdict]]) -> Labels:
     """A pair for each item whose verdicts all prefer the same answer: both orders, where both were asked."""
-    found = Labels("pairs")
+    found = Labels("pairs", unit="comparisons")
     for comparison, group in zip(comparisons, verdicts, strict=True):
         by_item: dict[int, list[Verdict]] = {}
         for verdict in group:

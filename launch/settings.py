@@ -59,7 +59,9 @@ GROUPS = ("loss", "model", "sae", "experiment")  # each a directory of config/
 class Config(TrainingSettings, SamplingSettings, LabelSettings):
     """The whole configuration. config/config.yaml has the defaults, with a line on each key."""
 
-    mode: Literal["train", "plan", "sample", "eval", "features", "label", "rewards", "alpacaeval", "arenahard", "mtbench"]
+    mode: Literal[
+        "train", "plan", "sample", "eval", "features", "label", "rewards", "alpacaeval", "arenahard", "mtbench"
+    ]
     nproc: Count | None
     sae: SAESection
     compare_to: PathName | None

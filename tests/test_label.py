@@ -85,7 +85,7 @@ def test_pairs_by_hand(by_hand, capsys):
         },
     ]
     assert figures == {
-        "asked": 5,
+        "prompts": 5,
         "rows": 2,
         "rewards": {"mean": pytest.approx(0.555), "deviation": pytest.approx(0.8667, abs=1e-4)},
         "margins": {"mean": 1.625, "deviation": 1.375},
@@ -93,8 +93,8 @@ def test_pairs_by_hand(by_hand, capsys):
         "left_out": {},
     }
     assert (
-        "labels.jsonl: 2 rows (pairs) from 5; rewards mean 0.555, deviation 0.8667; margins mean 1.625, deviation "
-        "1.375; without a row: 1 (one answer), 1 (equal rewards), 1 (no answer)"
+        "labels.jsonl: 2 rows (pairs) from 5 prompts; rewards mean 0.555, deviation 0.8667; margins mean 1.625, "
+        "deviation 1.375; without a row: 1 (one answer), 1 (equal rewards), 1 (no answer)"
     ) in capsys.readouterr().out
 
 
@@ -280,7 +280,7 @@ def test_labels_are_the_same_on_two_ranks(plain_run, tmp_path):
         (["++files=[{folder}/none.json]"], "files: {folder}/none.json: no file here"),
         (["++files=[{folder}/refused.json]"], "refused.json: no answer to label"),
         (["++as=triples"], "as=triples: not one of pairs, binary, best, advantages"),
-        (["++min_margin=1e9"], "nothing to write to {folder}/y.jsonl: 0 rows (pairs) from 12; rewards mean"),
+        (["++min_margin=1e9"], "nothing to write to {folder}/y.jsonl: 0 rows (pairs) from 12 prompts; rewards mean"),
         (["++model.name_or_path=assets/tiny"], "assets/tiny: no reward model (Gemma2ForCausalLM)"),
     ],
 )

@@ -63,7 +63,7 @@ def test_verdicts_are_not_paid_for_again(tmp_path, server, capsys):
     assert len(server.requests) == 20
     run(server, samples, "--both_orders", "--write_pairs", str(pairs))
     assert len(server.requests) == 20
-    assert "pairs.jsonl: 9 rows (pairs) from 10; without a row: 1 (malformed)" in capsys.readouterr().out
+    assert "pairs.jsonl: 9 rows (pairs) from 10 comparisons; without a row: 1 (malformed)" in capsys.readouterr().out
     rows = rows_of(pairs)
     assert {row["chosen"][:4] for row in rows} == {"good"} and {row["rejected"][:3] for row in rows} == {"bad"}
     made = json.loads((tmp_path / "pairs.made.json").read_text())["made"]
@@ -82,7 +82,7 @@ def test_a_judge_that_likes_the_first_place_gives_no_pairs(tmp_path, server):
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(error):
         run(server, write_samples(tmp_path, 4), "--both_orders", "--write_pairs", str(tmp_path / "pairs.jsonl"))
     assert stop.value.code == 2
-    assert "pairs.jsonl: 0 rows (pairs) from 4; without a row: 4 (orders disagree)" in error.getvalue()
+    assert "pairs.jsonl: 0 rows (pairs) from 4 comparisons; without a row: 4 (orders disagree)" in error.getvalue()
     assert not (tmp_path / "pairs.jsonl").exists()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 

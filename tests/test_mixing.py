@@ -83,7 +83,7 @@ def test_a_mixture_is_a_function_of_the_seed(mixed):
     assert [sorted(one + other) for one, other in zip(*ranks)] == [sorted(step) for step in whole]
 
 
-@pytest.mark.parametrize("n_examples", [3, 34, 50, 90])
+@pytest.mark.parametrize("n_examples", [3, 34, 50, 135, 136, 200])
 def test_what_a_mixed_run_uses_is_what_its_steps_give(mixed, n_examples):
     loader = mixed(n_epochs=None, n_examples=n_examples)
     assert loader.used() == sorted({i for step in loader.steps() for batch in step for i in batch.index})
