@@ -4,6 +4,7 @@
     python compare.py -f samples/fpo.json --against samples/dpo.json --dry_run
     python compare.py -f samples/fpo.json samples/dpo.json samples/kto.json --round_robin --both_orders
     python compare.py -f samples/fpo.json -j my-model --base_url http://localhost:8000/v1
+    python compare.py -f samples/fpo.json --both_orders --write_pairs pairs.jsonl
 
 Which answer the judge sees first is drawn for each pair; --both_orders judges each pair in both orders. docs/judging.md
 explains the protocols and the results.
@@ -16,9 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
-from judging import alpaca_eval_official, answers, tables
+from judging import alpaca_eval_official, answers, labels, tables
 from judging.answers import AnswerFile, AnswerSet, Comparison
 from judging.cost import Budget, TokenUsage, find_prices, price_note
 from judging.judge import (
@@ -37,7 +39,7 @@ from judging.options import OFFLINE_JUDGES, build_parser, check_places, complete
 from judging.page import grades_page, verdict_page
 from judging.protocols import JudgeInput, JudgeOutput, PromptTemplate
 from sampling.openai_server import Server
-from utils import UserError, append_json_line, console, error_console, write_text
+from utils import UserError, append_json_line, console, error_console, file_digest, write_text
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -85,6 +87,8 @@ def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
         tables.print_comparisons(results, leaderboard)
         if unranked:
             console.print(f"no leaderboard: {unranked}")
+        if args.write_pairs:
+            problems += write_labels(args, args.write_pairs, labels.pairs_of_verdicts(comparisons, verdicts))
         print_end(args, judge, problems)
 
 
@@ -104,6 +108,9 @@ def grade_answers(args: argparse.Namespace, template: PromptTemplate) -> None:
         if args.verbose:
             print_all_grades(grades)
         tables.print_grades(results)
+        if args.write_binary:
+            labelled = labels.labels_of_grades(list(zip(answer_sets, grades)), args.threshold)
+            problems += write_labels(args, args.write_binary, labelled)
         print_end(args, judge, problems)
 
 
@@ -225,6 +232,18 @@ def comparison_line(args: argparse.Namespace, comparison: Comparison, verdicts: 
 def append_result(args: argparse.Namespace, judge: Judge, result: dict[str, Any], config: dict[str, Any]) -> None:
     usage = judge.usage_fields() if isinstance(judge, OpenAIJudge) else {}
     append_json_line(args.results_file, result | usage | {"config": config})
+
+
+def write_labels(args: argparse.Namespace, path: Path, found: labels.Labels) -> list[str]:
+    """Write training data and print its figures; if there is none, why."""
+    keys = ("judge", "protocol", "labels", "both_orders", "seed", "threshold", "candidate_key", "baseline_key")
+    read = [*args.file, *filter(None, (args.against,))]
+    how = {key: getattr(args, key) for key in keys} | {"files": {str(file): file_digest(file) for file in read}}
+    try:
+        labels.publish(path, found, how)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def print_estimate(args: argparse.Namespace, judge: OpenAIJudge, judge_inputs: list[JudgeInput]) -> None:

@@ -64,7 +64,7 @@ from utils import (
     suggest,
 )
 
-FILE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "score", "messages", "tools")
+FILE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "score", "messages", "tools", "weight")
 FILE_LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
 LOOKED_AT = 10_000  # files and folders below one that is named in place of a file: it may be the home directory
 hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
@@ -88,6 +88,7 @@ class Example:
     sources: list[str] = field(default_factory=list)  # where each came from, "file:line" or "file row 17"
     pairs: list[tuple[int, int]] = field(default_factory=list)  # (preferred, dispreferred)
     sft_targets: list[int] = field(default_factory=list)  # demonstrations; the preferred ones if none is set
+    weights: dict[tuple[int, ...], float] = field(default_factory=dict)  # in the loss, of pairs and completions; else 1
     followups: list[str] = field(default_factory=list)  # the user's later turns, for a benchmark of several turns
     benchmark: dict[str, Any] = field(default_factory=dict)  # what a benchmark knows its question by: its id, category
 
@@ -108,10 +109,17 @@ class Example:
         self.sources.append(source)
         return len(self.generations) - 1
 
-    def add_pair(self, chosen: str, rejected: str, source: str = "") -> None:
+    def add_pair(self, chosen: str, rejected: str, source: str = "", weight: float | None = None) -> None:
         """Two completions, the first preferred."""
         preferred = self.add_generation(chosen, source=source)
-        self.pairs.append((preferred, self.add_generation(rejected, source=source)))
+        pair = (preferred, self.add_generation(rejected, source=source))
+        self.weigh(weight, pair, *((side,) for side in pair))
+        self.pairs.append(pair)
+
+    def weigh(self, weight: float | None, *parts: tuple[int, ...]) -> None:
+        """Give pairs and completions a weight in the loss; those that have one keep it."""
+        if weight is not None:
+            self.weights = {**dict.fromkeys(parts, weight), **self.weights}
 
     def targets(self) -> list[int]:
         """The generations to imitate: `sft_targets`, else those that a pair prefers, each once, and the desirable
@@ -126,6 +134,7 @@ class Example:
             "completions": [self.generations[i] for i in generations],
             "desirable": desirable,
             "score": self.scores[generations[0]] if len(generations) == 1 else None,
+            **({"weight": self.weights[generations]} if generations in self.weights else {}),
             "truncation_mode": self.truncation_mode,
             "source": ", ".join(dict.fromkeys(self.sources[i] for i in generations)) or self.dataset_name,
         }
@@ -133,6 +142,8 @@ class Example:
 
 class Dataset:
     """The Examples of one data set. `data[prompt]` is the Example of that prompt, made when first asked for."""
+
+    weight: float = 1  # how often an epoch holds each record, on average
 
     def __init__(self, name: str, truncation_mode: str = "keep_start") -> None:
         self.name = name
@@ -392,7 +403,8 @@ def read_file(file: Path) -> Dataset:
         if is_samples_file(file):
             raise UserError(
                 f"{file} holds samples that eval.py wrote: answers, without a label that says which are good. "
-                f"`python compare.py -f {file}` judges them; rows to train on have one of the layouts {FILE_LAYOUTS}"
+                f"`python compare.py -f {file}` judges them, `eval.py ++mode=label` scores them, and both write rows "
+                f"to train on (docs/online.md), which have one of the layouts {FILE_LAYOUTS}"
             )
         found = ", ".join([*columns, *data.bad.unused]) or "none"
         raise UserError(f"{data.bad.summary()}\nColumns found: {found}. Known layouts: {FILE_LAYOUTS}.")
@@ -403,20 +415,25 @@ def _add_row(data: Dataset, row: dict[str, Any], place: str) -> None:
     """Add a row of any of FILE_LAYOUTS. Raises BadRow, with `data` as it was."""
     if (tools := row.get("tools")) and tools not in ("[]", "null"):
         raise BadRow("'tools' would not be rendered")
+    weight = None if row.get("weight") in (None, "") else number_of(row, "weight")
+    if weight is not None and weight < 0:
+        raise BadRow("'weight' is below 0")
     if "chosen" in row or "rejected" in row:
         prompt, chosen, rejected = pair_of(row)
-        data[prompt].add_pair(chosen, rejected, source=place)
+        data[prompt].add_pair(chosen, rejected, place, weight)
     elif "completion" in row:
         before, completion = answer_of(row, "completion")
         label = TRUTH.get(str(value_of(row, "label")).lower())
         if label is None:
             raise BadRow("'label' is neither true nor false (1 nor 0)")
         score = None if row.get("score") in (None, "") else number_of(row, "score")
-        data[prompt_of(row, before)].add_generation(completion, label, score, place)
+        example = data[prompt_of(row, before)]
+        example.weigh(weight, (example.add_generation(completion, label, score, place),))
     elif "messages" in row:
         before, completion = answer_of(row, "messages")
         example = data[prompt_of(row, before)]
         example.sft_targets.append(example.add_generation(completion, source=place))
+        example.weigh(weight, (example.sft_targets[-1],))
     else:
         raise BadRow("the row has no known layout")
 
@@ -436,6 +453,7 @@ class DataSource:
     entry: str
     split: str = ""  # which of its splits; a file has none
     part: str = ""  # "train" or "test": only that part of it, see Dataset.part
+    weight: float = field(default=1, compare=False)  # in training
 
     @property
     def is_file(self) -> bool:
@@ -504,10 +522,11 @@ def sources(settings: DataSettings, split_name: str) -> list[DataSource]:
     entries = settings.eval_datasets if split_name == "test" and settings.eval_datasets else settings.datasets
     split = settings.train_split if split_name == "train" else settings.eval_split
     found = []
-    for entry in [entries] if isinstance(entries, str) else entries:
+    for named in [entries] if isinstance(entries, str) else entries:
+        entry, weight = (named, 1.0) if isinstance(named, str) else (named.name, named.weight)
         whole = DataSource(entry, split)
         shared = not settings.eval_datasets and (whole.is_file or settings.train_split == settings.eval_split)
-        found.append(DataSource(entry, "" if whole.is_file else split, split_name if shared else ""))
+        found.append(DataSource(entry, "" if whole.is_file else split, split_name if shared else "", weight))
     return found
 
 
@@ -535,6 +554,7 @@ def load_datasets(settings: DataSettings, split_name: str) -> list[Dataset]:
         data.bad.check(settings.max_bad_rows)
         if source.is_file and data.bad.unused and source.part != "test":  # of one file for both it is said once
             console.print(f"{source.entry}: not used are {', '.join(data.bad.unused)}", markup=False)
+        data.weight = source.weight
         loaded.append(data)
     return loaded
 
@@ -554,6 +574,7 @@ class TokenisedData:
     rows: hf_datasets.Dataset
     fingerprint: str  # changes with anything that the tokens depend on
     path: Path  # where they are cached; report.json there lists the rows left out
+    weights: dict[str, float] = field(default_factory=dict)  # by data set, where an epoch is mixed: see `Mixture`
 
 
 def load_tokens(
@@ -572,6 +593,7 @@ def load_tokens(
     """
     records: list[dict[str, Any]] = []
     bad: dict[str, Any] = {}  # by data set
+    weights: dict[str, float] = {}
     named = {"seed": settings.seed, "train_on": settings.train_on}
     arguments = {**_named_by(loader_class.records, named), **(options or {})}
     for data in load_datasets(settings, split_name):
@@ -583,6 +605,8 @@ def load_tokens(
             )
         records += [{**record, "data_set": data.name} for record in found]
         bad[data.name] = data.bad.report()
+        if weights.setdefault(data.name, data.weight) != data.weight:
+            raise UserError(f"datasets names {data.name} twice, with other weights")
 
     template = tokenise.make_template(settings, tokenizer)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
@@ -605,7 +629,13 @@ def load_tokens(
         raise UserError(left_out.summary())
     if report["remarks"]:
         console.print(f"Tokens ({split_name}): {report['remarks']}", style="yellow", markup=False)
-    return TokenisedData(tokens, name, path)
+    mixed = split_name == "train" and set(weights.values()) != {1}
+    tokenised = TokenisedData(tokens, name, path, weights if mixed else {})
+    if mixed:
+        parts, names = Mixture(tokenised, settings.seed).parts, short_names([*weights])
+        held = [f"{count:,} of {names[own]}'s {len(rows):,} records" for own, (rows, count) in parts.items()]
+        console.print(f"An epoch holds {', '.join(held)}", markup=False)
+    return tokenised
 
 
 def _write_tokens(
@@ -638,6 +668,32 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     stems = {name: Path(name).name.partition(".")[0] for name in names}
     taken = Counter(stems.values())
     return {name: stem if taken[stem] == 1 else name.strip("/").replace("/", ".") for name, stem in stems.items()}
+
+
+class Mixture:
+    """Which rows an epoch holds, where data sets have weights: of n records with the weight w round(w n), at least one.
+    All are seen before one is seen again, in this epoch or a later one."""
+
+    def __init__(self, tokens: TokenisedData, seed: int) -> None:
+        self.seed = seed
+        self.parts: dict[str, tuple[np.ndarray, int]] = {}  # each data set's rows, and how many of them an epoch holds
+        for name, weight in tokens.weights.items():
+            own = np.asarray(pc.equal(tokens.rows.data.column("data_set"), name)).nonzero()[0]
+            if len(own):
+                self.parts[name] = own, max(1, round(weight * len(own)))
+        self.total = sum(count for _, count in self.parts.values())
+        self.epochs_for_all = max(math.ceil(len(own) / count) for own, count in self.parts.values())
+
+    def rows(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch, data set by data set."""
+        return np.concatenate([self._drawn(epoch, n, *part) for n, part in enumerate(self.parts.values())])
+
+    def _drawn(self, epoch: int, number: int, own: np.ndarray, count: int) -> np.ndarray:
+        """Those of one data set: a part of its rows in random order, then in another, and so on."""
+        first, start = divmod(epoch * count, len(own))
+        passes = range(first, first + math.ceil((start + count) / len(own)))
+        orders = [np.random.default_rng([self.seed, number, turn]).permutation(own) for turn in passes]
+        return np.concatenate(orders)[start : start + count]
 
 
 class DataLoader:
@@ -682,16 +738,21 @@ class DataLoader:
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
         self.rows = tokens.rows
+        self.mixture = Mixture(tokens, seed) if tokens.weights else None
+        self.per_epoch = self.mixture.total if self.mixture else len(self.rows)  # records
         self.batch_size = batch_size
         self.pad_id, self.eos_id = pad_id, eos_id
         self.layout, self.accumulation, self.max_tokens = layout, accumulation, max_tokens
         self.seed = seed
         self.shuffle = shuffle
         self.rank, self.world_size = rank, world_size
-        whole = math.inf if n_epochs is None else n_epochs * len(self.rows)
+        whole = math.inf if n_epochs is None else n_epochs * self.per_epoch
         self.total = int(min(whole, math.inf if n_examples is None else n_examples))  # records of the run
-        self.steps_per_epoch = math.ceil(len(self.rows) / batch_size)
+        self.steps_per_epoch = math.ceil(self.per_epoch / batch_size)
+        there = self.rows.column_names  # tokens that an earlier version cached lack the weights
         columns = [name for name in ("desirable", "score") if self.rows.data.column(name).null_count == 0]
+        if "weight" in there and self.rows.data.column("weight").null_count < len(self.rows):
+            columns.append("weight")
         self.values = self.rows.select_columns(["prompt_ids", "completion_ids", *columns])
         self.names = short_names(self.rows.data.column("data_set").unique().to_pylist() if apart else [])
 
@@ -702,7 +763,7 @@ class DataLoader:
 
     def __len__(self) -> int:
         """The number of optimiser steps."""
-        epochs, rest = divmod(self.total, len(self.rows))
+        epochs, rest = divmod(self.total, self.per_epoch)
         return epochs * self.steps_per_epoch + math.ceil(rest / self.batch_size)
 
     def records_in(self, step: int) -> int:
@@ -712,13 +773,13 @@ class DataLoader:
     def examples_before(self, step: int) -> int:
         """The records of all steps before one."""
         epochs, rest = divmod(step, self.steps_per_epoch)
-        return min(epochs * len(self.rows) + rest * self.batch_size, self.total)
+        return min(epochs * self.per_epoch + rest * self.batch_size, self.total)
 
     def indices(self, step: int) -> list[int]:
         """The rows of one optimiser step, over all ranks."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         start = batch * self.batch_size
-        end = min(start + self.batch_size, self.total - epoch * len(self.rows))
+        end = min(start + self.batch_size, self.total - epoch * self.per_epoch)
         return self._order(epoch)[start:end].tolist()
 
     def steps(self, start: int = 0) -> Iterator[list[Batch]]:
@@ -758,14 +819,18 @@ class DataLoader:
 
     def used(self) -> list[int]:
         """The rows that the run will see, in order."""
-        whole = range(len(self.rows)) if self.total >= len(self.rows) else self._order(0)[: self.total]
-        return sorted(map(int, whole))
+        if self.total >= self.per_epoch * (self.mixture.epochs_for_all if self.mixture else 1):
+            return list(range(len(self.rows)))
+        starts = range(0, self.total, self.per_epoch)
+        return sorted({i for e, start in enumerate(starts) for i in self._order(e)[: self.total - start].tolist()})
 
     def batch(self, indices: list[int]) -> Batch:
         """The batch of some rows."""
         columns = self.values[indices]
         batch = self.collate(columns["prompt_ids"], columns["completion_ids"], indices)
-        kinds = {"desirable": torch.bool, "score": torch.float32}
+        kinds = {"desirable": torch.bool, "score": torch.float32, "weight": torch.float32}
+        if "weight" in columns:
+            columns["weight"] = [1.0 if weight is None else weight for weight in columns["weight"]]
         batch.record = {name: torch.tensor(columns[name], dtype=kinds[name]) for name in kinds if name in columns}
         if (desirable := batch.record.get("desirable")) is not None:  # here, where no device is waited for
             batch.record |= {"chosen": desirable.nonzero().flatten(), "rejected": (~desirable).nonzero().flatten()}
@@ -781,9 +846,8 @@ class DataLoader:
 
     @lru_cache(maxsize=1)  # noqa: B019 (one loader lives as long as its run)
     def _order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(len(self.rows))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        rows = self.mixture.rows(epoch) if self.mixture else np.arange(len(self.rows))
+        return np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else rows
 
 
 class MismatchedRecords:
@@ -825,6 +889,18 @@ class MismatchedRecords:
         return self.loader.collate(prompts, completions, pairs)
 
 
+def earlier_turns(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A record for each turn of the assistant's that answers the user's in the records' prompts; each of them once."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        talk = record["prompt"]
+        for place in range(1, len(talk)):
+            if (talk[place - 1]["role"], talk[place]["role"]) == ("user", "assistant"):
+                own = {**record, "prompt": talk[:place], "completions": [talk[place]["content"]], "score": None}
+                found.setdefault(json.dumps(talk[: place + 1]), own)
+    return list(found.values())
+
+
 class SFTDataLoader(DataLoader):
     """One completion a record: the demonstration, or each that there is."""
 
@@ -832,10 +908,12 @@ class SFTDataLoader(DataLoader):
 
     @staticmethod
     def records(data: Dataset, train_on: str = "targets") -> list[dict[str, Any]]:
-        """A record for each target of each prompt, or with train_on="all" for each completion."""
+        """A record for each target of each prompt; with train_on="turns" also for each earlier turn of the assistant's,
+        once; with "all" for each completion."""
         if train_on == "all":
             return [example.record(i) for example in data for i in range(len(example.generations))]
-        return [example.record(target) for example in data for target in example.targets()]
+        found = [example.record(target) for example in data for target in example.targets()]
+        return [*earlier_turns(found), *found] if train_on == "turns" else found
 
 
 class PairedPreferenceDataLoader(DataLoader):

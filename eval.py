@@ -7,6 +7,9 @@
     python eval.py --config-path=MODEL ++mode=features ++data=[hh]  what preference pairs would teach the model
     python eval.py --config-path=outputs/my_run ++mode=features ++probe=[a,b]   the SAE's features that tell two data
                                                                     sets apart, and weights for loss.feature_weights
+    python eval.py --config-path=outputs/rm ++mode=label ++files=[samples/a.json] ++labels=pairs.jsonl
+                                                                    training data, by a reward model's scores
+    python eval.py --config-path=outputs/rm ++mode=rewards          a reward model's accuracy, and best-of-n curves
 
 --config-path is a run directory, a config.yaml that a run wrote, or a model in the Hub's format; any key of the
 configuration can be changed. If it is killed, the same command goes on where it was.
@@ -15,7 +18,7 @@ configuration can be changed. If it is killed, the same command goes on where it
 from launch import startup
 
 if __name__ == "__main__":
-    startup.begin(__doc__, ["sampling", "features", "data"])
+    startup.begin(__doc__, ["sampling", "labels", "features", "data"])
 
 import argparse
 import sys
@@ -28,8 +31,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import dataloader
 import models
 from data import tokenise
+from data.rows import is_samples_file
 from distributed import parallel
 from features import measure, pairs, probe, report
+from judging import answers, labels, reward_figures, rewards
 from launch import assembly, settings
 from launch.policies import (
     Policy,
@@ -43,7 +48,7 @@ from launch.report import write_run_page
 from launch.settings import Config
 from sampling import backends, benchmark_files, diversity, samples
 from training.checkpoint import Run
-from utils import UserError, console, require_writable, user_path, write_json
+from utils import UserError, console, file_digest, require_writable, user_path, write_json
 
 
 def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
@@ -178,6 +183,78 @@ def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     console.print(f"written to {run / 'features'}: report.html, drift.parquet")
 
 
+def write_labels(raw: DictConfig, path: Path, overrides: list[str]) -> None:
+    """Training data in the file `labels`, from samples that the reward model scores; beside it how it was made, and the
+    rewards, which another command on the same samples finds there."""
+    config = settings.typed(raw)
+    if config.files is None or config.labels is None:
+        raise UserError("mode=label: ++files=[samples/x.json] names samples, ++labels=pairs.jsonl the file to write")
+    target, sources = Path(config.labels), files_of(config)
+    parallel.from_rank_zero(lambda: labels.require_place(target, "labels=", sources))
+    texts = labels.texts_of([answers.read_answers(source) for source in sources])
+    if not any(text.answer for text in texts):
+        raise UserError(f"{', '.join(map(str, sources))}: no answer to label")
+    model = reward_model(config, path, overrides)
+    found, bad = model.score(texts, labels.beside(target, "rewards.jsonl"))
+    recipe = labels.Recipe(config.label_as, config.rejected, config.min_margin, config.threshold, config.seed)
+    made = labels.label(labels.by_prompt(texts, found), recipe)
+    made.left_out.update(bad.counts)
+    if missing := sum(text.answer is None for text in texts):
+        made.left_out[labels.NO_ANSWER] += missing
+    how = {**model.identity, **recipe._asdict(), "files": {str(file): file_digest(file) for file in sources}}
+    parallel.from_rank_zero(lambda: labels.publish(target, made, how))
+
+
+def write_reward_figures(raw: DictConfig, path: Path, overrides: list[str]) -> None:
+    """How good a reward model is, in `<samples_dir>/<exp_name>-rewards.json`: accuracies on the held-out pairs, or on
+    the pairs of `files`, and best-of-n curves of the samples in `files`."""
+    config = settings.typed(raw)
+    model = reward_model(config, path, overrides)
+    target = Path(config.samples_dir) / f"{config.exp_name}-rewards.json"
+    parallel.from_rank_zero(lambda: require_writable(target, target.with_suffix(".jsonl")))
+    pairs, talks = reward_figures.held_out_pairs(config) if config.files is None else [], {}
+    for file in files_of(config):
+        if is_samples_file(file):
+            talks[str(file)] = labels.texts_of([answers.read_answers(file)])
+        else:
+            pairs += reward_figures.read_pairs(file, config.max_bad_rows)
+    groups = {"": [text for pair in pairs for text in pair.texts()], **talks}
+    found, bad = model.score([text for own in groups.values() for text in own], target.with_suffix(".jsonl"))
+    rest = iter(found)
+    scored = {name: [next(rest) for _ in own] for name, own in groups.items()}
+    figures = {
+        "accuracy": reward_figures.accuracies(pairs, scored[""]),
+        "best_of_n": {
+            name: reward_figures.best_of_n_curve(name, labels.by_prompt(own, scored[name]))
+            for name, own in talks.items()
+        },
+    }
+    if bad.counts:
+        console.print(bad.summary(), style="yellow")
+    if parallel.rank() == 0:
+        write_json(target, {**model.identity, "left_out": bad.report(), **figures})
+    if pairs:
+        reward_figures.print_accuracies(figures["accuracy"])
+    for name, curve in figures["best_of_n"].items():
+        reward_figures.print_curve(name, curve)
+    console.print(f"written to {target}")
+
+
+def files_of(config: Config) -> list[Path]:
+    """The files that the configuration names. Raises UserError for one that is not there."""
+    found = [Path(name) for name in ([config.files] if isinstance(config.files, str) else config.files or [])]
+    if missing := [str(file) for file in found if not file.is_file()]:
+        raise UserError(f"files: {', '.join(missing)}: no file here (looked for from {Path.cwd()})")
+    return found
+
+
+def reward_model(config: Config, path: Path, overrides: list[str]) -> rewards.RewardModel:
+    """The reward model that the command line names."""
+    policy, as_trained = find_policy(path, config, overrides), trainer_class(config).is_reward
+    places = (policy.folder, policy.tokenizer, policy.load_from)
+    return rewards.RewardModel(config, *places, digest=policy.digest(), as_trained=as_trained)
+
+
 def update_run_page(run: Path) -> None:
     """Let the run page link to what was written now."""
     if (run / "metrics.jsonl").is_file():
@@ -185,7 +262,12 @@ def update_run_page(run: Path) -> None:
 
 
 TOY = {"toy", "toy_sft"}  # data sets whose answers the toy language's rules can judge
-WORK = {"eval": write_metrics, "features": write_features}  # by mode, where it is not sampling
+WORK = {  # by mode, where it is not sampling
+    "eval": write_metrics,
+    "features": write_features,
+    "label": write_labels,
+    "rewards": write_reward_figures,
+}
 
 
 def main() -> None:

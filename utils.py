@@ -556,7 +556,7 @@ Text = Annotated[str, Field(min_length=1)]
 PathName = Annotated[str, AfterValidator(possible_path)]
 Name = Annotated[Text, BeforeValidator(as_name)]
 RunName = Annotated[Name, AfterValidator(possible_path), AfterValidator(name_below)]
-STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
 
 
 class Settings(BaseModel):
@@ -642,7 +642,7 @@ def known_keys(kind: type[Settings], prefix: str = "") -> list[str]:
     """Every key of the settings, the inner ones with dots."""
     found = []
     for name, field in kind.model_fields.items():
-        found.append(prefix + name)
+        found.append(prefix + (field.alias or name))
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             found += known_keys(field.annotation, f"{prefix}{name}.")
     return found

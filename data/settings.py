@@ -1,10 +1,11 @@
 """The keys of the configuration that say what the data is and how it is rendered."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
-from utils import Count, PathName, Seed, Settings, Share
+from utils import Count, PathName, Positive, Seed, Settings, Share, possible_path
 
 
 class TemplateSettings(Settings):
@@ -17,10 +18,32 @@ class TemplateSettings(Settings):
     assistant_suffix: str
 
 
+class MixedSource(Settings):
+    """A data set, and how often an epoch of training holds each of its records, on average."""
+
+    name: PathName
+    weight: Positive
+
+
+def mixed_source(value: Any) -> str | MixedSource:
+    """An entry of `datasets`. Raises an error of pydantic's where it is none."""
+    if isinstance(value, str):
+        return possible_path(value)
+    try:
+        return MixedSource.model_validate(value)
+    except ValidationError:
+        raise PydanticCustomError(
+            "data_set", "has to be a name, a file or {name: hh, weight: 0.3}, the weight above 0"
+        ) from None
+
+
+TrainingSource = Annotated[str | MixedSource, BeforeValidator(mixed_source)]
+
+
 class DataSettings(TemplateSettings):
     """Which data is read, and which part of it."""
 
-    datasets: PathName | Annotated[list[PathName], Field(min_length=1)]
+    datasets: PathName | Annotated[list[TrainingSource], Field(min_length=1)]
     eval_datasets: PathName | Annotated[list[PathName], Field(min_length=1)] | None
     data_dir: PathName | None
     train_split: str
@@ -28,6 +51,6 @@ class DataSettings(TemplateSettings):
     held_out: Annotated[float, Field(gt=0, lt=1)]
     max_bad_rows: Share
     max_row_mb: Count
-    train_on: Literal["targets", "all"]
+    train_on: Literal["targets", "turns", "all"]
     cache_dir: PathName
     seed: Seed

@@ -5,7 +5,8 @@ whatever follows it, and the boundary between prompt and completion is exact.
 
 A record, made by a loader in dataloader.py, is
     {"prompt": [messages], "completions": [str, ...], "desirable": bool | None, "score": float | None,
-     "truncation_mode": "keep_start" | "keep_end", "source": str, "data_set": str, which may be absent}
+     "truncation_mode": "keep_start" | "keep_end", "source": str,
+     and perhaps "weight": float (in the loss), "data_set": str}
 """
 
 import json
@@ -80,13 +81,17 @@ class ChatTemplate:
 
         Raises UserError when the template renders the prompt differently once an answer follows it.
         """
-        whole = self._render([*messages, {"role": "assistant", "content": text}], add_generation_prompt=False)
+        whole = self.conversation([*messages, {"role": "assistant", "content": text}])
         if not whole.startswith(prompt):
             raise UserError(
                 "template=chat: the tokenizer's chat template does not begin a conversation with the rendering of its "
                 f"prompt, so the completion cannot be told from it:\n{prompt!r}\n{whole!r}\nUse template=tulu."
             )
         return whole.removeprefix(prompt)
+
+    def conversation(self, messages: Sequence[Message]) -> str:
+        """A conversation with all its answers."""
+        return self._render(messages, add_generation_prompt=False)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         try:
@@ -143,6 +148,7 @@ FEATURES = datasets.Features(
         "completions": datasets.List(datasets.Value("string")),
         "desirable": datasets.Value("bool"),
         "score": datasets.Value("float64"),
+        "weight": datasets.Value("float64"),  # in the loss; null: 1
         "source": datasets.Value("string"),
         "data_set": datasets.Value("string"),
     }
@@ -256,6 +262,14 @@ def tokenise_prompts(
     return [{**record, **own} for record, own in zip(records, found, strict=True)]
 
 
+def conversation_ids(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> list[int]:
+    """The tokens of a conversation as the chat template writes it, with what follows its last turn. BOS comes first,
+    once, where the tokenizer has one."""
+    return _prompt_ids(tokenizer, [template.conversation(messages)])[0]
+
+
 def cut_prompt(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template, max_prompt_length: int
 ) -> list[int]:
@@ -321,6 +335,7 @@ def _encode(
                 raise BadRow(f"the completion holds the end-of-sequence token {eos} inside its text")
             row = {
                 "data_set": None,
+                "weight": None,
                 **record,
                 "prompt": prompt,
                 "messages": json.dumps(record["prompt"], ensure_ascii=False),

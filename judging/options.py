@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from judging import protocols
+from judging.labels import require_place
 from judging.protocols import PROTOCOLS, PromptTemplate
 from sampling.openai_server import TIMEOUT
 from utils import UserError, load_class, require_writable, suggest, user_path
@@ -173,6 +174,24 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--page", **A_FILE, help="HTML page of results and verdicts (default: <results>.html)")
     add(
+        "--write_pairs",
+        "--write-pairs",
+        **A_FILE,
+        help="training pairs from the verdicts, *.jsonl (default: none)",
+    )
+    add(
+        "--write_binary",
+        "--write-binary",
+        **A_FILE,
+        help="labels from the grades, *.jsonl (default: none)",
+    )
+    add(
+        "--threshold",
+        metavar="GRADE",
+        type=float,
+        help="grades above it are good, below it bad (default: their mean)",
+    )
+    add(
         "--official_lc",
         "--official-lc",
         action="store_true",
@@ -230,6 +249,12 @@ def complete_settings(args: argparse.Namespace, template: PromptTemplate) -> Non
     args.alpaca_eval = args.judge == "recorded" or isinstance(template, protocols.AlpacaEval)
     if args.official_lc and not args.alpaca_eval:
         raise UserError("--official_lc needs AlpacaEval's preferences: -p alpacaeval, or -j recorded")
+    if args.write_pairs and template.responses == 1:
+        raise UserError(f"--write_pairs takes verdicts on two answers, but -p {args.protocol} grades: --write_binary")
+    if args.write_binary and template.responses == 2:
+        raise UserError(f"--write_binary takes grades, but -p {args.protocol} compares two answers: --write_pairs")
+    if args.threshold is not None and not args.write_binary:
+        raise UserError("--threshold is for --write_binary")
     args.protocol = "recorded" if args.judge == "recorded" else args.protocol
     args.both_orders = template.both_orders if args.both_orders is None else args.both_orders
     args.prices = tuple(args.prices) if args.prices else None
@@ -247,5 +272,8 @@ def check_places(args: argparse.Namespace) -> None:
         if other := seen.get(path.resolve()):
             raise UserError(f"{flag} {path} would overwrite {other}; name another file")
         seen[path.resolve()] = f"{flag} {path}"
+    for flag, path in (("--write_pairs ", args.write_pairs), ("--write_binary ", args.write_binary)):
+        if path is not None:
+            require_place(path, flag, [*inputs, *outputs.values()], writes=not args.dry_run)
     if not args.dry_run:
         require_writable(*outputs.values())

@@ -26,6 +26,8 @@ DEFAULTS: dict[str, list[str]] = {
     "sample": [],
     "eval": OWN_DISTRIBUTION,
     "features": OWN_DISTRIBUTION,
+    "label": [],
+    "rewards": [],
     "alpacaeval": ["eval_datasets=[alpacaeval]", "eval_split=test"],
     "arenahard": ["eval_datasets=[arenahard]", "eval_split=test"],
     "mtbench": ["eval_datasets=[mtbench]", "eval_split=test", "++temperature=null"],
@@ -130,7 +132,7 @@ def require_orders(path: Path, config: DictConfig, given: set[str]) -> None:
     would do something else without it."""
     values = settings.plain(config)
     defaults: Any = OmegaConf.load(OURS / "config.yaml")
-    for key in ("backend", "base_url", "served_model", "samples_dir"):
+    for key in ("backend", "base_url", "served_model", "samples_dir", "files", "labels"):
         if key not in given and values[key] != defaults[key]:
             raise UserError(
                 f"{path}: its {key}={values[key]} is not followed; to go there, give ++{key}={values[key]} yourself"

@@ -16,13 +16,13 @@ from launch.settings import Config, RunPaths
 from training.checkpoint import Run
 from training.loop import BasicTrainer
 from training.settings import TrainingSettings
-from utils import UserError, flat
+from utils import UserError, flat, known_keys
 
 # Keys that may differ between a run and its resumption. None of them changes a step that is still to come, but for
 # rounding where they say how it is computed. `sae` apart, what only eval.py reads is among them.
 MAY_CHANGE = frozenset(
     {
-        *(Config.model_fields.keys() - TrainingSettings.model_fields.keys() - {"sae"}),
+        *(key for key in {*known_keys(Config)} - {*known_keys(TrainingSettings)} if not f"{key}.".startswith("sae.")),
         *("exp_name", "cache_dir", "resume", "max_bad_rows", "log_to", "wandb"),
         *("do_first_eval", "eval_every", "n_eval_examples", "log_every", "save_every", "keep_checkpoints"),
         *("export", "eval_best", "intermediate_checkpoints", "toy_comparison"),

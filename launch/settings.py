@@ -28,6 +28,7 @@ from autoencoders.formats import SAESource, find_sae, sae_sections
 from autoencoders.settings import SAESection
 from data import tokenise
 from data.settings import DataSettings
+from judging.settings import LabelSettings
 from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config, load_generation_config, require_positions
 from sampling.settings import SamplingSettings
@@ -57,10 +58,12 @@ S = TypeVar("S", bound=Settings)
 GROUPS = ("loss", "term", "model", "sae", "experiment")  # each a directory of config/
 
 
-class Config(TrainingSettings, SamplingSettings):
+class Config(TrainingSettings, SamplingSettings, LabelSettings):
     """The whole configuration. config/config.yaml has the defaults, with a line on each key."""
 
-    mode: Literal["train", "plan", "sample", "eval", "features", "alpacaeval", "arenahard", "mtbench"]
+    mode: Literal[
+        "train", "plan", "sample", "eval", "features", "label", "rewards", "alpacaeval", "arenahard", "mtbench"
+    ]
     nproc: Count | None
     sae: SAESection
     compare_to: PathName | None

@@ -83,7 +83,7 @@ def test_the_help_groups_the_flags(capsys: pytest.CaptureFixture[str], monkeypat
     assert places == sorted(places)
     lines = said.split("files and answers:")[1].splitlines()
     helps = [below for flag, below in pairwise(lines) if flag.startswith("  -")]
-    assert len(helps) == 26
+    assert len(helps) == 29
     assert all(re.fullmatch(r"      \S.*\((default: .+|required)\)", line) for line in helps)
 
 

@@ -111,9 +111,13 @@ def results(command: Command) -> list[str]:
     if command.program == "eval.py" and "config-path" in values:
         source, mode, folder = values["config-path"], values.get("mode", "sample"), values.get("samples_dir", "samples")
         name = values.get("exp_name") or Path(source.removesuffix("/config.yaml")).name
+        if mode == "label":
+            return [values["labels"]]
         measured = [f"{source}/{mode}", f"{source}/eval.json", f"outputs/{name}/features"]
         sampled = [f"{folder}/{name}.json", f"{folder}/{name}-{mode}.json", f"{folder}/alpaca_eval/{name}"]
         return measured if mode in ("eval", "features") else sampled
+    if "--write_pairs" in words:
+        return [words[words.index("--write_pairs") + 1]]
     if words[0] in ("cp", "mkdir") or words[:3] == ["python", "-m", "data.toy"]:
         return [words[-1].rstrip("/")]
     return []
@@ -131,7 +135,7 @@ PATHS = {
     "loss.trainer": False,
     "loss.feature_weights": False,
 }
-LISTS = ("datasets", "eval_datasets", "probe")
+LISTS = ("datasets", "eval_datasets", "probe", "files")
 FLAGS = ("-f", "--file", "--against", "--questions", "--references", "-p")
 TOOLS = {"pip", "conda", "hf", ".", "python3.11", "accelerate", "transformers", "chromium", "rm", "scripts/check"}
 
@@ -143,7 +147,8 @@ def paths_of(command: Command) -> Iterator[tuple[str, bool]]:
         if key in PATHS and not value.startswith("[") and (key != "loss.trainer" or ":" in value):
             yield value, PATHS[key]
         if key in LISTS:
-            yield from ((item, False) for item in value.strip("[]").split(",") if "/" in item or "." in item)
+            items = re.sub(r"\{name: (.*?), weight: .*?\}", r"\1", value).strip("[]").split(",")
+            yield from ((item, False) for item in items if "/" in item or "." in item)
     if command.program == "compare.py":
         flag = ""
         for word in command.arguments:
@@ -195,8 +200,8 @@ def test_train_command_is_sound(name, tmp_path, monkeypatch):
     for directory in ("assets", "docs", "tests"):
         (tmp_path / directory).symlink_to(REPO / directory)
     for path, text in command.made.items():
-        if text is not None:
-            (tmp_path / path).write_text(text)
+        if text is not None or path.endswith(".jsonl"):
+            (tmp_path / path).write_text(text or "")
     monkeypatch.chdir(tmp_path)
     if "$FPO_DATA" in name and not DATA.is_dir():
         pytest.skip(f"no real data in {DATA}")

@@ -383,7 +383,7 @@ def test_two_processes_do_not_share_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["++mode=dream"], "mode=dream: not one of sample, eval, features, alpacaeval, arenahard, mtbench"),
+        (["++mode=dream"], "mode=dream: not one of sample, eval, features, label, rewards, alpacaeval"),
         (["++top_p=0"], "top_p=0: has to be above 0"),
         (["++samples=0", "++temperature=-1"], "temperature=-1: .*\nsamples=0: "),
         (["++temperature=null"], "temperature=null: only mode=mtbench"),
