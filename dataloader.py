@@ -190,7 +190,7 @@ def get_shp(split: str, *, data_dir: str | None = None) -> Dataset:
     """Stanford Human Preferences: comments on Reddit posts, ranked by votes.
 
     Training uses only pairs whose better comment has at least twice the other's score, and at most 5, drawn at
-    random, of each post.
+    random, of each post. To imitate is the comment with the highest score of all that such pairs of the post have.
     """
     data = Dataset("shp")
     pairs: dict[str, list[tuple[dict[str, Any], str]]] = {}
@@ -205,10 +205,14 @@ def get_shp(split: str, *, data_dir: str | None = None) -> Dataset:
                 pairs.setdefault(row["history"], []).append((row, place))
     rng = random.Random(0)
     for prompt, comparisons in pairs.items():
+        example = data[prompt]
+        comments = [
+            (row[f"score_{side}"], row[f"human_ref_{side}"], place) for row, place in comparisons for side in "AB"
+        ]
+        score, best, place = max(comments, key=lambda comment: comment[0])
+        example.sft_targets = [example.add_generation(best, score=score, source=place)]
         if split == "train":
             comparisons = rng.sample(comparisons, min(5, len(comparisons)))
-        example = data[prompt]
-        example.sft_targets = [0]  # the best one is not known
         for row, place in comparisons:
             a = example.add_generation(row["human_ref_A"], score=row["score_A"], source=place)
             b = example.add_generation(row["human_ref_B"], score=row["score_B"], source=place)
@@ -603,7 +607,13 @@ def load_tokens(
                 f"{data.name} ({split_name}) has {len(data)} prompts but no {loader_class.needs}, "
                 f"which {loader_class.__name__} works on"
             )
-        records += [{**record, "data_set": data.name} for record in found]
+        counted = [record for record in found if record.get("weight") != 0]
+        if not counted:
+            raise UserError(f"{data.name} ({split_name}): every row has weight 0, so there is nothing to read")
+        if len(counted) < len(found):
+            none = len(found) - len(counted)
+            console.print(f"{data.name} ({split_name}): {none:,} of {len(found):,} have weight 0", markup=False)
+        records += [{**record, "data_set": data.name} for record in counted]
         bad[data.name] = data.bad.report()
         if weights.setdefault(data.name, data.weight) != data.weight:
             raise UserError(f"datasets names {data.name} twice, with other weights")
@@ -828,9 +838,9 @@ class DataLoader:
         """The batch of some rows."""
         columns = self.values[indices]
         batch = self.collate(columns["prompt_ids"], columns["completion_ids"], indices)
-        kinds = {"desirable": torch.bool, "score": torch.float32, "weight": torch.float32}
+        kinds = {"desirable": torch.bool, "score": torch.float32}
         if "weight" in columns:
-            columns["weight"] = [1.0 if weight is None else weight for weight in columns["weight"]]
+            batch.weights = [1.0 if weight is None else weight for weight in columns["weight"]]
         batch.record = {name: torch.tensor(columns[name], dtype=kinds[name]) for name in kinds if name in columns}
         if (desirable := batch.record.get("desirable")) is not None:  # here, where no device is waited for
             batch.record |= {"chosen": desirable.nonzero().flatten(), "rejected": (~desirable).nonzero().flatten()}

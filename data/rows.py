@@ -443,9 +443,10 @@ def is_part(part: list[Message], whole: list[Message]) -> bool:
 
 
 def collapse(value: Any) -> Any:
-    """Replace each run of spaces and tabs in a row's text by one space, as HALOs does for shp, hh, oasst, ultrabin."""
+    """Replace each run of two and more spaces and tabs in a row's text by one space, as HALOs does for shp, hh, oasst
+    and ultrabin."""
     if isinstance(value, str):
-        return re.sub(r"[ \t]+", " ", value)
+        return re.sub(r"[ \t]{2,}", " ", value)
     if isinstance(value, list):
         return [collapse(item) for item in value]
     return {key: collapse(item) for key, item in value.items()} if isinstance(value, dict) else value

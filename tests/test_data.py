@@ -189,7 +189,7 @@ def test_shp_filters_and_samples_training_pairs_only(tmp_path: Path) -> None:
             "human_ref_A": f"{post} A{i}",
             "human_ref_B": f"{post}  \t B{i}",
             "labels": label,
-            "score_A": 4,
+            "score_A": 4 + 10 * i,
             "score_B": 2,
             "score_ratio": ratio,
         }
@@ -201,6 +201,9 @@ def test_shp_filters_and_samples_training_pairs_only(tmp_path: Path) -> None:
     assert Counter(prompt for prompt, _, _ in pairs(train)) == {"many": 5, "few": 1}
     assert len(set(pairs(train))) == 6
     assert pairs(train)[-1] == ("few", "few B0", "few A0"), "labels == 0 means B is preferred; spaces are collapsed"
+    assert rows.collapse("a\tb  c \td") == "a\tb c d"
+    many = train["many"]
+    assert [many.generations[i] for i in many.targets()] == ["many A6"]  # the best, whichever pairs are drawn
     few = train["few"]
     assert few.scores == [4, 2]
     assert (few.generations[few.targets()[0]], few.truncation_mode) == ("few A0", "keep_start")

@@ -4,12 +4,14 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 from test_data import load_tokens, make_config, make_tokenizer
 from test_training import assembled, run
 
 import dataloader
 from data import toy
 from dataloader import PairedPreferenceDataLoader, SFTDataLoader, UnpairedPreferenceDataLoader
+from training.metrics import MetricAccumulator
 from utils import UserError
 
 SIZES = {"a": 20, "b": 10, "c": 7}
@@ -132,7 +134,7 @@ def weights(tmp_path, loader, *overrides):
         (trainer.loaders["train"].rows[index]["source"].rpartition(":")[2], weight)
         for step in trainer.loaders["train"].steps()
         for batch in step
-        for index, weight in zip(batch.index, batch.record["weight"].tolist(), strict=True)
+        for index, weight in zip(batch.index, batch.weights, strict=True)
     ]
 
 
@@ -148,6 +150,33 @@ def test_a_rows_weight_is_in_the_batch(tmp_path):
     ):
         found = weights(tmp_path, loader, data, f"loss={loss}", f"exp_name={loss}")
         assert sorted(found) == sorted([*known.items()] * times)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "sft", "ppo"])
+def test_a_rows_weight_counts_in_the_loss(tmp_path, loss):
+    """The weighted mean of what the records have by themselves: over records, or over their tokens."""
+    rows = [row | {"weight": i / 2} for i, row in enumerate(toy.preferences("train", seed=5, count=5))]
+    data = f"datasets=[{write(tmp_path / 'weighted.jsonl', rows)}]"
+    trainer = assembled(tmp_path, data, f"loss={loss}")
+    assert len(trainer.loaders["train"].rows) == 4 * (2 if loss == "ppo" else 1)  # without the row of weight 0
+    (batch,) = next(trainer.loaders["train"].steps())
+    batch = next(iter(trainer.prepare_step("train", 0, [batch])))
+    trainer.before_step("train", 0, [batch])
+    whole = trainer.compute_loss(batch, "train", MetricAccumulator()).sum() / trainer.weight(batch)
+    weights, batch.weights = batch.weights, None
+    alone = trainer.compute_loss(batch, "train", MetricAccumulator())
+    by_token = loss == "ppo"
+    of_each = torch.stack([part.sum() for part in alone.split(batch.lengths if by_token else 1)])
+    counts = torch.tensor([1.0] * len(weights) if loss == "simpo" else [float(length) for length in batch.lengths])
+    expected = sum(w * x for w, x in zip(weights, of_each)) / sum(w * n for w, n in zip(weights, counts))
+    assert whole.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert whole.item() != pytest.approx((of_each.sum() / counts.sum()).item(), rel=1e-3)
+
+
+def test_nothing_but_rows_of_weight_0(tmp_path):
+    rows = [row | {"weight": 0} for row in toy.preferences("train", seed=5, count=3)]
+    with pytest.raises(UserError, match=r"weighted\.jsonl \(train\): every row has weight 0"):
+        assembled(tmp_path, f"datasets=[{write(tmp_path / 'weighted.jsonl', rows)}]", "loss=dpo")
 
 
 def test_weights_of_labelled_completions_and_conversations(tmp_path):
@@ -168,7 +197,7 @@ def test_weights_of_labelled_completions_and_conversations(tmp_path):
 
 def test_data_without_weights_has_none_in_its_batches(tmp_path):
     """And the same records, and so tokens, as before there were weights."""
-    assert "weight" not in next(assembled(tmp_path, "loss=dpo").loaders["train"].steps())[0].record
+    assert next(assembled(tmp_path, "loss=dpo").loaders["train"].steps())[0].weights is None
     data = dataloader.read_file(tmp_path / "train.jsonl")
     assert all("weight" not in record for record in PairedPreferenceDataLoader.records(data))
 
