@@ -45,7 +45,7 @@ from launch.policies import (
     trainer_class,
 )
 from launch.report import write_run_page
-from launch.settings import Config
+from launch.schema import Config
 from sampling import backends, benchmark_files, diversity, samples
 from training.checkpoint import Run
 from utils import UserError, console, file_digest, require_writable, user_path, write_json

@@ -23,7 +23,7 @@ from data import tokenise
 from data.batch import Batch, batches_by_length, sum_by_sequence
 from distributed import parallel
 from launch import assembly, settings
-from launch.settings import Config
+from launch.schema import Config
 from modeling.weights import find_weights
 from sae import SAE, attention_sinks, drift_by_feature, pooled_features
 from sampling import diversity, samples

@@ -35,7 +35,8 @@ from distributed.sharding import reshard
 from features import neuronpedia
 from launch import assembly, settings
 from launch.policies import Policy, find_policy, read_unchecked, require_language_model, require_room
-from launch.settings import Config, RunClasses, RunPaths
+from launch.schema import Config
+from launch.settings import RunClasses, RunPaths
 from modeling.weights import Weights, load_weights, open_weights, weights_digest
 from sae import ENCODE_ELEMENTS, SAE, active, attention_sinks, drift_by_feature, summed_features
 from sampling import samples

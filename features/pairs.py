@@ -32,7 +32,7 @@ from features.measure import decode, described_parts, pieces
 from features.probe import half_of, texts_of
 from features.report import digits
 from launch import assembly, settings
-from launch.settings import Config
+from launch.schema import Config
 from models import read_residual
 from sae import attention_sinks
 from training.loop import Subject

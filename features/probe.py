@@ -26,7 +26,7 @@ from distributed import parallel
 from distributed.sharding import DTYPES
 from launch import assembly, settings
 from launch.policies import find_policy, require_language_model
-from launch.settings import Config
+from launch.schema import Config
 from sae import OTHER_FEATURES, SAE, ResidualTap, pooled_features
 from utils import UserError, atomic_write, console, progress_bar, write_json
 

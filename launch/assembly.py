@@ -24,7 +24,8 @@ from dataloader import DataLoader, TokenisedData
 from distributed import parallel
 from distributed.sharding import DTYPES, shard
 from launch.report import RunPage
-from launch.settings import Config, RunClasses, RunPaths
+from launch.schema import Config
+from launch.settings import RunClasses, RunPaths
 from modeling import adapters, head
 from modeling.compiled import compiled
 from modeling.settings import ModelSettings

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import models
 from distributed import parallel
-from launch.settings import Config
+from launch.schema import Config
 from sampling.generate import Decoding, Request, Sample, sample
 from training.loop import BasicTrainer
 from utils import console, write_json

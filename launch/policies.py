@@ -14,7 +14,7 @@ import models
 from data import tokenise
 from distributed import parallel
 from launch import settings
-from launch.settings import Config
+from launch.schema import Config
 from modeling.weights import only_policy_file, weights_digest
 from training import loop
 from utils import DIGESTS, REPO, UserError, damaged, damaged_files, is_file_name, module_name, resolve_path

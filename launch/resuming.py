@@ -12,7 +12,8 @@ from dataloader import DataLoader
 from distributed import parallel
 from launch import settings
 from launch.assembly import Input
-from launch.settings import Config, RunPaths
+from launch.schema import Config
+from launch.settings import RunPaths
 from training.checkpoint import Run
 from training.loop import BasicTrainer
 from training.settings import TrainingSettings

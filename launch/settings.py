@@ -1,4 +1,4 @@
-"""The whole configuration: its keys with their types, and checks of it.
+"""The whole configuration (launch/schema.py), and checks of it.
 
 All that can be found wrong without reading a weight is found here, and said at once.
 """
@@ -11,37 +11,30 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field
 from yaml import AliasToken, YAMLError
 
 import dataloader
 import models
 import trainers
 from autoencoders.formats import SAESource, find_sae, sae_sections
-from autoencoders.settings import SAESection
 from data import tokenise
 from data.settings import DataSettings
-from judging.settings import LabelSettings
+from launch.schema import Config
 from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config, load_generation_config, require_positions
-from sampling.settings import SamplingSettings
 from training import loop
 from training.metrics import check_trackers
 from training.quantities import Binding, bind, bind_term
 from training.settings import LossSettings, TermSettings, TrainingSettings
 from utils import (
     REPO,
-    Count,
-    Natural,
-    NonNegative,
-    PathName,
     Settings,
     UserError,
     checked,
@@ -56,25 +49,6 @@ from utils import (
 
 S = TypeVar("S", bound=Settings)
 GROUPS = ("loss", "term", "model", "sae", "experiment")  # each a directory of config/
-
-
-class Config(TrainingSettings, SamplingSettings, LabelSettings):
-    """The whole configuration. config/config.yaml has the defaults, with a line on each key."""
-
-    mode: Literal[
-        "train", "plan", "sample", "eval", "features", "label", "rewards", "alpacaeval", "arenahard", "mtbench"
-    ]
-    nproc: Count | None
-    sae: SAESection
-    compare_to: PathName | None
-    data: Annotated[list[PathName], Field(min_length=1)] | None
-    score_by: Annotated[list[Natural], Field(min_length=1)] | None
-    probe: PathName | list[PathName] | None
-    probe_texts: Count
-    probe_features: Count
-    probe_min_auc: Annotated[float, Field(ge=0.5, le=1)]
-    probe_weight: NonNegative
-    probe_others: NonNegative
 
 
 class Problems(list[str]):

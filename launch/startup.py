@@ -53,7 +53,10 @@ def choices(group: str) -> str:
 
 
 def keys(section: str) -> str:
-    """The keys of a section, each with its default and the line that the YAML file has on it."""
+    """The keys of a section: each with its default, the line that the YAML file has on it, and what it may be."""
+    from launch.schema import kinds
+
+    allowed = kinds()
     group = section.partition("/")[0]
     prefix = f"{group}." if group in ("model", "loss") else ""
     file = {"model": "model/base.yaml", "loss": f"{section}.yaml"}.get(group, "config.yaml")
@@ -65,6 +68,8 @@ def keys(section: str) -> str:
     for indent, name, value, comment in re.findall(r"^( *)(\w+): *(.*?) *(?:# (.*))?$", text, re.MULTILINE):
         parents[len(indent) // 2 :] = [name]
         if value not in ("", "???"):  # else a section, or what the user has to choose
-            given = f"{prefix}{'.'.join(parents)}={value}"
-            lines.append(f"  {given:<42} {comment}".rstrip())
+            key = prefix + ".".join(parents)
+            given, kind = f"{key}={value}", allowed.get(key, "text")
+            notes = [comment, "" if kind == "text" else f"[{kind}]"]
+            lines.append(f"  {given:<42} {' '.join(filter(None, notes))}".rstrip())
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
 from launch.completions import draw, prompts_of, write_completions
 from launch.report import SAE_FIGURES, read_lines
-from launch.settings import Config
+from launch.schema import Config
 from sampling.diversity import log_likelihoods
 from sampling.generate import Decoding, Request, Sample
 from training.loop import BasicTrainer

@@ -209,6 +209,7 @@ def test_help_lists_the_choices_and_the_keys_of_a_loss():
     out = command("train.py", "loss=fpo", "--help").stdout
     for words in ("fpo-mse", "gemma2b", "quickstart", "  resume=auto", "  loss.alpha=0.5"):
         assert words in out
+    assert "[number >= 0 or null]" in next(line for line in out.splitlines() if line.startswith("  lr=null"))
 
 
 REAL = {

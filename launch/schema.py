@@ -1,0 +1,64 @@
+"""The whole configuration as one schema: each key with its type and range. The checks and `--help` are made from it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from autoencoders.settings import SAESection
+from judging.settings import LabelSettings
+from sampling.settings import SamplingSettings
+from training.settings import TrainingSettings
+from utils import MOST, Count, Natural, NonNegative, PathName
+
+
+class Config(TrainingSettings, SamplingSettings, LabelSettings):
+    """The whole configuration. config/config.yaml has the defaults, with a line on each key."""
+
+    mode: Literal[
+        "train", "plan", "sample", "eval", "features", "label", "rewards", "alpacaeval", "arenahard", "mtbench"
+    ]
+    nproc: Count | None
+    sae: SAESection
+    compare_to: PathName | None
+    data: Annotated[list[PathName], Field(min_length=1)] | None
+    score_by: Annotated[list[Natural], Field(min_length=1)] | None
+    probe: PathName | list[PathName] | None
+    probe_texts: Count
+    probe_features: Count
+    probe_min_auc: Annotated[float, Field(ge=0.5, le=1)]
+    probe_weight: NonNegative
+    probe_others: NonNegative
+
+
+def kinds() -> dict[str, str]:
+    """What each key may be, in a few words: by its full name."""
+    schema = Config.model_json_schema()
+    found: dict[str, str] = {}
+
+    def add(section: dict[str, Any], prefix: str) -> None:
+        for name, own in section["properties"].items():
+            found[prefix + name] = kind_of(own)
+            if "$ref" in own:
+                add(schema["$defs"][own["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
+
+    add(schema, "")
+    return found
+
+
+def kind_of(own: dict[str, Any]) -> str:
+    """A part of a JSON schema in a few words."""
+    if "anyOf" in own:
+        return " or ".join(dict.fromkeys(map(kind_of, own["anyOf"])))
+    if "enum" in own or "const" in own:
+        return "|".join(str(value).lower() for value in own.get("enum") or [own["const"]])
+    if own.get("type") in ("integer", "number"):
+        return " ".join([{"integer": "whole number", "number": "number"}[own["type"]], *range_of(own)])
+    if own.get("type") == "array":
+        return f"[{kind_of(own.get('items', {}))}, ...]"
+    return {"string": "text", "boolean": "true|false", "null": "null"}.get(own.get("type", ""), "keys with values")
+
+
+def range_of(own: dict[str, Any]) -> list[str]:
+    """The bounds of a number."""
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    return [f"{sign} {own[bound]:g}" for bound, sign in signs.items() if bound in own and abs(own[bound]) < MOST]
