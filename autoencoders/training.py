@@ -294,7 +294,7 @@ class SAETrainer(BasicTrainer):
         return len(batch.x)
 
     def records(self, batch: Activations) -> int:  # type: ignore[override]
-        return len(batch.index)
+        return self.weight(batch)
 
     def compute_loss(  # type: ignore[override]
         self, batch: Activations, split: str, means: MetricAccumulator, _per_record: float = 1.0
