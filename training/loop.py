@@ -485,7 +485,7 @@ class BasicTrainer:
     def update(self, step: int, micro_batches: list[Batch], means: MetricAccumulator) -> None:
         """One update of the weights. The host does not wait for its outcome, which `check_updates` reads."""
         own = [[self.weight(batch), self.records(batch)] for batch in micro_batches]
-        total, records = parallel.sum_over_ranks(torch.tensor(own, dtype=torch.float64).sum(0)).tolist()
+        total, records = map(float, parallel.sum_over_ranks(torch.tensor(own, dtype=torch.float64).sum(0)))
         losses = []
         for batch in micro_batches:
             losses.append(self.compute_loss(batch, "train", means, total / records))
