@@ -2,6 +2,7 @@
 
     python train.py experiment=quickstart                       FPO on the built-in model, on a laptop
     python train.py loss=fpo model=gemma2b
+    python train.py experiment=online                           three rounds of sampling, labelling and training
     python train.py loss=dpo model=llama7b datasets=[shp,hh,oasst] exp_name=my_run ++cache_dir=/data/models
 
 config.loss.trainer names a class of trainers.py, and its method `loss` is the loss; training/loop.py calls it.
@@ -26,14 +27,17 @@ import torch
 from omegaconf import DictConfig
 
 from distributed import parallel
-from launch import assembly, completions, plan, report, resuming, settings
+from launch import assembly, completions, online, plan, report, resuming, settings
 from training.checkpoint import Run
 
 
 def train(raw: DictConfig) -> None:
     """Check, prepare, train, summarise; of a run that is finished, say what it found."""
     started = time.monotonic()
-    config, classes = settings.check_config(raw, modes=("train", "plan"))
+    config, classes = settings.check_config(raw, modes=("train", "plan", "online"))
+    if config.mode == "online":
+        online.run(config, classes.binding, sys.argv[1:])
+        return
     paths = settings.find_paths(config, classes.binding.needs)
     if config.mode == "plan":
         plan.print_plan(config, classes, paths)

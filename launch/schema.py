@@ -8,16 +8,36 @@ from autoencoders.settings import SAESection
 from judging.settings import LabelSettings
 from sampling.settings import SamplingSettings
 from training.settings import TrainingSettings
-from utils import MOST, Count, Natural, NonNegative, PathName
+from utils import MOST, Count, Natural, NonNegative, PathName, Settings
+
+
+class OnlineSettings(Settings):
+    """Rounds of sampling, labelling and training (launch/online.py)."""
+
+    rounds: Count
+    prompts: Count
+    samples: Count
+    reward: list[str]
 
 
 class Config(TrainingSettings, SamplingSettings, LabelSettings):
     """The whole configuration. config/config.yaml has the defaults, with a line on each key."""
 
     mode: Literal[
-        "train", "plan", "sample", "eval", "features", "label", "rewards", "alpacaeval", "arenahard", "mtbench"
+        "train",
+        "plan",
+        "online",
+        "sample",
+        "eval",
+        "features",
+        "label",
+        "rewards",
+        "alpacaeval",
+        "arenahard",
+        "mtbench",
     ]
     nproc: Count | None
+    online: OnlineSettings | None
     sae: SAESection
     compare_to: PathName | None
     data: Annotated[list[PathName], Field(min_length=1)] | None

@@ -203,7 +203,7 @@ def choices_of(group: str) -> list[str]:
 def ranks_of(raw: DictConfig) -> int | None:
     """How many processes to start here; one for a plan, which counts for many without them, and for a value that is
     no number, which `check_config` then tells."""
-    if raw.mode == "plan" or not isinstance(raw.nproc, int | None):
+    if raw.mode in ("plan", "online") or not isinstance(raw.nproc, int | None):
         return 1
     return raw.nproc
 
