@@ -32,6 +32,7 @@ from trainers import BCOTrainer
 from training.checkpoint import Run
 from training.loop import BasicTrainer
 from training.metrics import MetricAccumulator
+from training.quantities import QUANTITIES, LossContext
 
 TINY = REPO / "assets/tiny"
 BATCH = 8
@@ -392,6 +393,7 @@ def test_losses_per_token_do_not_see_every_token_twice(tmp_path: Path, moved: Pa
     """Each token's log-probability and residual stream repeated, in policy and reference."""
     trainer = prepared(tmp_path, pairs(BATCH), f"loss={loss}", *apart(moved))
     (batch,) = next(trainer.loaders["train"].steps())
+    trainer.before_step("train", 0, [batch])
     batch, scores = trainer.score(batch, trainer.references.get("train"))
     cached = batch.reference
     doubled: dict[str, Any] = {"logps": 2 * cached["logps"], "features": cached.get("features")} if cached else {}
@@ -495,8 +497,9 @@ def z_of(trainer: BasicTrainer) -> list[float]:
     found = []
     for step, batches in enumerate(trainer.loaders["train"].steps()):
         trainer.before_step("train", step, batches)
-        assert trainer.mismatched_mean is not None and not trainer.mismatched_mean.requires_grad
-        found.append(float(trainer.mismatched_mean))
+        z = QUANTITIES["kl"](LossContext(batches[0], None, mismatched_mean=trainer.mismatched_mean))
+        assert not z.requires_grad and len(z.unique()) == 1
+        found.append(float(z[0]))
     return found
 
 

@@ -143,8 +143,8 @@ def test_any_value_is_refused_or_of_its_keys_kind(seed):
         assert key not in found or found[key] == pytest.approx(value) or str(value) in (found[key], "~"), (key, value)
 
 
-# True or a name; names, which may be numbers.
-FREE = {"model.activation_checkpointing", "served_model", "sae.name"}
+# True or a name; names, which may be numbers; a number below 0 too.
+FREE = {"model.activation_checkpointing", "served_model", "sae.name", "threshold"}
 
 
 WORDS = ["loss", "model", "sae", "lr", "model.batch_size", "++", "+", "~", "=", "=", ",", "[", "]", "{", "}", ":", "'"]
