@@ -67,8 +67,6 @@ def do(program: str, *arguments: str) -> None:
 
 def run(config: Config, binding: Binding, arguments: Sequence[str]) -> None:
     """All rounds, and a table of them. Raises UserError for what no step could do."""
-    if config.online is None:
-        raise UserError("mode=online: experiment=online has what the rounds need, under `online`")
     if config.resume == "never":
         raise UserError(f"resume=never: to begin again, remove {Path(config.cache_dir) / config.exp_name}")
     find_paths(config, binding.needs)

@@ -37,7 +37,7 @@ class Config(TrainingSettings, SamplingSettings, LabelSettings):
         "mtbench",
     ]
     nproc: Count | None
-    online: OnlineSettings | None
+    online: OnlineSettings
     sae: SAESection
     compare_to: PathName | None
     data: Annotated[list[PathName], Field(min_length=1)] | None
