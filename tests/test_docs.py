@@ -210,7 +210,7 @@ def test_train_command_is_sound(name, tmp_path, monkeypatch):
         return
     arguments = settings.translate_arguments(arguments)
     settings.check_overrides(arguments)
-    settings.check_config(composed(arguments), modes=("train", "plan"))
+    settings.check_config(composed(arguments), modes=("train", "plan", "online"))
 
 
 @pytest.mark.parametrize("name", of("eval.py"))
