@@ -167,6 +167,8 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
 def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     """What training did to the features, in `<run>/features/`: a page and a table. With data: what its pairs would
     teach. With a probe: which features tell two kinds of text apart."""
+    if raw.score_by is not None and (raw.data is None or raw.probe is not None):
+        raise UserError("score_by goes with data, and without a probe, which scores the pairs itself")
     if raw.data is not None:
         config, _ = settings.check_config(raw, modes=["features"])
         pairs.write_data_features(config)
@@ -211,6 +213,7 @@ def write_reward_figures(raw: DictConfig, path: Path, overrides: list[str]) -> N
     config = settings.typed(raw)
     model = reward_model(config, path, overrides)
     target = Path(config.samples_dir) / f"{config.exp_name}-rewards.json"
+    parallel.from_rank_zero(lambda: labels.require_made_here(target, "accuracy"))
     parallel.from_rank_zero(lambda: require_writable(target, target.with_suffix(".jsonl")))
     pairs, talks = reward_figures.held_out_pairs(config) if config.files is None else [], {}
     for file in files_of(config):

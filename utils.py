@@ -168,7 +168,10 @@ def load_named(name: str, module: Any, setting: str, kind: str, is_kind: Callabl
             module = importlib.import_module(imported_as)
         else:
             module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            try:
+                spec.loader.exec_module(module)
+            except (Exception, SystemExit) as error:
+                raise UserError(f"{setting}={name}: {path} cannot be run ({type(error).__name__}: {error})") from error
     found = getattr(module, own_name, None)
     if not is_kind(found):
         there = [key for key, value in vars(module).items() if is_kind(value)]

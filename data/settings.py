@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from utils import Count, PathName, Positive, Seed, Settings, Share, possible_path
+from utils import Count, PathName, Seed, Settings, Share, possible_path
 
 
 class TemplateSettings(Settings):
@@ -22,7 +22,7 @@ class MixedSource(Settings):
     """A data set, and how often an epoch of training holds each of its records, on average."""
 
     name: PathName
-    weight: Positive
+    weight: Annotated[float, Field(gt=0, le=1000)]
 
 
 def mixed_source(value: Any) -> str | MixedSource:
@@ -33,7 +33,7 @@ def mixed_source(value: Any) -> str | MixedSource:
         return MixedSource.model_validate(value)
     except ValidationError:
         raise PydanticCustomError(
-            "data_set", "has to be a name, a file or {name: hh, weight: 0.3}, the weight above 0"
+            "data_set", "has to be a name, a file or {name: hh, weight: 0.3}, the weight above 0 and at most 1000"
         ) from None
 
 

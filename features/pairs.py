@@ -29,7 +29,7 @@ from data.batch import batches_by_length
 from dataloader import DataLoader, short_names
 from distributed import parallel
 from features.measure import decode, described_parts, pieces
-from features.probe import half_of, texts_of
+from features.probe import TextRecords, half_of, texts_of
 from features.report import digits
 from launch import assembly, settings
 from launch.schema import Config
@@ -37,7 +37,7 @@ from models import read_residual
 from sae import attention_sinks
 from training.loop import Subject
 from training.reference import ReferenceCache
-from utils import UserError, atomic_write, console, html_page, progress_bar, write_json_lines
+from utils import UserError, atomic_write, console, html_page, progress_bar, require_writable, write_json_lines
 
 AT_ONCE = 256  # pairs whose differences [n, Q] are in memory together, but for a prompt that has more
 SHOWN = 8  # features that the chosen completions have most more of, and as many of the rejected ones', with
@@ -278,8 +278,11 @@ def write_data_features(config: Config) -> Path:
     config = config.model_copy(update={"datasets": named})
     classes = settings.classes_of_loss("fpo")  # so that its reference cache is used
     paths = settings.find_required_paths(config)
+    folder = Path(config.cache_dir) / config.exp_name / "data_features" / "+".join(short_names(named).values())
+    parallel.from_rank_zero(lambda: require_own_folder(folder, named))
     reading = assembly.read_saes(config, paths)
     require_features(config.score_by, reading.sae.d_sae)
+    kinds = list(texts_of(config)[1].values()) if config.probe is not None else []
     data = assembly.load_data(config, classes, paths, splits=["train"])
     subject = assembly.load_subject(config, classes, data, reading)
     cached = assembly.make_references(config, classes.binding, paths, data.tokens, subject, reading, ["train"])
@@ -294,13 +297,11 @@ def write_data_features(config: Config) -> Path:
     down = [f for f in order[: -SHOWN - 1 : -1] if columns["delta"][f] < 0]
     shown = examples(subject, strongest_pairs(found, up + down))
     scores = None
-    if config.probe is not None:
-        scores = scores_by_behaviour(config, subject)
+    if kinds:
+        scores = scores_by_behaviour(config, subject, kinds)
     elif config.score_by is not None:
         scores = scores_by_features(config.score_by, loader, cache)
 
-    name = "+".join(short_names(named).values())
-    folder = Path(config.cache_dir) / config.exp_name / "data_features" / name
     if parallel.rank() == 0:
         labels = [str(n) if len(parts) == 1 else f"{part.name} {n}" for part in parts for n in range(part.d_sae)]
         addresses = [part.address and f"{part.address}/{n}" for part in parts for n in range(part.d_sae)]
@@ -311,24 +312,43 @@ def write_data_features(config: Config) -> Path:
             "prompts": int(found.prompts),
             "sae": [asdict(part) for part in parts],
         }
-        with atomic_write(folder) as part:
-            part.mkdir(parents=True)
-            saes = [own.name for own in parts for _ in range(own.d_sae)]
-            pq.write_table(table(columns, saes, about), part / "data_features.parquet")
-            (part / "report.html").write_text(page(columns, labels, addresses, shown, up, down, about))
-            if scores is not None:
-                with (part / "pairs.jsonl").open("wb") as file:
-                    write_json_lines(file, *scored_rows(loader, scores))
-            if folder.exists():
-                folder.rename(part.with_name("replaced"))
+        folder.mkdir(parents=True, exist_ok=True)
+        saes = [own.name for own in parts for _ in range(own.d_sae)]
+        with atomic_write(folder / TABLE) as part:
+            pq.write_table(table(columns, saes, about), part)
+        with atomic_write(folder / "report.html") as part:
+            part.write_text(page(columns, labels, addresses, shown, up, down, about))
+        if scores is not None:
+            with atomic_write(folder / "pairs.jsonl") as part, part.open("wb") as file:
+                write_json_lines(file, *scored_rows(loader, scores))
         show(columns, labels, up, down)
         files = "report.html, data_features.parquet" + (", pairs.jsonl" if scores is not None else "")
         console.print(f"written to {folder}: {files}", markup=False)
     return folder
 
 
+TABLE = "data_features.parquet"
+
+
+def require_own_folder(folder: Path, data: list[str]) -> None:
+    """Raises UserError where the report cannot be written, or would replace one on other data."""
+    for place in (folder, folder.parent):
+        if place.is_symlink() or (place.exists() and not place.is_dir()):
+            raise UserError(f"{place}: a link or a file, where a directory for the report has to be")
+    if (folder / TABLE).is_file():
+        try:
+            about = json.loads((pq.read_schema(folder / TABLE).metadata or {})[b"data_features"])
+        except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
+            raise UserError(f"{folder / TABLE} is there already, and not of this command; move it") from error
+        if about.get("data") != data:
+            raise UserError(f"{folder} is on {about.get('data')}, not on {data}; ++exp_name= names another place")
+    require_writable(folder / TABLE)
+
+
 def require_features(wanted: list[int] | None, d_sae: int) -> None:
-    """Raises UserError where the SAE lacks one of these features."""
+    """Raises UserError where the SAE lacks one of these features, or one is named twice."""
+    if wanted and len(set(wanted)) < len(wanted):
+        raise UserError(f"score_by={wanted}: a feature is named twice")
     beyond = [feature for feature in wanted or [] if feature >= d_sae]
     if beyond:
         raise UserError(f"score_by: {beyond[0]} is no feature of the SAE, which has {d_sae:,}")
@@ -345,14 +365,13 @@ def scores_by_features(features: list[int], loader: DataLoader, cache: Reference
     return scores
 
 
-def scores_by_behaviour(config: Config, subject: Subject) -> dict[int, float]:
+def scores_by_behaviour(config: Config, subject: Subject, kinds: list[TextRecords]) -> dict[int, float]:
     """Of each pair, the cosine of v_pair and v_behaviour (2602.11079): of the mean vector of the chosen completion's
     text tokens less that of the rejected one's, and of the probe's first kind of text less its second."""
-    _, kinds = texts_of(config)
     limits = {"max_length": config.model.max_length, "max_prompt_length": config.model.max_prompt_length}
     template = tokenise.make_template(config, subject.tokenizer)
     means = []
-    for records in kinds.values():
+    for records in kinds:
         rows, _ = tokenise.tokenise(records, subject.tokenizer, template, **limits)
         means.append(torch.stack(list(mean_vectors(subject, list(rows)))).mean(0))
     behaviour = means[0] - means[1]

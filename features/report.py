@@ -27,12 +27,11 @@ KIND_NAMES = {  # of a kind of text, in a sentence
 
 def write_feature_report(report: Report, folder: Path) -> None:
     """Write `drift.parquet` and `report.html`; they replace those of an earlier report."""
-    with atomic_write(folder) as part:
-        part.mkdir()
-        pq.write_table(table(report), part / "drift.parquet")
-        (part / "report.html").write_text(feature_page(report))
-        if folder.exists():
-            folder.rename(part.with_name("replaced"))  # goes with the directory that it now lies in
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "drift.parquet") as part:
+        pq.write_table(table(report), part)
+    with atomic_write(folder / "report.html") as part:
+        part.write_text(feature_page(report))
 
 
 def table(report: Report) -> pa.Table:

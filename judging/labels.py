@@ -4,6 +4,7 @@ Rows are in the layouts of docs/data.md, so that `datasets=[labels.jsonl]` reads
 `labels.made.json`, which says how it was made.
 """
 
+import json
 import random
 import statistics
 from collections import Counter
@@ -260,10 +261,23 @@ def require_place(path: Path, flag: str, others: Sequence[Path], *, writes: bool
         raise UserError(f"{flag}{path}: the name of a file of training data has to end in .jsonl")
     if path.resolve() in {other.resolve() for other in others}:
         raise UserError(f"{flag}{path} is a file that this command reads, or writes; name another one")
+    require_made_here(beside(path, "made.json"), "made")
     if path.exists() and not (made := beside(path, "made.json")).is_file():
         raise UserError(f"{flag}{path} is there already, and no {made.name} beside it says that it was made so")
     if writes:
         require_writable(path, beside(path, "made.json"))
+
+
+def require_made_here(path: Path, key: str) -> None:
+    """Raises UserError where a file would replace one that is no JSON object with that key."""
+    if not path.exists():
+        return
+    try:
+        known = key in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        known = False
+    if not known:
+        raise UserError(f"{path} is there already, and not of this command; move it, or write to another place")
 
 
 def publish(path: Path, labels: Labels, how: dict[str, Any]) -> None:
@@ -275,5 +289,7 @@ def publish(path: Path, labels: Labels, how: dict[str, Any]) -> None:
         raise UserError(f"nothing to write to {path}: {labels.line()}")
     with atomic_write(path) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(f"{as_json(row)}\n" for row in labels.rows)
-    write_json(beside(path, "made.json"), {"sha256": file_digest(path), "made": how, "figures": labels.figures()})
+        file.flush()
+        digest = file_digest(part)
+        write_json(beside(path, "made.json"), {"sha256": digest, "made": how, "figures": labels.figures()})
     console.print(f"{path}: {labels.line()}")

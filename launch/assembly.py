@@ -194,13 +194,18 @@ def features_to_ablate(config: Config, sae: SAE) -> list[int]:
     """The features that `sae.ablate` names: numbers, or those listed in a file of weights."""
     named = config.sae.ablate
     if isinstance(named, str):
-        return list(saes.listed_features(named, sae.d_sae, "sae.ablate")[0])
+        listed = list(saes.listed_features(named, sae.d_sae, "sae.ablate")[0])
+        if not listed:
+            raise UserError(f"sae.ablate={named}: lists no feature")
+        return listed
     return named or []
 
 
 def features_by_place(reading: Reading, features: Sequence[int], where: str) -> dict[int, list[int]]:
     """The numbers that the features of all SAEs have within their own, by which SAE that is. Raises UserError for one
     that there is not, and one of an SAE that does not read the residual stream."""
+    if len(set(features)) < len(features):
+        raise UserError(f"{where}: a feature is named twice")
     found: dict[int, list[int]] = {}
     first = 0
     for number, (member, (_, hook)) in enumerate(zip(reading.sae.members, reading.places)):

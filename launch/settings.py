@@ -140,6 +140,8 @@ def translate_argument(argument: str) -> list[str]:
             )
     if re.match(r"(model|sae)=", argument):
         argument = re.sub(r"\bgemma-2-(2b|9b)\b", r"gemma\1", argument)
+    if re.fullmatch(r"\+{0,2}term=(null|\[\])?", argument):
+        raise UserError(f"{argument}: names no term; there are {', '.join(choices_of('term'))}")
     if terms := re.fullmatch(r"\+{0,2}term=\[?([\w, -]+)\]?", argument):
         return [f"+term@term.{name.strip()}={name.strip()}" for name in terms[1].split(",")]
     if several := re.fullmatch(r"sae=\[(.*)\]", argument):
@@ -163,6 +165,9 @@ def translate_arguments(arguments: Sequence[str]) -> list[str]:
     """`translate_argument` of each. With another `sae.path` the model's own YAML of an SAE says nothing about layer,
     hook and format any more: the file does, or the YAML that `sae=` names."""
     translated = [found for argument in arguments for found in translate_argument(argument)]
+    terms = [argument for argument in translated if argument.startswith("+term@")]
+    if len(set(terms)) < len(terms):
+        raise UserError(f"term= names {terms[0].rpartition('=')[2]} or another one twice")
     given = {argument.lstrip("+").partition("=")[0] for argument in translated}
     unsaid = {"name": "null", "format": "auto", "layer": "null", "hook": "null"}
     if "sae.path" in given and not given & {"sae", "~sae"}:
@@ -372,6 +377,12 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
     problems.expect(
         takes or config.train_on == "targets",
         f"train_on={config.train_on}: loss={config.loss.name} does not read single completions, as sft and sae do",
+    )
+    problems.expect(not config.sae.steer, "sae.steer changes the model that eval.py draws samples from, and no other")
+    writes_text = classes.trainer.can_plan and not classes.trainer.is_reward
+    problems.expect(
+        writes_text or config.toy_comparison is None,
+        f"toy_comparison={config.toy_comparison}: loss={config.loss.name} trains no model that writes text",
     )
     if config.sae.ablate:
         classes = with_ablation(config, classes, problems)

@@ -27,6 +27,9 @@ def test_model_takes_a_directory_a_run_or_a_hub_id(tmp_path, monkeypatch):
     for argument in ("term=[nll,features]", "+term=[nll, features]"):
         assert settings.translate_argument(argument) == ["+term@term.nll=nll", "+term@term.features=features"]
     assert settings.translate_argument("+term=nll") == ["+term@term.nll=nll"]
+    for wrong in (["+term=null"], ["+term=[]"], ["+term=[nll,nll]"], ["+term=nll", "+term=nll"]):
+        with pytest.raises(UserError, match=r"term=.*(names no term|twice)"):
+            settings.translate_arguments(wrong)
     assert settings.translate_argument("model=tiny") == ["model=tiny"]
 
 

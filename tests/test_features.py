@@ -263,9 +263,10 @@ def test_unpaired_and_again_on_two_ranks(tmp_path):
     first = pq.read_table(run / "features/drift.parquet").to_pandas()
     contexts = [kind["shown"] for kind in data_of(run)["kinds"]]
     assert set(first.text) == {"desirable", "undesirable", "sampled"}
-    (run / "features/of-before").touch()
+    (run / "features/probe-tone.json").touch()  # what the probe wrote there stays
     on_ranks(2, *arguments)
-    assert sorted(path.name for path in (run / "features").iterdir()) == ["drift.parquet", "report.html"]
+    names = sorted(path.name for path in (run / "features").iterdir())
+    assert names == ["drift.parquet", "probe-tone.json", "report.html"]
     second = pq.read_table(run / "features/drift.parquet").to_pandas()
     for column in ("reference_mean", "policy_mean", "policy_rate", "drift"):
         assert second[column].to_numpy() == pytest.approx(first[column].to_numpy(), rel=1e-3, abs=1e-6)

@@ -62,6 +62,13 @@ def test_what_cannot_be_left_out_is_told(tmp_path):
     for named, message in (("[3,1024]", r"sae\.ablate: 1024 is no feature"), (file, "needs an index in")):
         with pytest.raises(UserError, match=message):
             assembled(tmp_path, "loss=dpo", *TINY_SAE, f"++sae.ablate={named}")
+    file.write_text('[{"index": "others", "weight": 0}]')
+    with pytest.raises(UserError, match="lists no feature"):
+        assembled(tmp_path, "loss=dpo", *TINY_SAE, f"++sae.ablate={file}")
+    with pytest.raises(UserError, match=r"sae\.ablate: a feature is named twice"):
+        assembled(tmp_path, "loss=dpo", *TINY_SAE, "++sae.ablate=[3,3]")
+    with pytest.raises(UserError, match=r"sae\.steer changes the model that eval\.py draws samples from"):
+        assembled(tmp_path, "loss=dpo", *TINY_SAE, "++sae.steer=[{index: 3, weight: 1.0}]")
     with pytest.raises(UserError, match=r"sae\.ablate: an SAE at hook=mlp"):
         assembled(tmp_path, "loss=dpo", *TINY_SAE, "++sae.hook=mlp", "++sae.ablate=[3]")
     with pytest.raises(UserError, match=r"sae\.ablate: loss=sae trains no model"):

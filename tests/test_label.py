@@ -277,6 +277,7 @@ def test_labels_are_the_same_on_two_ranks(plain_run, tmp_path):
         (["++labels=null"], "mode=label: ++files=[samples/x.json] names samples, ++labels=pairs.jsonl the file"),
         (["++labels={folder}/x.json"], "x.json: the name of a file of training data has to end in .jsonl"),
         (["++labels={folder}/mine.jsonl"], "mine.jsonl is there already, and no mine.made.json beside it says"),
+        (["++labels={folder}/theirs.jsonl"], "theirs.made.json is there already, and not of this command"),
         (["++files=[{folder}/none.json]"], "files: {folder}/none.json: no file here"),
         (["++files=[{folder}/refused.json]"], "refused.json: no answer to label"),
         (["++as=triples"], "as=triples: not one of pairs, binary, best, advantages"),
@@ -288,6 +289,7 @@ def test_a_wrong_word_is_named(overrides, message, plain_run, tmp_path):
     samples = write_samples(tmp_path / "x.json", ANSWERS)
     write_samples(tmp_path / "refused.json", [("refused", [None, " "])])
     (tmp_path / "mine.jsonl").write_text("{}\n")
+    (tmp_path / "theirs.made.json").write_text("[]")
     given = [word.format(folder=tmp_path) for word in overrides]
     with pytest.raises(UserError) as error:
         write(plain_run("bradley-terry"), samples, tmp_path / "y.jsonl", *given)

@@ -148,3 +148,29 @@ def test_what_cannot_be_read_is_told(tmp_path):
     file.write_text(f"{first}\n{first}\n")
     with pytest.raises(UserError, match="data: pairs of 1 prompt"):
         read(tmp_path, tiny, file)
+
+
+def test_nothing_of_others_is_replaced(tmp_path):
+    file, _ = planted(tmp_path, count=6)
+    tiny, home = REPO / "assets/tiny", tmp_path / "tiny" / "data_features"
+    folder = read(tmp_path, tiny, file)
+    assert folder == home / "planted"
+    (folder / "notes.txt").write_text("mine")
+    read(tmp_path, tiny, file, "++score_by=[3]")
+    read(tmp_path, tiny, file)
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", pairs.TABLE, "report.html", "pairs.jsonl"}
+    (tmp_path / "other").mkdir()
+    other = file.rename(tmp_path / "other" / "planted.jsonl")
+    with pytest.raises(UserError, match=r"planted is on .*, not on .*other"):
+        read(tmp_path, tiny, other)
+    (folder / pairs.TABLE).write_text("no table")
+    with pytest.raises(UserError, match="is there already, and not of this command"):
+        read(tmp_path, tiny, other)
+    home.rename(tmp_path / "elsewhere")
+    home.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="data_features: a link or a file"):
+        read(tmp_path, tiny, other)
+    with pytest.raises(UserError, match="a feature is named twice"):
+        read(tmp_path, tiny, other, "++score_by=[3,3]", "++exp_name=new")
+    with pytest.raises(UserError, match="probe"):  # before a weight is read
+        read(tmp_path, tiny, other, "++probe=[a]", "++exp_name=new")

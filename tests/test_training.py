@@ -187,6 +187,25 @@ def test_any_loss_takes_terms(tmp_path, plain_run):
         assembled(tmp_path, "loss=dpo", mine.replace(", by: 2", ""))
 
 
+@pytest.mark.parametrize("given", ["policy_logps[:3]", "policy_logps[:0]", "policy_logps.unsqueeze(1)", "None", "1.0"])
+def test_a_term_of_another_shape_is_told(tmp_path, given):
+    (tmp_path / "mine.py").write_text(f"def odd(policy_logps):\n    return {given}\n")
+    trainer = assembled(tmp_path, "loss=simpo", f"+term.mine={{function: '{tmp_path}/mine.py:odd', weight: 1}}")
+    (batch,) = next(trainer.loaders["train"].steps())
+    with pytest.raises(UserError, match=r"term\.mine gave .* for 8 records of 16 sequences; it has to give"):
+        trainer.compute_loss(batch, "train", MetricAccumulator())
+
+
+@pytest.mark.parametrize(
+    "content", ["def f(:", "import no_such_module", "raise ValueError(3)", "import sys; sys.exit(0)"]
+)
+def test_code_that_cannot_be_run_is_named(tmp_path, content):
+    (tmp_path / "mine.py").write_text(content)
+    for own in (f"+term.mine={{function: '{tmp_path}/mine.py:f', weight: 1}}", f"loss.trainer={tmp_path}/mine.py:F"):
+        with pytest.raises(UserError, match=r"mine\.py cannot be run \(\w+"):
+            assembled(tmp_path, "loss=simpo", own)
+
+
 class Killed(Exception):
     """Stands for the process's end."""
 

@@ -113,6 +113,25 @@ def test_a_term_that_does_not_fit_is_told():
             term(trainer, trainers.nll)
 
 
+def test_parameters_that_can_be_no_quantity_are_told():
+    def any_number(chosen_logps, *more):
+        """Nothing."""
+
+    def by_place(chosen_logps, /):
+        """Nothing."""
+
+    def taken(chosen_logps, *, weight):
+        """Nothing."""
+
+    for function, message in (
+        (any_number, r"any_number of term.own has the parameter \*more, which names no quantity"),
+        (by_place, "has the parameter chosen_logps, which names no quantity"),
+        (taken, "term.own.weight is a key of every term"),
+    ):
+        with pytest.raises(UserError, match=message):
+            term(DPOTrainer, function)
+
+
 def test_what_is_to_be_learnt():
     batch = collate(pairs(2))
     desirable = QUANTITIES["desirable"](LossContext(batch, None))

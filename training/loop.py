@@ -310,6 +310,12 @@ class BasicTrainer:
         for term in self.binding.terms:
             inputs = self.inputs(term.binding, term.binding.compute(context), batch)
             values = term.function(**inputs, **term.binding.options["loss"])
+            if not isinstance(values, Tensor) or values.shape not in ((), (len(batch.index),), (batch.num_sequences,)):
+                shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise UserError(
+                    f"term.{term.name} gave {shape} for {len(batch.index)} records of {batch.num_sequences} sequences; "
+                    "it has to give a value for each record, for each sequence, or one number"
+                )
             records = self.records(batch)
             values = batch.weighted(values) if values.ndim else values.expand(1) * records
             means.add(f"term_{split}/{term.name}", values, records)

@@ -345,6 +345,10 @@ def bind_term(trainer: Any, name: str, function: Callable[..., Tensor], settings
     if trainer.is_reward or not trainer.can_plan:
         raise UserError(f"{where}: {trainer.__name__} trains no language model, which is what a term is added to")
     parameters, readers = list(inspect.signature(function).parameters.values()), {"loss": function}
+    if taken := {"weight", "function"} & keyword_only(function).keys():
+        raise UserError(
+            f"{where}.{min(taken)} is a key of every term, so {function.__name__} cannot have it for itself"
+        )
     asking = f"{function.__name__} of {where}"
     binding = match(trainer, asking, parameters, readers, settings.hyperparameters, where, sides_in_term)
     return Term(name, function, settings.weight, binding)
@@ -362,7 +366,10 @@ def match(
     """Match positional parameters with quantities, and the keyword-only ones of all readers with `values`."""
     problems, inputs = [], []
     for parameter in parameters:
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            continue
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            problems.append(f"{asking} has the parameter {parameter}, which names no quantity")
             continue
         found = parse_parameter(parameter.name)
         if found is None or found.side not in sides(trainer, found.quantity):
