@@ -42,6 +42,7 @@ from data.rows import (
     is_samples_file,
     longest_row,
     number_of,
+    optional_number_of,
     pair_of,
     parse_conversation,
     prompt_of,
@@ -419,7 +420,7 @@ def _add_row(data: Dataset, row: dict[str, Any], place: str) -> None:
     """Add a row of any of FILE_LAYOUTS. Raises BadRow, with `data` as it was."""
     if (tools := row.get("tools")) and tools not in ("[]", "null"):
         raise BadRow("'tools' would not be rendered")
-    weight = None if row.get("weight") in (None, "") else number_of(row, "weight")
+    weight = optional_number_of(row, "weight")
     if weight is not None and weight < 0:
         raise BadRow("'weight' is below 0")
     if "chosen" in row or "rejected" in row:
@@ -430,7 +431,7 @@ def _add_row(data: Dataset, row: dict[str, Any], place: str) -> None:
         label = TRUTH.get(str(value_of(row, "label")).lower())
         if label is None:
             raise BadRow("'label' is neither true nor false (1 nor 0)")
-        score = None if row.get("score") in (None, "") else number_of(row, "score")
+        score = optional_number_of(row, "score")
         example = data[prompt_of(row, before)]
         example.weigh(weight, (example.add_generation(completion, label, score, place),))
     elif "messages" in row:

@@ -54,6 +54,8 @@ from utils import UserError, console, file_digest, require_writable, user_path, 
 def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     """`<samples_dir>/<exp_name>.json`, or of a benchmark `<exp_name>-<mode>.json` and the file for its own tools."""
     config = settings.typed(raw)
+    if config.sae.steer and config.backend != "transformers":
+        raise UserError("sae.steer changes the model in this process: backend=transformers")
     decoding = samples.decoding_of(config)
     control = trainer_class(config).control_tokens
     writes = parallel.rank() == 0
@@ -76,8 +78,6 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
         require_writable(*filter(None, (target, handed)))
     identity = samples.identity_of(config, decoding, records, weights, template)
     if config.sae.steer:
-        if server:
-            raise UserError("sae.steer changes the model in this process: backend=transformers")
         identity["steer"] = [own.model_dump() for own in config.sae.steer]
     with samples.sample_log(target, identity, writes) as log:
         if log.finished:
@@ -115,8 +115,6 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
 def local_backend(config: Config, policy: Policy, tokenizer: Tokenizer, control: tuple[str, ...]) -> backends.Backend:
     """The back-end that has the policy's weights in this process. Raises UserError where it cannot have them."""
     if config.backend == "vllm":
-        if config.sae.steer:
-            raise UserError("sae.steer changes the model in this process: backend=transformers")
         if policy.load_from:
             raise UserError(
                 f"backend=vllm reads a directory in the Hub's format, not weights beside one ({policy.load_from}): "

@@ -446,6 +446,18 @@ def drift_options(sae: SAE, where: str, *, divergence: str, k: int, feature_weig
     return {"divergence": divergence, "k": k, "feature_weights": weights}
 
 
+def require_features(features: Sequence[int], d_sae: int, where: str) -> None:
+    """Raises UserError where an SAE lacks one of the features that the setting `where` names."""
+    if beyond := [feature for feature in features if feature >= d_sae]:
+        raise UserError(f"{where}: {beyond[0]} is no feature of the SAE, which has {d_sae:,}")
+
+
+def require_different(features: Sequence[int], where: str) -> None:
+    """Raises UserError where the setting `where` names a feature twice."""
+    if len(set(features)) < len(features):
+        raise UserError(f"{where}: a feature is named twice")
+
+
 def read_feature_weights(source: Any, d_sae: int, where: str = "loss.feature_weights") -> Tensor | None:
     """Weights [F] from the setting `where`: null, a list of {index, weight}, or a JSON file with such a list.
 

@@ -407,7 +407,7 @@ class FPOTrainer(PairedPreferenceTrainer):
 class BradleyTerryTrainer(PairedPreferenceTrainer):
     """A reward model (Bradley & Terry 1952; Ouyang et al. 2022, 2203.02155, Eq. 1): a scalar head on the last token."""
 
-    is_reward = True
+    is_reward, trains_policy = True, False
 
     def loss(self, chosen_rewards, rejected_rewards):
         return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards

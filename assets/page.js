@@ -2,6 +2,8 @@
 const at = id => document.getElementById(id);
 const number = value => value === 0 ? '0' : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString('en') : String(+value.toPrecision(3));
 const whole = value => value.toLocaleString('en');
+// null: a figure that is not finite
+const signed = value => value === null ? '\u221e' : (value > 0 ? '+' : value < 0 ? '\u2212' : '') + number(Math.abs(value));
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -27,6 +29,30 @@ function showTip(event, text) {
 }
 
 function hideTip() { at('tip').hidden = true; }
+
+function tip(target, text) {
+  target.addEventListener('pointermove', event => showTip(event, text));
+  target.addEventListener('pointerleave', hideTip);
+}
+
+function row(parent, tag, cells) {
+  const made = element('tr');
+  for (const cell of cells) {
+    const box = element(tag);
+    box.append(cell);
+    made.append(box);
+  }
+  parent.append(made);
+  return made;
+}
+
+function link(name, address) {
+  if (!address) return element('span', '', name);
+  const made = element('a', '', name);
+  made.href = address;
+  made.rel = 'noreferrer';
+  return made;
+}
 
 const scale = (from, to, start, end) => value => start + (end - start) * (value - from) / ((to - from) || 1);
 const path = points => points.map(([x, y], i) => (i ? 'L' : 'M') + x.toFixed(1) + ' ' + y.toFixed(1)).join('');

@@ -144,7 +144,7 @@ class SAETrainer(BasicTrainer):
     `model.batch_size` is only what the model reads at once.
     """
 
-    can_plan = False
+    trains_policy = can_plan = False
     can_grow = False  # more records make other blocks, so other steps
 
     def __init__(

@@ -378,6 +378,11 @@ def number_of(row: dict[str, Any], name: str) -> float:
     return number
 
 
+def optional_number_of(row: dict[str, Any], name: str) -> float | None:
+    """The number in a column; None where there is none."""
+    return None if row.get(name) in (None, "") else number_of(row, name)
+
+
 def parse_conversation(value: Any, what: str) -> list[Message]:
     """Messages from a list of messages, or from a text, which becomes one user turn. Raises BadRow."""
     if isinstance(value, str):

@@ -28,13 +28,13 @@ from data import tokenise
 from data.batch import batches_by_length
 from dataloader import DataLoader, short_names
 from distributed import parallel
-from features.measure import decode, described_parts, pieces
-from features.probe import TextRecords, half_of, texts_of
-from features.report import digits
+from features.measure import Part, decode, described_parts, pieces
+from features.probe import TextRecords, half_of, read_texts, texts_of
+from features.report import digits, feature_columns, label, named
 from launch import assembly, settings
 from launch.schema import Config
 from models import read_residual
-from sae import attention_sinks
+from sae import attention_sinks, require_different, require_features
 from training.loop import Subject
 from training.reference import ReferenceCache
 from utils import UserError, atomic_write, console, html_page, progress_bar, require_writable, write_json_lines
@@ -43,6 +43,7 @@ AT_ONCE = 256  # pairs whose differences [n, Q] are in memory together, but for 
 SHOWN = 8  # features that the chosen completions have most more of, and as many of the rejected ones', with
 EXAMPLES = 3  # pairs of each, of which
 BEFORE, AFTER = 16, 24  # tokens around the strongest one are shown
+TABLE = "data_features.parquet"
 LINES_SHOWN = 10  # of the table on the terminal
 
 
@@ -274,14 +275,16 @@ def write_data_features(config: Config) -> Path:
 
     Raises UserError, before a weight is read, for data without pairs and for an SAE that does not fit.
     """
-    named = config.data or []
-    config = config.model_copy(update={"datasets": named})
+    data_sets = config.data or []
+    config = config.model_copy(update={"datasets": data_sets})
     classes = settings.classes_of_loss("fpo")  # so that its reference cache is used
     paths = settings.find_required_paths(config)
-    folder = Path(config.cache_dir) / config.exp_name / "data_features" / "+".join(short_names(named).values())
-    parallel.from_rank_zero(lambda: require_own_folder(folder, named))
+    folder = Path(config.cache_dir) / config.exp_name / "data_features" / "+".join(short_names(data_sets).values())
+    parallel.from_rank_zero(lambda: require_own_folder(folder, data_sets))
     reading = assembly.read_saes(config, paths)
-    require_features(config.score_by, reading.sae.d_sae)
+    if config.score_by is not None:
+        require_different(config.score_by, "score_by")
+        require_features(config.score_by, reading.sae.d_sae, "score_by")
     kinds = list(texts_of(config)[1].values()) if config.probe is not None else []
     data = assembly.load_data(config, classes, paths, splits=["train"])
     subject = assembly.load_subject(config, classes, data, reading)
@@ -303,31 +306,25 @@ def write_data_features(config: Config) -> Path:
         scores = scores_by_features(config.score_by, loader, cache)
 
     if parallel.rank() == 0:
-        labels = [str(n) if len(parts) == 1 else f"{part.name} {n}" for part in parts for n in range(part.d_sae)]
-        addresses = [part.address and f"{part.address}/{n}" for part in parts for n in range(part.d_sae)]
         about = {
             "model": config.model.name,
-            "data": named,
+            "data": data_sets,
             "pairs": int(found.pairs),
             "prompts": int(found.prompts),
             "sae": [asdict(part) for part in parts],
         }
         folder.mkdir(parents=True, exist_ok=True)
-        saes = [own.name for own in parts for _ in range(own.d_sae)]
         with atomic_write(folder / TABLE) as part:
-            pq.write_table(table(columns, saes, about), part)
+            pq.write_table(table(columns, parts, about), part)
         with atomic_write(folder / "report.html") as part:
-            part.write_text(page(columns, labels, addresses, shown, up, down, about))
+            part.write_text(page(columns, parts, shown, up, down, about))
         if scores is not None:
             with atomic_write(folder / "pairs.jsonl") as part, part.open("wb") as file:
                 write_json_lines(file, *scored_rows(loader, scores))
-        show(columns, labels, up, down)
+        show(columns, parts, up, down)
         files = "report.html, data_features.parquet" + (", pairs.jsonl" if scores is not None else "")
         console.print(f"written to {folder}: {files}", markup=False)
     return folder
-
-
-TABLE = "data_features.parquet"
 
 
 def require_own_folder(folder: Path, data: list[str]) -> None:
@@ -343,15 +340,6 @@ def require_own_folder(folder: Path, data: list[str]) -> None:
         if about.get("data") != data:
             raise UserError(f"{folder} is on {about.get('data')}, not on {data}; ++exp_name= names another place")
     require_writable(folder / TABLE)
-
-
-def require_features(wanted: list[int] | None, d_sae: int) -> None:
-    """Raises UserError where the SAE lacks one of these features, or one is named twice."""
-    if wanted and len(set(wanted)) < len(wanted):
-        raise UserError(f"score_by={wanted}: a feature is named twice")
-    beyond = [feature for feature in wanted or [] if feature >= d_sae]
-    if beyond:
-        raise UserError(f"score_by: {beyond[0]} is no feature of the SAE, which has {d_sae:,}")
 
 
 def scores_by_features(features: list[int], loader: DataLoader, cache: ReferenceCache) -> dict[int, float]:
@@ -370,29 +358,20 @@ def scores_by_behaviour(config: Config, subject: Subject, kinds: list[TextRecord
     text tokens less that of the rejected one's, and of the probe's first kind of text less its second."""
     limits = {"max_length": config.model.max_length, "max_prompt_length": config.model.max_prompt_length}
     template = tokenise.make_template(config, subject.tokenizer)
-    means = []
+    loader, means = subject.loaders["train"], []
+    assert subject.tap is not None
+    how = {"layout": loader.layout, "pad_id": loader.pad_id, "eos_id": loader.eos_id}
     for records in kinds:
-        rows, _ = tokenise.tokenise(records, subject.tokenizer, template, **limits)
-        means.append(torch.stack(list(mean_vectors(subject, list(rows)))).mean(0))
+        rows = list(tokenise.tokenise(records, subject.tokenizer, template, **limits)[0])
+        texts = read_texts(subject.policy, subject.tap, rows, max(1, loader.batch_size), **how)
+        vectors = [mean_vector(x) for _, residual, lengths in texts for x in residual.split(lengths)]
+        means.append(torch.stack(vectors).mean(0))
     behaviour = means[0] - means[1]
     scores = {}
-    for key, sides in read_pairs(subject, "the pairs' vectors", subject.loaders["train"].used()):
+    for key, sides in read_pairs(subject, "the pairs' vectors", loader.used()):
         chosen, rejected = map(mean_vector, sides)
         scores[key] = float(torch.cosine_similarity(chosen - rejected, behaviour, dim=0))
     return joined(scores)
-
-
-@torch.no_grad()
-def mean_vectors(subject: Subject, rows: list[dict[str, Any]]) -> Iterator[Tensor]:
-    """The mean vector [D] of each row's completion, read on every rank."""
-    loader, tap = subject.loaders["train"], subject.tap
-    assert tap is not None
-    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in rows]
-    for places in batches_by_length(lengths, max(1, loader.batch_size)):
-        own = [rows[place] for place in places]
-        prompts, completions = [row["prompt_ids"] for row in own], [row["completion_ids"] for row in own]
-        batch = loader.collate(prompts, completions, places).to(parallel.device())
-        yield from map(mean_vector, read_residual(subject.policy, batch, tap).split(batch.content_lengths))
 
 
 def mean_vector(x: Tensor) -> Tensor:
@@ -415,21 +394,19 @@ def scored_rows(loader: DataLoader, scores: dict[int, float]) -> Iterator[dict[s
         }
 
 
-def table(columns: dict[str, np.ndarray], saes: list[str], about: dict[str, Any]) -> pa.Table:
+def table(columns: dict[str, np.ndarray], parts: list[Part], about: dict[str, Any]) -> pa.Table:
     """A row for each feature, in order, and a last one for the length, whose `sae` and `feature` are null."""
-    counts: dict[str, int] = {}
-    numbers = [counts.update({sae: counts.get(sae, -1) + 1}) or counts[sae] for sae in saes]
-    made = pa.table({"sae": [*saes, None], "feature": [*numbers, None], **columns})
-    return made.replace_schema_metadata({"data_features": json.dumps(about)})
+    features = {name: [*values, None] for name, values in feature_columns(parts).items()}
+    return pa.table({**features, **columns}).replace_schema_metadata({"data_features": json.dumps(about)})
 
 
-def show(columns: dict[str, np.ndarray], labels: list[str], up: list[int], down: list[int]) -> None:
+def show(columns: dict[str, np.ndarray], parts: list[Part], up: list[int], down: list[int]) -> None:
     """The table on the terminal."""
     shown = Table("feature", "delta", "d", "z", "halves", "chosen has more", "rejected has more")
-    for place in [len(labels), *up[: LINES_SHOWN // 2], *down[: LINES_SHOWN // 2]]:
+    for place in [-1, *up[: LINES_SHOWN // 2], *down[: LINES_SHOWN // 2]]:
         values = {name: float(column[place]) for name, column in columns.items()}
         shown.add_row(
-            labels[place] if place < len(labels) else "length",
+            "length" if place < 0 else label(parts, place),
             *(f"{values[name]:.3g}" for name in ("delta", "d", "z")),
             f"{values['delta_first']:.3g}, {values['delta_second']:.3g}",
             *(f"{values[name]:.1%}" for name in ("more", "less")),
@@ -439,8 +416,7 @@ def show(columns: dict[str, np.ndarray], labels: list[str], up: list[int], down:
 
 def page(
     columns: dict[str, np.ndarray],
-    labels: list[str],
-    addresses: list[str | None],
+    parts: list[Part],
     shown: dict[int, list[Example]],
     up: list[int],
     down: list[int],
@@ -454,19 +430,19 @@ def page(
 
     def card(feature: int) -> dict[str, Any]:
         own = [asdict(example) | {"difference": digits(example.difference)} for example in shown[feature]]
-        return {"name": labels[feature], "address": addresses[feature], **figures(feature), "pairs": own}
+        name, address = named(parts, feature)
+        return {"name": name, "address": address, **figures(feature), "pairs": own}
 
     firm = np.sign(columns["delta_first"][:-1]) * np.sign(columns["delta_second"][:-1]) > 0
     strong = np.abs(columns["z"][:-1]) > 3
-    length = figures(len(labels))
+    length = figures(-1)
     data = {"length": length, "up": list(map(card, up)), "down": list(map(card, down))}
     longer = length["delta"] or 0
-    firm = int((strong & firm).sum())
     places = {
         "title": f"What {', '.join(Path(name).name for name in about['data'])} would teach {about['model']}",
-        "finding": f"{firm:,} of {len(labels):,} features differ between chosen and rejected completions by more than "
-        "three standard errors, and with one sign on both halves of the prompts. Chosen completions are "
-        f"{abs(longer):.3g} tokens {'longer' if longer > 0 else 'shorter'}.",
+        "finding": f"{int((strong & firm).sum()):,} of {len(firm):,} features differ between chosen and rejected "
+        "completions by more than three standard errors, and with one sign on both halves of the prompts. Chosen "
+        f"completions are {abs(longer):.3g} tokens {'longer' if longer > 0 else 'shorter'}.",
         "subtitle": f"{about['pairs']:,} pairs of {about['prompts']:,} prompts, read by {about['model']} before "
         f"training, through {'; '.join(part['path'] for part in about['sae'])}.",
     }

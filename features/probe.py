@@ -7,7 +7,7 @@ Shape letters: S texts, F features; A and B texts of the two kinds.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -69,21 +69,29 @@ def write_probe(config: Config, path: Path, overrides: list[str]) -> None:
         publish(table, weights, list(kinds), [len(own) for own in rows], folder / f"probe-{name}", config)
 
 
-@torch.no_grad()
 def pooled(
     model: PreTrainedModel, tap: ResidualTap, sae: SAE, rows: Sequence[dict[str, Any]], batch_size: int, **how: Any
 ) -> Tensor:
     """Pooled features [S, F], on the CPU, of tokenised texts; `how` goes to `batch.collate`."""
     found = torch.empty(len(rows), sae.d_sae)
+    for places, residual, lengths in read_texts(model, tap, rows, batch_size, **how):
+        found[places] = pooled_features(sae, residual, lengths).cpu()
+    return found
+
+
+@torch.no_grad()
+def read_texts(
+    model: PreTrainedModel, tap: ResidualTap, rows: Sequence[dict[str, Any]], batch_size: int, **how: Any
+) -> Iterator[tuple[list[int], Tensor, list[int]]]:
+    """The vectors [M, D] that the tap reads at the text tokens of tokenised texts, batch by batch: with the places of
+    the batch's texts, and how many text tokens each has. `how` goes to `batch.collate`."""
     done, lengths = 0, [len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in rows]
     with progress_bar("probing", len(rows), done) as advance:
         for places in batches_by_length(lengths, batch_size):
             batch = collate([{**rows[i], "index": i} for i in places], **how).to(parallel.device())
-            residual = models.read_residual(model, batch, tap)
-            found[places] = pooled_features(sae, residual, batch.content_lengths).cpu()
+            yield places, models.read_residual(model, batch, tap), batch.content_lengths
             done += len(places)
             advance(done, None)
-    return found
 
 
 def texts_of(config: Config) -> tuple[str, dict[str, TextRecords]]:

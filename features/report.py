@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.measure import Context, Measured, Report
+from features.measure import Context, Measured, Part, Report
 from utils import atomic_write, html_page
 
 SCATTER_POINTS = 2000  # features of the scatter plot: those that moved most
@@ -36,17 +37,15 @@ def write_feature_report(report: Report, folder: Path) -> None:
 
 def table(report: Report) -> pa.Table:
     """A row for each run, kind of text and feature; the metadata say what else the figures depend on."""
-    sae = [part.name for part in report.parts for _ in range(part.d_sae)]
-    feature = [number for part in report.parts for number in range(part.d_sae)]
+    features = feature_columns(report.parts)
     tables = []
     for measured in report.runs:
         for kind, after in measured.policy.items():
             before = measured.reference[kind]
             columns = {
-                "run": [measured.run.name] * len(feature),
-                "text": [kind] * len(feature),
-                "sae": sae,
-                "feature": feature,
+                "run": [measured.run.name] * len(features["feature"]),
+                "text": [kind] * len(features["feature"]),
+                **features,
                 "reference_mean": before.mean,
                 "policy_mean": after.mean,
                 "change": measured.change(kind),
@@ -61,6 +60,14 @@ def table(report: Report) -> pa.Table:
     return pa.concat_tables(tables).replace_schema_metadata({"features": json.dumps(about)})
 
 
+def feature_columns(parts: Sequence[Part]) -> dict[str, list[Any]]:
+    """Of all features of some SAEs: the SAE's name, and the number in it."""
+    return {
+        "sae": [part.name for part in parts for _ in range(part.d_sae)],
+        "feature": [number for part in parts for number in range(part.d_sae)],
+    }
+
+
 # ----------------------------------------------------------------------------------------------------- what is said
 
 
@@ -71,17 +78,17 @@ def holding(drift: np.ndarray, share: float) -> int:
     return int((np.sort(drift)[::-1].cumsum() < share * drift.sum()).sum()) + 1
 
 
-def label(report: Report, index: int) -> str:
+def label(parts: Sequence[Part], index: int) -> str:
     """What a feature is called: its number, after its SAE's name where there are several."""
-    part, number = owner(report, index)
-    return str(number) if len(report.parts) == 1 else f"{report.parts[part].name} {number}"
+    part, number = owner(parts, index)
+    return str(number) if len(parts) == 1 else f"{part.name} {number}"
 
 
-def owner(report: Report, index: int) -> tuple[int, int]:
+def owner(parts: Sequence[Part], index: int) -> tuple[Part, int]:
     """Which SAE a feature belongs to, and its number there."""
-    for place, part in enumerate(report.parts):
+    for part in parts:
         if index < part.d_sae:
-            return place, index
+            return part, index
         index -= part.d_sae
     raise IndexError(index)
 
@@ -104,7 +111,7 @@ def finding(report: Report) -> str:
     words = [f"On the policy's own samples {half:,} of {len(drift):,} features hold half of the drift"]
     for place, rose in ((int(change.argmax()), True), (int(change.argmin()), False)):
         if change[place]:
-            words.append(f"feature {label(report, place)} {'rose' if rose else 'fell'} most")
+            words.append(f"feature {label(report.parts, place)} {'rose' if rose else 'fell'} most")
     text = "; ".join([words[0], " and ".join(words[1:])]).rstrip("; ") + "."
     for other in others:
         text += (
@@ -170,10 +177,10 @@ def kind_data(report: Report, kind: str) -> dict[str, Any]:
         found |= {
             "correlation": correlation(*changes),
             "moved": int((np.abs(changes).sum(0) > 0).sum()),
-            "points": [[*named(report, i), *(digits(change[i]) for change in changes)] for i in moved.tolist()],
+            "points": [[*named(report.parts, i), *(digits(change[i]) for change in changes)] for i in moved.tolist()],
             "apart": [
                 [
-                    *named(report, i),
+                    *named(report.parts, i),
                     digits(own.reference[kind].mean[i]),
                     *(digits(change[i]) for change in changes),
                 ]
@@ -183,11 +190,10 @@ def kind_data(report: Report, kind: str) -> dict[str, Any]:
     return found
 
 
-def named(report: Report, index: int) -> list[str | None]:
+def named(parts: Sequence[Part], index: int) -> list[str | None]:
     """A feature's label, and its page elsewhere."""
-    part, number = owner(report, index)
-    address = report.parts[part].address
-    return [label(report, index), None if address is None else f"{address}/{number}"]
+    part, number = owner(parts, index)
+    return [label(parts, index), None if part.address is None else f"{part.address}/{number}"]
 
 
 def run_data(measured: Measured, kind: str) -> dict[str, Any]:
@@ -210,7 +216,7 @@ def feature_data(report: Report, kind: str, index: int) -> dict[str, Any]:
     """A feature that is shown, with its contexts."""
     own = report.runs[0]
     before, after = own.reference[kind], own.policy[kind]
-    name, address = named(report, index)
+    name, address = named(report.parts, index)
     return {
         "name": name,
         "address": address,

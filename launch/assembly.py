@@ -77,6 +77,7 @@ class Inputs:
     data: Data
     reading: Reading | None
     binding: Binding  # with the feature weights read
+    ablated: dict[int, dict[int, int]]  # see `features_by_place`
 
 
 def prepare(
@@ -92,13 +93,14 @@ def prepare(
 def read_inputs(config: Config, classes: RunClasses, paths: RunPaths) -> Inputs:
     """Read the SAEs and the data. Raises UserError where the trainer cannot work with them."""
     reading, binding = read_saes(config, paths) if paths.saes else None, classes.binding
+    ablated: dict[int, dict[int, int]] = {}
     if reading is not None:
         binding = binding.with_sae(reading.sae)
-        features_by_place(reading, features_to_ablate(config, reading.sae), "sae.ablate")
+        ablated = features_by_place(reading, features_to_ablate(config, reading.sae), "sae.ablate")
     data = load_data(config, classes, paths)
     for loader in data.loaders.values():
         classes.trainer.check_data(binding, loader)
-    return Inputs(data, reading, binding)
+    return Inputs(data, reading, binding, ablated)
 
 
 def digests(config: Config, classes: RunClasses, paths: RunPaths, inputs: Inputs) -> dict[str, Input]:
@@ -135,8 +137,8 @@ def build_trainer(
     data, binding = inputs.data, inputs.binding
     subject = load_subject(config, classes, data, inputs.reading)
     references = make_references(config, binding, paths, data.tokens, subject, inputs.reading, cached)
-    if inputs.reading is not None:
-        ablate_features(config, subject, inputs.reading)
+    if inputs.reading is not None and inputs.ablated:
+        ablate_features(config, subject, inputs.reading, inputs.ablated)
     setup = Setup(
         **vars(subject),
         config=config,
@@ -201,50 +203,45 @@ def features_to_ablate(config: Config, sae: SAE) -> list[int]:
     return named or []
 
 
-def features_by_place(reading: Reading, features: Sequence[int], where: str) -> dict[int, list[int]]:
-    """The numbers that the features of all SAEs have within their own, by which SAE that is. Raises UserError for one
-    that there is not, and one of an SAE that does not read the residual stream."""
-    if len(set(features)) < len(features):
-        raise UserError(f"{where}: a feature is named twice")
-    found: dict[int, list[int]] = {}
+def features_by_place(reading: Reading, features: Sequence[int], where: str) -> dict[int, dict[int, int]]:
+    """Features of all SAEs by which SAE that is: the number of each within its own, and its number among all.
+
+    Raises UserError for one that there is not, and one of an SAE that does not read the residual stream.
+    """
+    saes.require_different(features, where)
+    found: dict[int, dict[int, int]] = {}
     first = 0
     for number, (member, (_, hook)) in enumerate(zip(reading.sae.members, reading.places)):
-        own = [feature - first for feature in features if first <= feature < first + member.d_sae]
+        own = {feature - first: feature for feature in features if first <= feature < first + member.d_sae}
         if own and hook != "residual":
             raise UserError(f"{where}: an SAE at hook={hook}; the residual stream is what can be changed")
         found[number], first = own, first + member.d_sae
-    if beyond := [feature for feature in features if feature >= first]:
-        raise UserError(f"{where}: {beyond[0]} is no feature of the SAE, which has {first:,}")
+    saes.require_features(features, first, where)
     return {number: own for number, own in found.items() if own}
 
 
-def ablate_features(config: Config, subject: Subject, reading: Reading) -> None:
-    """Take the features of `sae.ablate` out of the policy's forward passes in training. The model has the weights that
-    the run starts from: the means are of these, also where a run goes on."""
+def ablate_features(config: Config, subject: Subject, reading: Reading, by_place: dict[int, dict[int, int]]) -> None:
+    """Take features out of the policy's forward passes in training. The model has the weights that the run starts from:
+    the means are of these, also where a run goes on."""
     assert subject.sae is not None
-    by_place = features_by_place(reading, features_to_ablate(config, subject.sae), "sae.ablate")
-    if not by_place:
-        return
     centres: list[Any] = [None] * len(reading.places)
     if config.sae.ablate_to == "mean":
         centres = list(subject.sae.vectors(mean_vector(subject)))
     layers = models.decoder_layers(subject.policy, config.model.block_name)
     for number, own in by_place.items():
         layer, member = reading.places[number][0], subject.sae.members[number]
-        saes.ablate(layers[layer], member.W_dec[own].to(parallel.device()), centres[number])
+        saes.ablate(layers[layer], member.W_dec[list(own)].to(parallel.device()), centres[number])
         console.print(f"sae.ablate: in training {len(own)} features of layer {layer} are set to {config.sae.ablate_to}")
 
 
 def steer_features(config: Config, model: PreTrainedModel, reading: Reading) -> None:
     """Add the decoder directions of `sae.steer`, each times its weight, to the residual stream of a model."""
     weights = {own.index: own.weight for own in config.sae.steer or []}
-    layers, first = models.decoder_layers(model, config.model.block_name), 0
-    for (layer, _), member in zip(reading.places, reading.sae.members):
-        own = {index - first: weight for index, weight in weights.items() if first <= index < first + member.d_sae}
-        first += member.d_sae
-        if own:
-            scales = torch.tensor(list(own.values()))
-            saes.steer(layers[layer], (scales @ member.W_dec[list(own)]).to(parallel.device()))
+    layers = models.decoder_layers(model, config.model.block_name)
+    for number, own in features_by_place(reading, list(weights), "sae.steer").items():
+        scales = torch.tensor([weights[feature] for feature in own.values()])
+        directions = reading.sae.members[number].W_dec[list(own)]
+        saes.steer(layers[reading.places[number][0]], (scales @ directions).to(parallel.device()))
 
 
 @torch.no_grad()

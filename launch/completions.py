@@ -22,7 +22,7 @@ def write_completions(trainer: BasicTrainer, config: Config, when: Literal["befo
     """Add the policy's likeliest completions of some held-out prompts to the run's file, if it is a language model that
     is trained. For all ranks to call; "before" starts the file anew, where the run has nothing that it goes on from."""
     run, loader = trainer.run, trainer.loaders["eval"]
-    if trainer.is_reward or not any(parameter.requires_grad for parameter in trainer.policy.parameters()):
+    if not trainer.trains_policy:
         return
     if when == "before" and (not config.do_first_eval or run.place):
         return

@@ -28,10 +28,9 @@ OWN = ("experiment", "mode", "exp_name", "cache_dir", "datasets", "resume")  # a
 
 @dataclass(frozen=True)
 class Rounds:
-    """Where the rounds are, and what the user typed for them."""
+    """Where the rounds are, and the commands of one."""
 
     config: Config
-    given: list[str]
 
     @property
     def home(self) -> Path:
@@ -71,7 +70,7 @@ def run(config: Config, binding: Binding, arguments: Sequence[str]) -> None:
         raise UserError(f"resume=never: to begin again, remove {Path(config.cache_dir) / config.exp_name}")
     find_paths(config, binding.needs)
     given = [own for own in arguments if own.lstrip("+").partition("=")[0] not in OWN]
-    rounds, own = Rounds(config, given), config.online
+    rounds, own = Rounds(config), config.online
     data = f"datasets={written(config.datasets)}"
     rounds.train("reward", "loss=bradley-terry", f"model={config.model.name}", data, *own.reward)
     lines = [measure(rounds, 0)]

@@ -1,5 +1,6 @@
 """The whole configuration as one schema: each key with its type and range. The checks and `--help` are made from it."""
 
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -50,6 +51,7 @@ class Config(TrainingSettings, SamplingSettings, LabelSettings):
     probe_others: NonNegative
 
 
+@cache  # the help asks for each of its sections
 def kinds() -> dict[str, str]:
     """What each key may be, in a few words: by its full name."""
     schema = Config.model_json_schema()

@@ -379,9 +379,8 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
         f"train_on={config.train_on}: loss={config.loss.name} does not read single completions, as sft and sae do",
     )
     problems.expect(not config.sae.steer, "sae.steer changes the model that eval.py draws samples from, and no other")
-    writes_text = classes.trainer.can_plan and not classes.trainer.is_reward
     problems.expect(
-        writes_text or config.toy_comparison is None,
+        classes.trainer.trains_policy or config.toy_comparison is None,
         f"toy_comparison={config.toy_comparison}: loss={config.loss.name} trains no model that writes text",
     )
     if config.sae.ablate:

@@ -40,7 +40,7 @@ from training.metrics import (
     evaluation_table,
     of_data_set,
 )
-from training.quantities import OF_TOKENS, Binding, LossContext
+from training.quantities import OF_TOKENS, Binding, LossContext, Term
 from training.reference import Reference, ReferenceCache
 from training.settings import TrainingSettings
 from training.throughput import Flops, ThroughputMeter
@@ -152,6 +152,11 @@ class Update:
     norm: Tensor  # of the gradient, before clipping
 
 
+def weighed(values: Tensor, batch: Batch, weight: float) -> Tensor:
+    """A batch's values, each by its record's weight; where a custom function gives their mean, their sum."""
+    return batch.weighted(values) if values.ndim else values.expand(1) * weight
+
+
 class BasicTrainer:
     """The loop: batches to steps, metrics, evaluations, checkpoints. Subclasses say what a batch's loss is."""
 
@@ -159,6 +164,7 @@ class BasicTrainer:
     token_sides: ClassVar[tuple[str | None, ...]] = (None,)  # and of which it may have one value for each token
     is_reward: ClassVar[bool] = False  # trains a reward model, not a policy
     control_tokens: ClassVar[tuple[str, ...]] = ()  # added to the vocabulary; sampling starts from the first
+    trains_policy: ClassVar[bool] = True  # a language model, which terms can be added for and samples drawn from
     can_plan: ClassVar[bool] = True  # mode=plan can count what it takes
     can_grow: ClassVar[bool] = True  # more data only adds steps at the end
     passes = 1  # updates from each step of the training data
@@ -303,22 +309,12 @@ class BasicTrainer:
         quantities = self.binding.compute(context)
         result = self.loss(**self.inputs(self.binding, quantities, batch), **self.binding.options["loss"])
         losses, *rewards = result if isinstance(result, tuple) else (result,)
-        # A custom loss may give the mean of its batch.
-        losses = batch.weighted(losses) if losses.ndim else losses.expand(1) * self.weight(batch)
+        losses = weighed(losses, batch, self.weight(batch))
         means.add(f"loss/{split}", losses, self.weight(batch))
         added = []
         for term in self.binding.terms:
-            inputs = self.inputs(term.binding, term.binding.compute(context), batch)
-            values = term.function(**inputs, **term.binding.options["loss"])
-            if not isinstance(values, Tensor) or values.shape not in ((), (len(batch.index),), (batch.num_sequences,)):
-                shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise UserError(
-                    f"term.{term.name} gave {shape} for {len(batch.index)} records of {batch.num_sequences} sequences; "
-                    "it has to give a value for each record, for each sequence, or one number"
-                )
-            records = self.records(batch)
-            values = batch.weighted(values) if values.ndim else values.expand(1) * records
-            means.add(f"term_{split}/{term.name}", values, records)
+            values = weighed(self.term_values(term, context), batch, self.records(batch))
+            means.add(f"term_{split}/{term.name}", values, self.records(batch))
             added.append(term.weight * per_record * values)
         self.report(means, split, batch, scores, rewards)
         if "feature_drift" in quantities:
@@ -328,6 +324,19 @@ class BasicTrainer:
             for side in filter(None, self.sides):
                 means.add(f"feature_drift_{split}/{side}", self.side(quantities["feature_drift"], side, batch))
         return torch.cat([losses, *added])
+
+    def term_values(self, term: Term, context: LossContext) -> Tensor:
+        """What a term gives for a batch. Raises UserError for a shape that says nothing of records."""
+        batch = context.batch
+        inputs = self.inputs(term.binding, term.binding.compute(context), batch)
+        values = term.function(**inputs, **term.binding.options["loss"])
+        if not isinstance(values, Tensor) or values.shape not in ((), (len(batch.index),), (batch.num_sequences,)):
+            shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise UserError(
+                f"term.{term.name} gave {shape} for {len(batch.index)} records of {batch.num_sequences} sequences; "
+                "it has to give a value for each record, for each sequence, or one number"
+            )
+        return values
 
     def inputs(self, binding: Binding, quantities: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """The positional arguments of a loss or a term, by name."""

@@ -264,9 +264,7 @@ class Binding:
                 drift["feature_weights"] = drift["feature_weights"].to(parallel.device())
             options["feature_drift"] = drift
         for quantity in {"policy_features", "reference_features"} & options.keys():
-            beyond = [latent for latent in options[quantity]["latents"] if latent >= sae.d_sae]
-            if beyond:
-                raise UserError(f"{self.where}.latents: {beyond[0]} is no feature of the SAE, which has {sae.d_sae:,}")
+            saes.require_features(options[quantity]["latents"], sae.d_sae, f"{self.where}.latents")
         terms = tuple(replace(term, binding=term.binding.with_sae(sae)) for term in self.terms)
         return replace(self, options=options, terms=terms)
 
@@ -342,7 +340,7 @@ def bind(trainer: Any, loader: Callable[..., Any], settings: LossSettings) -> Bi
 def bind_term(trainer: Any, name: str, function: Callable[..., Tensor], settings: TermSettings) -> Term:
     """The same for a term, beside the losses of a trainer. Raises UserError, also where it trains no language model."""
     where = f"term.{name}"
-    if trainer.is_reward or not trainer.can_plan:
+    if not trainer.trains_policy:
         raise UserError(f"{where}: {trainer.__name__} trains no language model, which is what a term is added to")
     parameters, readers = list(inspect.signature(function).parameters.values()), {"loss": function}
     if taken := {"weight", "function"} & keyword_only(function).keys():

@@ -9,34 +9,31 @@ from modeling.settings import ModelSettings
 from utils import STRICT, Count, Natural, NonNegative, RunName, Settings, Share
 
 
-class LossSettings(Settings):
-    """`loss` of the configuration: which classes, and the hyper-parameters, which the loss's signature checks."""
+class FunctionSettings(Settings):
+    """Settings with the hyper-parameters of a function beside them, which its signature checks."""
 
     model_config = STRICT | ConfigDict(extra="allow")
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The keys that belong to the function, to the quantities that it asks for and, of a loss, to its classes."""
+        return dict(self.model_extra or {})
+
+
+class LossSettings(FunctionSettings):
+    """`loss` of the configuration: which classes, and the hyper-parameters."""
 
     name: str
     trainer: str | None
     dataloader: str
     lr_at_7b: NonNegative = 5e-7
 
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """The keys that belong to the loss, its trainer and its loader."""
-        return dict(self.model_extra or {})
 
-
-class TermSettings(Settings):
+class TermSettings(FunctionSettings):
     """`term.<name>` of the configuration: something that is added to the loss, and its hyper-parameters."""
-
-    model_config = STRICT | ConfigDict(extra="allow")
 
     function: str
     weight: NonNegative
-
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """The keys that belong to the function and its quantities."""
-        return dict(self.model_extra or {})
 
 
 class WandbSettings(Settings):
