@@ -154,7 +154,7 @@ def read_lines(path: Path) -> Lines:
 
 def run_page(folder: Path, lines: Lines) -> str:
     """The page's HTML."""
-    config = config_of(folder)
+    config, settings = settings_of(folder)
     summary = json_of(folder / "summary.json") or {}
     columns = columns_of(lines)
     charts = charts_of(columns)
@@ -166,7 +166,7 @@ def run_page(folder: Path, lines: Lines) -> str:
         "links": links(folder),
         "tables": evaluations_table(charts) + facts_table(lines, summary),
         "completions": completions(json_of(folder / "completions.json")),
-        "settings": settings_table(config),
+        "settings": settings,
     }
     data = {
         "steps": last["step"],
@@ -184,10 +184,16 @@ def json_of(path: Path) -> Any:
         return None
 
 
-def config_of(folder: Path) -> DictConfig:
-    """The run's saved configuration; empty where there is none."""
+def settings_of(folder: Path) -> tuple[DictConfig, str]:
+    """The run's saved configuration and the page's table of it; empty where there is none."""
     file = folder / "config.yaml"
-    return read_saved(file) if file.is_file() else OmegaConf.create()
+    return read_settings(file, file.read_bytes()) if file.is_file() else (OmegaConf.create(), "")
+
+
+@functools.lru_cache(maxsize=1)  # a run writes its page at each evaluation
+def read_settings(file: Path, content: bytes) -> tuple[DictConfig, str]:  # noqa: ARG001
+    config = read_saved(file)
+    return config, settings_table(config)
 
 
 # ---------------------------------------------------------------------------------------------------- the curves
@@ -365,8 +371,6 @@ def settings_table(config: DictConfig) -> str:
 def changed_settings(config: DictConfig) -> dict[str, tuple[str, str]]:
     """The settings that differ from config/config.yaml, config/model/base.yaml and config/loss/<name>.yaml: by key, the
     run's value and the default, "" where there is none."""
-    if not config:
-        return {}
     ours = flat(OmegaConf.to_container(config))
     defaults = OmegaConf.merge(*default_parts(str(ours.get("loss.name"))))
     named = ["loss.name", "model.name", "model.name_or_path"]  # have no defaults, and others refer to them

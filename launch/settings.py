@@ -319,7 +319,8 @@ def read_saved(file: Path) -> DictConfig:
     """A configuration from a file, as data (`as_text`). Raises UserError where there is none in it."""
     try:
         with file.open(encoding="utf-8") as stream:  # a few aliases of aliases can stand for any amount of data
-            assert not any(isinstance(token, AliasToken) for token in yaml.scan(stream)), "it has aliases"
+            tokens = yaml.scan(stream, yaml.CSafeLoader)
+            assert not any(isinstance(token, AliasToken) for token in tokens), "it has aliases"
         loaded = OmegaConf.load(file)
         values = as_text(OmegaConf.to_container(loaded))
         assert isinstance(values, dict) and values.keys() & Config.model_fields.keys(), "it has no key of one"

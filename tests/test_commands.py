@@ -102,9 +102,9 @@ def test_two_processes_do_not_share_a_run(tmp_path):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """The quickstart, with a seed that is not its own."""
+    """The quickstart, with a seed that is not its own and half of its pairs."""
     folder = tmp_path_factory.mktemp("quickstart")
-    own = ["seed=2", f"cache_dir={folder}", "log_to=[tensorboard,wandb]"]
+    own = ["seed=2", "n_examples=1280", "eval_every=null", f"cache_dir={folder}", "log_to=[tensorboard,wandb]"]
     done = new_python("train.py", "experiment=quickstart", *own)
     return folder / "quickstart", done.stdout
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPO, command, metrics, on_ranks
+from conftest import REPO, checked, command, metrics, on_ranks
 from forks import Fork
 from safetensors.torch import load_file, save_file
 
@@ -329,24 +329,8 @@ def test_a_crash_on_one_rank_is_told_once_and_ends_all(tmp_path):
     assert (done.stdout + done.stderr).count("Traceback") == 1 and "rank 1: Traceback" in done.stderr
 
 
-@pytest.mark.slow
-def test_torchrun_on_two_nodes(trained, tmp_path):
-    """train.py takes the rank that torchrun gives it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
-    torchrun = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", meeting]
-    own = overrides(trained, tmp_path, "exp_name=fpo", *RUNS["fpo"])
-    launchers = [Fork("-m", *torchrun, REPO / "train.py", *own) for _ in range(2)]
-    done = [launcher.result() for launcher in launchers]
-    assert [one.returncode for one in done] == [0, 0], done
-    assert sum(one.stdout.count("held-out loss after") for one in done) == 1
-    assert_same_metrics(tmp_path / "fpo", trained / "1/fpo", rel=1e-5)
-
-
-@pytest.mark.slow
-def test_accelerate(tmp_path):
-    """A script that starts as train.py does, and imports less, takes the rank that accelerate gives it."""
+def launched(tmp_path):
+    """A script that starts as train.py does, and imports less; and a port on which its launchers can meet."""
     script = tmp_path / "ranks.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
@@ -359,8 +343,24 @@ def test_accelerate(tmp_path):
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        ranks = ["--multi_gpu", "--num_processes=2", f"--main_process_port={free.getsockname()[1]}"]
-    done = command("-m", "accelerate.commands.launch", *ranks, "--num_machines=1", script)
+        return script, free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_nodes(tmp_path):
+    """Each process takes the rank that torchrun gives it. test_two_hosts.py trains so."""
+    script, port = launched(tmp_path)
+    torchrun = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    done = [Fork("-m", "torch.distributed.run", *torchrun, script) for _ in range(2)]
+    said = "".join(checked(launcher.result(), check=True).stdout for launcher in done)
+    assert sorted(re.findall("rank . of .", said)) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+@pytest.mark.slow
+def test_accelerate(tmp_path):
+    script, port = launched(tmp_path)
+    ranks = ["--multi_gpu", "--num_processes=2", "--num_machines=1", f"--main_process_port={port}"]
+    done = command("-m", "accelerate.commands.launch", *ranks, script)
     assert sorted(re.findall("rank . of .", done.stdout)) == ["rank 0 of 2", "rank 1 of 2"]
 
 
