@@ -164,6 +164,11 @@ class ResidualTap:
         self.layer = layer
         self._read: Tensor | None = None
 
+    @property
+    def members(self) -> list["ResidualTap"]:
+        """The single taps, in the order of their vectors; a `JointTap` has several."""
+        return [self]
+
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Read the forward pass that runs inside the `with` block.
@@ -215,6 +220,10 @@ class JointTap(ResidualTap):
 
     def __init__(self, taps: Sequence[ResidualTap]) -> None:
         self.taps = taps
+
+    @property
+    def members(self) -> list[ResidualTap]:
+        return list(self.taps)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -1,4 +1,5 @@
-"""Training sparse autoencoders on the residual stream of a model, which stays as it is: `loss=sae`.
+"""Training sparse autoencoders on the residual stream of a model, which stays as it is: `loss=sae`; saved ones further
+(`loss=sae-finetune`); and on the difference between the residual streams of two models (`loss=sae-difference`).
 
 BatchTopK (Bussmann et al. 2024, 2412.06410): of a step of M tokens the k * M largest pre-activations stay. The
 threshold that this amounts to becomes that of a JumpReLU, which is what is evaluated and saved, in Gemma Scope's
@@ -7,7 +8,7 @@ layout. `activations.py` makes the steps; here are the autoencoder, its loss, an
 Shape letters: M tokens of text, D width of the residual stream, F latents, P pairs of a token and a latent that stays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,11 @@ from data.batch import Batch
 from distributed import parallel
 from modeling.attention import whole_blocks
 from models import decoder_layers, final_hidden_states, make_tap, score
-from sae import ENCODE_ELEMENTS, SAE, attention_sinks
+from sae import ENCODE_ELEMENTS, SAE, MLPTap, attention_sinks
 from training.loop import BasicTrainer, Setup, warmup_of
 from training.metrics import MetricAccumulator
 from training.quantities import Binding
+from training.reference import LiveReference
 from training.settings import TrainingSettings
 from training.throughput import ThroughputMeter
 from utils import Count, Natural, NonNegative, UserError, console
@@ -40,12 +42,27 @@ class BatchTopK(nn.Module):
 
     scale: Tensor  # [] multiplies the residual stream
     mean: Tensor  # [D] of scaled inputs, which FVU is measured around
-    threshold: Tensor  # [] the JumpReLU's, of scaled inputs
+    threshold: Tensor  # [] the JumpReLU's, of scaled inputs, less
+    offset: Tensor | None  # [F] the thresholds of an SAE that training starts from
     silent: Tensor  # [F] training tokens since the latent last fired
 
-    def __init__(self, d_in: int, d_sae: int, k: int, *, auxiliary: float, dead_after: int, seed: int) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        *,
+        auxiliary: float,
+        dead_after: int,
+        seed: int,
+        groups: Sequence[int] = (),
+        start: SAE | None = None,
+    ) -> None:
+        """`groups` are numbers of latents: so many of the first ones also have to reconstruct by themselves. `start`
+        is an SAE that training starts from, once `start_from` has seen activations."""
         super().__init__()
         self.k, self.auxiliary, self.dead_after = k, auxiliary, dead_after
+        self.groups, self.start = groups, start
         rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
         self.W_dec = nn.Parameter(F.normalize(rows, dim=1))
         self.W_enc = nn.Parameter(self.W_dec.detach().T.clone(memory_format=torch.contiguous_format))
@@ -54,21 +71,37 @@ class BatchTopK(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("mean", torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("offset", None if start is None else torch.zeros(d_sae))
         self.register_buffer("silent", torch.zeros(d_sae))
 
     @torch.no_grad()
     def start_from(self, x: Tensor, tokens: int) -> None:
         """Take the scale, the mean and, as the decoder's bias, the geometric median of vectors: [M, D] of this rank,
-        so many `tokens` over all."""
+        so many `tokens` over all. With an SAE to start from, all but the scale and the mean are the SAE's."""
         self.scale.copy_(parallel.sum_over_ranks(x.square().sum() / x.shape[1] / tokens).rsqrt())
         x = x * self.scale
         self.mean.copy_(parallel.sum_over_ranks(x.sum(0) / tokens))
+        if self.start is not None:
+            self.take(self.start)
+            return
         median = self.mean.clone()
         for _ in range(MEDIAN_STEPS):
             weight = 1 / (x - median).norm(dim=1).clamp(min=1e-6)
             sums = parallel.sum_over_ranks(torch.cat([weight @ x, weight.sum()[None]]))
             median = sums[:-1] / sums[-1]
         self.b_dec.copy_(median)
+
+    @torch.no_grad()
+    def take(self, sae: SAE) -> None:
+        """Become an SAE: `frozen` gives it back, but for the norm of its decoder rows, which goes into its features."""
+        device = self.W_dec.device
+        norms = sae.W_dec.to(device).norm(dim=1)
+        self.W_dec.copy_(F.normalize(sae.W_dec.to(device), dim=1))
+        self.W_enc.copy_(sae.W_enc.to(device) * norms)
+        self.b_dec.copy_(sae.b_dec * self.scale)
+        self.b_enc.copy_(sae.b_enc.to(device) * norms * self.scale + self.b_dec @ self.W_enc)
+        assert self.offset is not None
+        self.offset.copy_(sae.threshold.to(device).clamp(min=0) * norms * self.scale)
 
     def preactivations(self, x: Tensor) -> Tensor:
         """[M, F] of scaled inputs [M, D]. The bias is taken out of W_enc's product, where it costs next to nothing."""
@@ -80,9 +113,10 @@ class BatchTopK(nn.Module):
 
     @torch.no_grad()
     def smallest_kept(self, pre: Tensor, tokens: int) -> Tensor:
-        """The smallest [] of the k * tokens largest pre-activations of a step, over all ranks."""
+        """The smallest [] of the k * tokens largest pre-activations of a step, over all ranks; each less its offset."""
         count = self.k * tokens
-        own = pre.flatten().topk(min(count, pre.numel()), sorted=False).values
+        above = pre if self.offset is None else pre - self.offset
+        own = above.flatten().topk(min(count, pre.numel()), sorted=False).values
         if parallel.world_size() > 1:
             own = parallel.gather_over_ranks(F.pad(own, (0, count - len(own))))
             own = own.topk(count, sorted=False).values
@@ -94,27 +128,39 @@ class BatchTopK(nn.Module):
         fired = parallel.sum_over_ranks(kept.any(0).float()) > 0
         self.silent.add_(tokens).masked_fill_(fired, 0)
 
-    def forward(self, x: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of scaled inputs [M, D] of this rank, in a step of so many tokens over all: squared errors [M] summed over
-        D, in units of the scaled input; the auxiliary loss [M]; how many latents [M] are active; and dead ones [F].
+    def thresholds(self, common: Tensor) -> Tensor:
+        """[] or [F]: from a threshold that is common to all latents, that of each."""
+        return common if self.offset is None else common + self.offset
 
-        The auxiliary loss revives latents that were silent for `dead_after` tokens: the D / 2 strongest of them for
-        each token reconstruct what the others left over, without the bias (Gao et al. 2024, 2406.04093, A.2).
+    def forward(self, x: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of scaled inputs [M, D] of this rank, in a step of so many tokens over all: squared errors [M] summed over
+        D, in units of the scaled input; the same of the groups, summed; the auxiliary loss [M]; how many latents [M]
+        are active; and dead ones [F].
+
+        Each group of the first latents reconstructs alone (Matryoshka; Bussmann et al. 2025, 2503.17547), so that the
+        first ones stay general. The auxiliary loss revives latents that were silent for `dead_after` tokens: the D / 2
+        strongest of them for each token reconstruct what the others left over, without the bias (Gao et al. 2024,
+        2406.04093, A.2).
         """
         pre = self.preactivations(x)
-        kept = (pre >= self.smallest_kept(pre, tokens)) & (pre > 0)
+        kept = (pre >= self.thresholds(self.smallest_kept(pre, tokens))) & (pre > 0)
         self.note_silence(kept, tokens)
         active = kept.sum(1)
         token, latent = kept.nonzero(as_tuple=True)  # [P]
-        error = x - self.decode(latent, pre[token, latent], active.cumsum(0) - active) - self.b_dec
-        losses, auxiliary = error.square().sum(1), x.new_zeros(len(x))
+        values = pre[token, latent]
+        error = x - self.decode(latent, values, active.cumsum(0) - active) - self.b_dec
+        losses, nested, auxiliary = error.square().sum(1), x.new_zeros(len(x)), x.new_zeros(len(x))
+        for size in self.groups:
+            inside, own = latent < size, kept[:, :size].sum(1)
+            rebuilt = self.decode(latent[inside], values[inside], own.cumsum(0) - own) + self.b_dec
+            nested = nested + (x - rebuilt).square().sum(1)
         dead = self.silent > self.dead_after
         candidates = dead.nonzero().flatten()
         if len(candidates):
             strongest = pre[:, candidates].topk(min(len(candidates), x.shape[1] // 2), sorted=False)
             revived = self.decode(candidates[strongest.indices], strongest.values)
             auxiliary = (error.detach() - revived).square().sum(1)
-        return losses, auxiliary, active, dead
+        return losses, nested, auxiliary, active, dead
 
     def frozen(self) -> SAE:
         """The same autoencoder as a JumpReLU on unscaled inputs; its decoder rows keep unit norm."""
@@ -123,7 +169,7 @@ class BatchTopK(nn.Module):
             b_enc=(self.b_enc - self.b_dec @ self.W_enc) / self.scale,
             W_dec=self.W_dec,
             b_dec=self.b_dec / self.scale,
-            threshold=(self.threshold / self.scale).expand(len(self.W_dec)).clone(),
+            threshold=(self.thresholds(self.threshold) / self.scale).expand(len(self.W_dec)).clone(),
         )
 
     @torch.no_grad()
@@ -146,6 +192,7 @@ class SAETrainer(BasicTrainer):
 
     trains_policy = can_plan = False
     can_grow = False  # more records make other blocks, so other steps
+    saved_in = ""  # a folder of the export, for what does not read the residual stream itself
 
     def __init__(
         self,
@@ -154,6 +201,7 @@ class SAETrainer(BasicTrainer):
         layer: Natural | list[Natural] | None,
         d_sae: Count,
         k: Count,
+        groups: list[Count] | None,
         batch_tokens: Count,
         buffer_tokens: Count,
         dead_after: Count,
@@ -161,21 +209,28 @@ class SAETrainer(BasicTrainer):
         saelens: bool,
     ) -> None:
         """Raises UserError for layers that the model has not, and for a warm-up that the run is too short for."""
-        self.modules = decoder_layers(setup.policy, setup.config.model.block_name)
-        count = len(self.modules)
-        self.layers = [count - 1] if layer is None else [layer] if isinstance(layer, int) else list(layer)
-        if wrong := [n for n in self.layers if not 0 <= n < count]:
+        count = len(decoder_layers(setup.policy, setup.config.model.block_name))
+        layers = [count - 1] if layer is None else [layer] if isinstance(layer, int) else list(layer)
+        if wrong := [n for n in layers if not 0 <= n < count]:
             raise UserError(f"loss.layer={wrong[0]}: the model has layers 0 to {count - 1}")
+        width, seed = setup.policy.config.get_text_config().hidden_size, setup.config.seed
+        own: dict[str, Any] = {"auxiliary": auxiliary, "dead_after": dead_after, "groups": groups or ()}
+        autoencoders = {n: BatchTopK(width, d_sae, k, **own, seed=1000 * seed + n) for n in layers}
+        self.prepare(setup, autoencoders, batch_tokens, buffer_tokens, saelens=saelens)
+
+    def prepare(
+        self, setup: Setup, autoencoders: dict[int, BatchTopK], batch_tokens: int, buffer_tokens: int, *, saelens: bool
+    ) -> None:
+        """Make what trains autoencoders, each on the output of its layer. Raises UserError for a warm-up that the run
+        is too short for."""
+        self.layers, self.autoencoders = list(autoencoders), list(autoencoders.values())
+        self.modules = decoder_layers(setup.policy, setup.config.model.block_name)
         self.names = [f"layer_{n}/" if len(self.layers) > 1 else "" for n in self.layers]  # in those of metrics
         setup.policy.requires_grad_(False).eval()
-        self.reader = make_tap(setup.policy, [(n, "residual") for n in self.layers], setup.config.model.block_name)
+        places = [(n, "residual") for n in self.layers]
+        self.reader = make_tap(setup.policy, places, setup.config.model.block_name)
         tokenizer, self.saelens = setup.tokenizer, saelens
         self.special = [i for i in {tokenizer.bos_token_id, tokenizer.eos_token_id} if i is not None]
-        width, seed = setup.policy.config.get_text_config().hidden_size, setup.config.seed
-        self.autoencoders = [
-            BatchTopK(width, d_sae, k, auxiliary=auxiliary, dead_after=dead_after, seed=1000 * seed + n)
-            for n in self.layers
-        ]
         self.exported: list[SAE] = []
         self.batch_tokens, self.buffer_tokens = batch_tokens, buffer_tokens
         sizes = {"batch_tokens": batch_tokens, "buffer_tokens": buffer_tokens}
@@ -200,17 +255,20 @@ class SAETrainer(BasicTrainer):
             raise UserError(
                 "model.layout=shared_prefix: would count a prompt's tokens once for several completions; packed"
             )
-        layers = options["layer"]
+        layers, latents = options.get("layer"), options.get("d_sae")
         if isinstance(layers, list) and (not layers or len(set(layers)) < len(layers)):
             raise UserError(f"loss.layer={layers}: a layer's number from 0, a list of different ones, or null")
-        if options["k"] > options["d_sae"]:
+        if latents is not None and options["k"] > latents:
+            raise UserError(f"loss.k={options['k']}: more than the loss.d_sae={latents} latents that there are")
+        if (groups := options.get("groups")) and sorted({*groups, latents}) != [*groups, latents]:
             raise UserError(
-                f"loss.k={options['k']}: more than the loss.d_sae={options['d_sae']} latents that there are"
+                f"loss.groups={groups}: numbers of the first latents, each larger than the one before and smaller "
+                f"than loss.d_sae={latents}; all latents together are always trained"
             )
 
     @classmethod
     def evaluated(cls, binding: Binding) -> list[str]:
-        layers = binding.options["init"]["layer"]
+        layers = binding.options["init"].get("layer")
         names = [f"layer_{n}/" for n in layers] if isinstance(layers, list) and len(layers) > 1 else [""]
         figures = ("l0", "fvu", "ce_recovered", "ce_clean", "ce_sae", "ce_zero", "dead")
         return ["loss/eval", "sae_eval/left_out", *(f"sae_eval/{name}{key}" for name in names for key in figures)]
@@ -225,7 +283,11 @@ class SAETrainer(BasicTrainer):
             final_hidden_states(self.policy, batch)
         where = text_positions(batch, self.special)
         x = self.reader.take()[where]
-        return x, self.kept(batch, where, x)
+        return x - self.rest(batch, where, x), self.kept(batch, where, x)
+
+    def rest(self, batch: Batch, where: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        """What of the vectors x [M, layers * D], at text tokens `where` [R, T], is not to be reconstructed: nothing."""
+        return torch.zeros((), device=x.device, dtype=x.dtype)
 
     def kept(self, batch: Batch, where: Tensor, x: Tensor) -> Tensor:
         """Which [M] of the vectors x [M, layers * D] at the text tokens `where` [R, T] are trained on and measured: all
@@ -300,18 +362,18 @@ class SAETrainer(BasicTrainer):
         self, batch: Activations, split: str, means: MetricAccumulator, _per_record: float = 1.0
     ) -> Tensor:
         """Losses [M] of the tokens, summed over the layers."""
-        errors, auxiliary = batch.x.new_zeros(2, len(batch.x), dtype=torch.float32)
+        losses, errors = batch.x.new_zeros(2, len(batch.x), dtype=torch.float32)
         for own, name, x in zip(self.autoencoders, self.names, self.by_layer(batch.x)):
             x = x * own.scale
-            squared, revival, active, dead = own(x, batch.tokens)
-            errors, auxiliary = errors + squared, auxiliary + own.auxiliary * revival
+            squared, nested, revival, active, dead = own(x, batch.tokens)
+            errors, losses = errors + squared, losses + squared + nested + own.auxiliary * revival
             means.add(f"sae_{split}/{name}l0", active)
             means.add(f"sae_{split}/{name}fvu", squared, float((x - own.mean).square().sum()))
             means.add(f"sae_{split}/{name}dead", dead)
         left_out = errors.new_tensor(batch.left_out)
         means.add(f"sae_{split}/left_out", left_out, len(batch.x) + batch.left_out)
         means.add(f"loss/{split}", errors)
-        return errors + auxiliary
+        return losses
 
     def keep_unit_rows(self) -> None:
         for own in self.autoencoders:
@@ -340,10 +402,10 @@ class SAETrainer(BasicTrainer):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Of each frozen JumpReLU on the evaluation set: L0 (active latents a token), FVU (squared error over the
-        variance around the mean of each dimension), CE recovered (how much of the loss between zeroing the residual
-        stream and leaving it alone the reconstruction wins back) and the share of dead latents. The loss is the
-        squared error in units of the vectors' mean square, summed over layers. All are of the tokens that `kept`
-        names; at the others the residual stream stays as it is."""
+        variance around the mean of each dimension), CE recovered (how much of the loss between zeroing what it reads
+        and leaving it alone the reconstruction wins back) and the share of dead latents. The loss is the squared error
+        in units of the vectors' mean square, summed over layers. All are of the tokens that `kept` names; at the
+        others the residual stream stays as it is."""
         self.set_thresholds()
         saes = self.exported or [own.frozen() for own in self.autoencoders]
         clean = torch.zeros(4, dtype=torch.float64, device=self.device)  # tokens: text, kept, of completions; CE
@@ -357,12 +419,13 @@ class SAETrainer(BasicTrainer):
                     own = self.cross_entropy(batch)
                 vectors = self.reader.take()[where]
                 kept = self.kept(batch, where, vectors)
+                rest = self.rest(batch, where, vectors).expand_as(vectors)[kept]
                 clean += torch.stack([where.sum(), kept.sum(), own.new_tensor(len(batch.target)), own])
                 where, vectors = where.masked_scatter(where, kept), vectors[kept]
-                for n, x in enumerate(self.by_layer(vectors)):
+                for n, (x, other) in enumerate(zip(self.by_layer(vectors - rest), self.by_layer(rest))):
                     rebuilt, active = reconstruct(saes[n], x)
                     values = [active, (x - rebuilt).square().sum(), x.square().sum()]
-                    for replacement in (rebuilt, torch.zeros_like(x)):
+                    for replacement in (rebuilt + other, other):
                         with self.replaced(self.layers[n], where, replacement):
                             values.append(self.cross_entropy(batch))
                     sums[n] += torch.stack(values)
@@ -417,7 +480,7 @@ class SAETrainer(BasicTrainer):
             return
         for number, own, name in zip(self.layers, self.autoencoders, self.names):
             l0 = round(figures[f"sae_eval/{name}l0"])
-            place = folder / f"layer_{number}/width_{width_name(len(own.W_dec))}/average_l0_{l0}"
+            place = folder / self.saved_in / f"layer_{number}/width_{width_name(len(own.W_dec))}/average_l0_{l0}"
             save_sae(own.frozen(), place / "params.npz")
             if self.saelens:
                 model = str(self.config.model.name_or_path)
@@ -428,8 +491,94 @@ class SAETrainer(BasicTrainer):
         return folder.is_dir()
 
     def read_export(self, folder: Path) -> None:
-        files = [next(folder.glob(f"layer_{number}/*/*/params.npz")) for number in self.layers]
+        files = [next((folder / self.saved_in).glob(f"layer_{number}/*/*/params.npz")) for number in self.layers]
         self.exported = [load_sae(file).to(self.device) for file in files]
+
+
+class SAEFineTuner(SAETrainer):
+    """Trains the SAEs that `sae` names further, on the activations of the model at hand.
+
+    Each begins as it is (`BatchTopK.take`), with a threshold for each latent; the steps move all of them together, so
+    that k latents a token are active on average.
+    """
+
+    needs = frozenset({"sae"})
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        k: Count | None,
+        batch_tokens: Count,
+        buffer_tokens: Count,
+        dead_after: Count,
+        auxiliary: NonNegative,
+        saelens: bool,
+    ) -> None:
+        """`k` null: as many latents as the SAE has active. Raises UserError for an SAE of another place than the
+        residual stream, and for two of one layer."""
+        assert setup.sae is not None and setup.tap is not None
+        modules = list(decoder_layers(setup.policy, setup.config.model.block_name))
+        autoencoders: dict[int, BatchTopK] = {}
+        for sae, tap in zip(setup.sae.members, setup.tap.members):
+            layer = modules.index(tap.layer)
+            if isinstance(tap, MLPTap) or layer in autoencoders:
+                raise UserError("loss=sae-finetune: takes SAEs of the residual stream, one for each layer")
+            own: dict[str, Any] = {"auxiliary": auxiliary, "dead_after": dead_after, "seed": 0, "start": sae}
+            autoencoders[layer] = BatchTopK(sae.d_in, sae.d_sae, k or 0, **own)
+            if k is not None and k > sae.d_sae:
+                raise UserError(f"loss.k={k}: more than the {sae.d_sae} latents of the SAE of layer {layer}")
+        self.prepare(setup, autoencoders, batch_tokens, buffer_tokens, saelens=saelens)
+
+    def train(self) -> None:
+        """As every trainer; a `k` that is open is the L0 of the first activations. A resumed run reads them again."""
+        if any(own.k == 0 for own in self.autoencoders):
+            self.stream.fill(0)
+            sample = self.stream.in_buffer(SAMPLE_STEPS)
+            tokens = sum(step.tokens for step in sample)
+            vectors = self.by_layer(torch.cat([step.x for step in sample]))
+            for layer, own, x in zip(self.layers, self.autoencoders, vectors):
+                assert own.start is not None
+                l0 = float(parallel.sum_over_ranks(reconstruct(own.start, x)[1])) / tokens
+                own.k = max(1, round(l0))
+                console.print(f"layer {layer}: the SAE has {l0:.1f} latents active a token here, so loss.k={own.k}")
+        super().train()
+
+
+class DifferenceSAETrainer(SAETrainer):
+    """Trains on what sets the model apart from that of `model.reference_path`: its residual stream less the other's, at
+    the same tokens (diff-SAE; Minder et al. 2025, 2504.02922, on why BatchTopK suits it)."""
+
+    needs = frozenset({"live_reference"})
+    saved_in = "difference"
+
+    def prepare(self, setup: Setup, autoencoders: dict[int, BatchTopK], *sizes: int, saelens: bool) -> None:
+        """Raises UserError for another model whose layers do not fit as well."""
+        self.other = next(own.model for own in setup.references.values() if isinstance(own, LiveReference))
+        block = setup.config.model.block_name
+        shapes = [
+            (len(decoder_layers(model, block)), model.config.get_text_config().hidden_size)
+            for model in (setup.policy, self.other)
+        ]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"model.reference_path={setup.config.model.reference_path}: {shapes[1][0]} layers of width "
+                f"{shapes[1][1]}, where the model has {shapes[0][0]} of width {shapes[0][1]}"
+            )
+        self.other_reader = make_tap(self.other, [(n, "residual") for n in autoencoders], block)
+        super().prepare(setup, autoencoders, *sizes, saelens=saelens)
+
+    @classmethod
+    def check(cls, config: TrainingSettings, binding: Binding) -> None:
+        super().check(config, binding)
+        if config.model.reference_path is None:
+            raise UserError("loss=sae-difference: model.reference_path has to name the other model")
+
+    def rest(self, batch: Batch, where: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        """The other model's vectors."""
+        with self.other_reader.reading():
+            final_hidden_states(self.other, batch)
+        return self.other_reader.take()[where]
 
 
 def reconstruct(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:

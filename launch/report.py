@@ -132,9 +132,10 @@ def show_summary(folder: Path, *, finished_before: bool = False) -> None:
             table.add_row(", ".join(filter(None, [name, layer])), value)
     console.print(table)
     saes = list((folder / "LATEST").glob("layer_*"))
+    differences = list((folder / "LATEST").glob("difference/layer_*"))
     there = formats_in(folder / "LATEST")
     names = {"policy_pt": "policy.pt", "hub": "Hub format"}
-    holds = "the SAEs" if saes else " and ".join(name for key, name in names.items() if key in there)
+    holds = "the SAEs" if saes or differences else " and ".join(name for key, name in names.items() if key in there)
     console.print(f"{folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
     if best := figures.get("best"):
         console.print(f"BEST/: {best['metric']} is best after step {best['step']:,}: {best['value']:.4g}", markup=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -179,7 +180,7 @@ def checked_arguments(arguments: Sequence[str]) -> list[str]:
     """The arguments of train.py in Hydra's words. Ends the process with a line for each choice or key that is wrong."""
     try:
         translated = translate_arguments(arguments)
-        overrides = [argument for argument in translated if not argument.startswith("-")]
+        overrides = get_args_parser().parse_args(translated).overrides
         check_overrides(overrides)
         if len(overrides) == len(translated):  # else the command only prints something
             require_choices(overrides)

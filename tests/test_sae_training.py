@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import metrics
+from conftest import metrics, random_sae
 from datasets import Dataset as Table
 from test_ranks import train_on
 from test_training import REPO, Killed, assembled, run, settle
@@ -195,8 +195,8 @@ def test_fpo_leaves_sinks_out_and_says_how_many(tmp_path, sinks):
 M, D, F, K = 40, 12, 120, 2
 
 
-def autoencoder(dead_after=10**9, seed=0):
-    own = BatchTopK(D, F, K, auxiliary=1 / 32, dead_after=dead_after, seed=seed)
+def autoencoder(dead_after=10**9, seed=0, **options):
+    own = BatchTopK(D, F, K, auxiliary=1 / 32, dead_after=dead_after, seed=seed, **options)
     x = torch.randn(M, D, generator=torch.Generator().manual_seed(seed)) * 3 + 1
     own.start_from(x, M)
     with torch.no_grad():
@@ -228,9 +228,10 @@ def test_a_step_is_the_papers_formula(dead_after):
     x = x * own.scale
     expected = plain(own, x)
     gradients = torch.autograd.grad((expected[0] + expected[1] / 32).mean(), list(own.parameters()))
-    errors, auxiliary, active, dead = own(x, M)
+    errors, nested, auxiliary, active, dead = own(x, M)
     torch.testing.assert_close(errors, expected[0])
     torch.testing.assert_close(auxiliary, expected[1])
+    assert not nested.any()
     assert torch.equal(active, (expected[2] > 0).sum(1)) and active.sum() == K * M
     assert torch.equal(dead, expected[3]) and bool(dead.any()) == (dead_after == 100)
     (errors + auxiliary / 32).mean().backward()
@@ -242,10 +243,50 @@ def test_a_rank_without_tokens_takes_part(monkeypatch):
     own, x = autoencoder(100)
     monkeypatch.setattr(own, "smallest_kept", lambda *_: torch.tensor(1.0))  # which other ranks' tokens decide
     own.silent.fill_(200)
-    errors, auxiliary, active, dead = own(x[:0], M)
+    errors, _, auxiliary, active, dead = own(x[:0], M)
     (errors.sum() + auxiliary.sum()).backward()
     assert len(errors) == len(active) == 0 and dead.all() and own.silent.eq(200 + M).all()
     assert all(not parameter.grad.any() for parameter in own.parameters())
+
+
+def test_groups_are_saelens_matryoshka():
+    """The loss of SAELens's own class, and its gradients."""
+    from sae_lens import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+
+    own, x = autoencoder(groups=[10, 50])
+    x = x * own.scale
+    options = {"d_in": D, "d_sae": F, "k": K, "apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": False}
+    theirs = MatryoshkaBatchTopKTrainingSAE(
+        MatryoshkaBatchTopKTrainingSAEConfig(matryoshka_widths=[10, 50, F], **options)
+    )
+    theirs.load_state_dict({**theirs.state_dict(), **own.state_dict()}, strict=False)
+    step = {"sae_in": x, "dead_neuron_mask": None, "coefficients": {}, "n_training_steps": 0}
+    expected = theirs.training_forward_pass(TrainStepInput(**step, is_logging_step=False))
+    errors, nested, *_ = own(x, M)
+    assert len([name for name in expected.losses if name.startswith("inner")]) == 2 and nested.min() > 0
+    (errors + nested).mean().backward()
+    torch.testing.assert_close((errors + nested).mean(), expected.loss)
+    expected.loss.backward()
+    for name, parameter in own.named_parameters():
+        torch.testing.assert_close(parameter.grad, getattr(theirs, name).grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_an_sae_is_taken_as_it_is():
+    """Whatever the norms of its decoder rows and its thresholds; with as many latents as it has, none changes."""
+    sae = random_sae(D, F, seed=3)
+    sae.b_dec += 0.5
+    own = BatchTopK(D, F, 1, auxiliary=0, dead_after=10**9, seed=0, start=sae)
+    x = torch.randn(M, D, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    own.start_from(x, M)
+    frozen, features = own.frozen(), sae.encode(x)
+    norms = sae.W_dec.norm(dim=1)
+    assert (features > 0).any() and sae.threshold.unique().numel() == F and norms.std() > 0.1
+    torch.testing.assert_close(frozen.encode(x), features * norms, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(frozen.decode(frozen.encode(x)), sae.decode(features), rtol=1e-4, atol=1e-4)
+    own.k = int((features > 0).sum())
+    _, _, _, kept, _ = own(x * own.scale, 1)
+    assert torch.equal(kept, (features > 0).sum(1))
 
 
 def test_where_it_starts():
@@ -488,6 +529,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         "loss.layer=[1,1]": r"loss\.layer=\[1, 1\]: a layer's number from 0, a list of different ones",
         "loss.layer=[]": r"loss\.layer=\[\]: a layer's number from 0",
         "loss.layer=last": r"loss\.layer=last: has to be a whole number or a list",
+        "loss.groups=[50,20]": r"loss\.groups=\[50, 20\]: numbers of the first latents, each larger than",
+        "loss.groups=[96]": r"smaller than loss\.d_sae=96",
         "loss.k=97": r"loss\.k=97: more than the loss\.d_sae=96 latents",
         "loss.batch_tokens=0": r"loss\.batch_tokens=0: has to be at least 1",
         "warmup_steps=1000": r"warmup_steps=1000: the run has \d+ steps of about 60 text tokens.*; warmup_steps=\d+ ",
@@ -496,6 +539,57 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             assembled(tmp_path, *SMALL_SAE, change)
+
+
+def test_an_sae_is_trained_further(tmp_path, capsys):
+    """From the file of a run, or of somebody else: it starts as good as it was, and ends better."""
+    few = [*SMALL_SAE, "exp_name=start", "warmup_steps=0"]
+    run(tmp_path, *few)
+    own = [option for option in SMALL_SAE if not option.startswith(("loss=", "loss.layer", "loss.d_sae", "loss.k"))]
+    own += ["loss=sae-finetune", "do_first_eval=true", f"++sae.path={tmp_path}/start"]
+    lines = run(tmp_path, *own, "exp_name=further", "++n_epochs=4")
+    said = capsys.readouterr().out
+    (k,) = re.findall(r"layer 2: the SAE has [\d.]+ latents active a token here, so loss\.k=(\d+)", said)
+    trained = [line for line in lines if "loss/train" in line]
+    assert trained[0]["sae_train/l0"] == pytest.approx(int(k), abs=0.5)
+    before = metrics(tmp_path / "start")[-1]
+    assert trained[0]["sae_train/fvu"] == pytest.approx(before["sae_eval/fvu"], rel=0.3)
+    assert lines[-1]["sae_eval/fvu"] < 0.8 * before["sae_eval/fvu"]
+    with pytest.raises(UserError, match="takes SAEs of the residual stream, one for each layer"):
+        part = f"{{path:{tmp_path}/start}}"
+        assembled(tmp_path, *own[:-1], "++sae.path=null", f"++sae.parts={{a:{part},b:{part}}}")
+
+
+def test_the_difference_of_two_models_that_differ_by_a_direction(tmp_path):
+    """Planted in the embedding of one token: a latent is what that adds to the layer's output there."""
+    direction = torch.nn.functional.normalize(torch.randn(128, generator=torch.Generator().manual_seed(1)), dim=0)
+    folder = shutil.copytree(REPO / "assets/tiny", tmp_path / "planted")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][PLANTED[0]] += 2 * direction
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": False}))
+    own = [*SMALL_SAE, "loss=sae-difference", "loss.layer=0", "loss.d_sae=16", "loss.k=1", "++n_epochs=30"]
+    own += [f"++model.name_or_path={folder}", f"++model.reference_path={REPO}/assets/tiny", "exp_name=difference"]
+    lines = run(tmp_path, *own)
+    assert lines[-1]["sae_eval/fvu"] < 0.5
+    sae = load_sae(only(tmp_path, "difference/LATEST/difference/layer_0/width_16/*/params.npz"))
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(place, attn_implementation="eager").eval()
+        for place in (folder, REPO / "assets/tiny")
+    )
+    ids = torch.tensor([[BOS, 9, PLANTED[0], 11]])
+    with torch.no_grad():
+        x = [model(ids, output_hidden_states=True).hidden_states[1] for model in (one, other)]
+    features, cosine = sae.encode(x[0] - x[1])[0], torch.nn.functional.cosine_similarity
+    assert not features[:2].any() and features[2].any()  # only from that token on
+    assert cosine(sae.decode(features[2]), (x[0] - x[1])[0, 2], dim=0) > 0.95
+    assert cosine(sae.W_dec[features[2].argmax()], direction, dim=0) > 0.8
+    with pytest.raises(UserError, match=r"model\.reference_path has to name the other model"):
+        assembled(tmp_path, *own, "++model.reference_path=null")
+    with pytest.raises(UserError, match="a run without SAEs"):  # it does not read the residual stream
+        assembled(tmp_path, "loss=fpo", f"++sae.path={tmp_path}/difference")
 
 
 def test_vectors_that_are_not_finite_name_their_examples(tmp_path, monkeypatch):

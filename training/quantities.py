@@ -393,7 +393,7 @@ def match(
         where=where,
         inputs=tuple(inputs),
         options={reader: {k: values[k] for k in parameters if k in values} for reader, parameters in wanted.items()},
-        needs=frozenset().union(*(NEEDS.get(quantity, set()) for quantity in quantities)),
+        needs=frozenset(trainer.needs).union(*(NEEDS.get(quantity, set()) for quantity in quantities)),
     )
 
 
