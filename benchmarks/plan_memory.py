@@ -95,7 +95,9 @@ def planned(folder: Path, own: list[str], ranks: int) -> float:
     from launch import settings as checks
 
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        config, classes = checks.check_config(compose("config", settings(folder, own, "plan")), ["plan"])
+        config, classes = checks.check_config(
+            compose("config", [*settings(folder, own, "plan"), "mode=plan"]), ["plan"]
+        )
         return plan.make(config, classes, ranks).peak
 
 
