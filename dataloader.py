@@ -30,7 +30,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data import tokenise, toy
-from data.batch import Batch, collate, micro_batches
+from data.batch import Batch, batches_by_length, batches_within, collate, micro_batches
 from data.rows import (
     SUFFIXES,
     BadRow,
@@ -581,6 +581,11 @@ class TokenisedData:
     path: Path  # where they are cached; report.json there lists the rows left out
     weights: dict[str, float] = field(default_factory=dict)  # by data set, where an epoch is mixed: see `Mixture`
 
+    @classmethod
+    def cached(cls, fingerprint: str, path: Path, weights: dict[str, float]) -> "TokenisedData":
+        """Those that `load_tokens` has written."""
+        return cls(hf_datasets.Dataset.from_file(str(path / "tokens.arrow")), fingerprint, path, weights)
+
 
 def load_tokens(
     settings: DataSettings,
@@ -635,13 +640,12 @@ def load_tokens(
     report = json.loads((path / "report.json").read_text())
     left_out = BadRows.from_report(f"tokenising ({split_name})", len(records), report["left_out"]["tokenising"])
     left_out.check(settings.max_bad_rows)
-    tokens = hf_datasets.Dataset.from_file(str(path / "tokens.arrow"))
-    if not len(tokens):
+    mixed = split_name == "train" and set(weights.values()) != {1}
+    tokenised = TokenisedData.cached(name, path, weights if mixed else {})
+    if not len(tokenised.rows):
         raise UserError(left_out.summary())
     if report["remarks"]:
         console.print(f"Tokens ({split_name}): {report['remarks']}", style="yellow", markup=False)
-    mixed = split_name == "train" and set(weights.values()) != {1}
-    tokenised = TokenisedData(tokens, name, path, weights if mixed else {})
     if mixed:
         parts, names = Mixture(tokenised, settings.seed).parts, short_names([*weights])
         held = [f"{count:,} of {names[own]}'s {len(rows):,} records" for own, (rows, count) in parts.items()]
@@ -828,6 +832,13 @@ class DataLoader:
         counts = pc.list_value_length(table["completion_ids"]).to_pylist()
         return [(prompt, list(islice(completions, count))) for prompt, count in zip(prompts, counts)]
 
+    def parts(self, shapes: list[tuple[int, list[int]]], at_once: int) -> list[list[int]]:
+        """Which of some records, given their shapes, go through the model together where no step says so: as many as
+        `max_tokens` allows, or else `at_once`."""
+        if self.max_tokens is not None:
+            return batches_within(shapes, self.layout, self.max_tokens)
+        return batches_by_length([prompt + max(completions) for prompt, completions in shapes], at_once)
+
     def used(self) -> list[int]:
         """The rows that the run will see, in order."""
         if self.total >= self.per_epoch * (self.mixture.epochs_for_all if self.mixture else 1):
@@ -883,6 +894,10 @@ class MismatchedRecords:
         """This rank's micro-batches of one optimiser step."""
         pairs = self.pairs(step)
         return [self.batch([pairs[i] for i in own]) for own in self.loader.shares(self.shapes(pairs))]
+
+    def parts(self, shapes: list[tuple[int, list[int]]], at_once: int) -> list[list[int]]:
+        """As of the loader."""
+        return self.loader.parts(shapes, at_once)
 
     def used(self) -> list[tuple[int, int]]:
         """The records that the run will see, in order."""

@@ -190,6 +190,16 @@ def decoder_layers(model: PreTrainedModel, block_name: str | None = None) -> Seq
     return list(next(iter(stacks.values())))
 
 
+LARGE = 6e9  # parameters: about as many as the models that are called 7 B have, or more
+
+
+def checkpointing(which: bool | str, model: PreTrainedModel) -> bool | str:
+    """What `activation_checkpointing` says for a model that is not split yet: `auto` is full for a LARGE one."""
+    if which != "auto":
+        return which
+    return "full" if model.num_parameters() >= LARGE else False
+
+
 def recompute_activations(layers: Sequence[nn.Module], which: bool | str) -> None:
     """Turn on activation checkpointing: the backward pass computes activations again, so fewer are kept in memory.
 
@@ -282,10 +292,13 @@ def reference_weights(settings: ModelSettings) -> tuple[Path, str | None]:
     return fetch(settings.reference_path, [*CONFIG_FILES, *WEIGHT_FILES], "model.reference_path"), None
 
 
-def choose_attention(settings: ModelSettings, architecture: PretrainedConfig, *, pairs: bool) -> tuple[str, str]:
-    """The implementation of attention and the layout for a model here; `pairs` as `attention.choose` has it."""
-    choice = (settings.attn_implementation, settings.layout, architecture, parallel.device(), settings.policy_dtype)
-    return choose(*choice, pairs=pairs)
+def choose_attention(
+    settings: ModelSettings, architecture: PretrainedConfig, *, pairs: bool, device: torch.device | None = None
+) -> tuple[str, str]:
+    """The implementation of attention and the layout for a model on a device (None: that of this rank); `pairs` as
+    `attention.choose` has it."""
+    on = device or parallel.device()
+    return choose(settings.attn_implementation, settings.layout, architecture, on, settings.policy_dtype, pairs=pairs)
 
 
 def load_config(directory: Path) -> PretrainedConfig:
@@ -405,15 +418,15 @@ def positions_of(config: PretrainedConfig) -> float:
     return there if there and there > 0 else math.inf
 
 
-def require_positions(directory: Path, wanted: dict[str, int]) -> None:
-    """Raises UserError where settings together ask for more tokens than the model in a directory has positions."""
-    config = load_config(directory)
+def require_positions(config: PretrainedConfig, source: Path | str, wanted: dict[str, int]) -> None:
+    """Raises UserError where settings together ask for more tokens than a model, whose files are at `source`, has
+    positions."""
     there = positions_of(config)
     if sum(wanted.values()) > there:
         key = config.get_text_config().attribute_map.get("max_position_embeddings", "max_position_embeddings")
         asked = " and ".join(f"{name}={count}" for name, count in wanted.items())
         together = " together" if len(wanted) > 1 else ""
         raise UserError(
-            f"{asked}: more tokens{together} than the model in {directory} has positions for, which are {there} "
+            f"{asked}: more tokens{together} than the model in {source} has positions for, which are {there} "
             f"({key} in its config.json)"
         )

@@ -38,10 +38,10 @@ def train(raw: DictConfig) -> None:
     if config.mode == "online":
         online.run(config, classes.binding, sys.argv[1:])
         return
-    paths = settings.find_paths(config, classes.binding.needs)
     if config.mode == "plan":
-        plan.print_plan(config, classes, paths)
+        plan.print_plan(config, classes)
         return
+    paths = settings.find_paths(config, classes.binding.needs)
     run = Run(Path(config.cache_dir) / config.exp_name)
     with run.writing():
         config, finished = resuming.begin(run, config, classes.trainer, paths)

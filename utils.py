@@ -18,10 +18,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Annotated, Any, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -290,10 +291,12 @@ def sealed_folder(path: Path) -> Iterator[Path]:
         part.close()
 
 
-def seal(folder: Path) -> None:
-    """Write down the digest of every file in a directory, so that `damaged_files` finds what changes later."""
+def seal(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write down the digest of every file in a directory, so that `damaged_files` finds what changes later. Some may be
+    `known`, by the file's name."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DIGESTS]
-    digests = {str(path.relative_to(folder)): file_digest(path) for path in files}
+    names = {str(path.relative_to(folder)): path for path in files}
+    digests = {name: known.get(name) or file_digest(path) for name, path in names.items()}
     (folder / DIGESTS).write_text(as_json(digests, indent=2) + "\n")
 
 

@@ -95,9 +95,10 @@ def planned(folder: Path, own: list[str], ranks: int) -> float:
     from launch import settings as checks
 
     with initialize_config_dir(str(REPO / "config"), version_base=None):
-        config, classes = checks.check_config(compose("config", settings(folder, own, "plan")), ["plan"])
-        made = plan.make(config, classes, checks.find_paths(config, classes.binding.needs), ranks)
-    return sum(made.memory.values())
+        config, classes = checks.check_config(
+            compose("config", [*settings(folder, own, "plan"), "mode=plan"]), ["plan"]
+        )
+        return plan.make(config, classes, ranks).peak
 
 
 def main() -> None:

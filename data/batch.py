@@ -135,6 +135,18 @@ def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def batches_within(shapes: Sequence[tuple[int, list[int]]], layout: str, max_tokens: int) -> list[list[int]]:
+    """Indices of records of these shapes in batches of at most `max_tokens` positions, or of one record; the longest
+    first, so that what is too much for the memory shows at once."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(shapes)), key=lambda i: -count_positions([shapes[i]], layout)):
+        if batches and count_positions([shapes[i] for i in (*batches[-1], index)], layout) <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
 class _Rows:
     """The rows of a batch, one after the other in flat lists, and where each completion is in them."""
 

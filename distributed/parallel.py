@@ -62,6 +62,13 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def free_memory() -> int:
+    """Bytes that this rank may still take: of its GPU, or an even share of the host's."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_per_node()
+
+
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for later tensors. By default it returns large blocks to the system, which zeroes
     their pages again: a tenth of a model's forward pass on a CPU."""
@@ -124,16 +131,6 @@ def from_rank_zero(work: Callable[[], T]) -> T:
     if message is not None:
         raise UserError(message)
     return result
-
-
-def rank_zero_first(work: Callable[[], T]) -> T:
-    """Call `work` on rank 0, and then on the other ranks, which find on disk what rank 0 has written.
-
-    A UserError on rank 0 is raised on every rank.
-    """
-    done: list[T] = []
-    from_rank_zero(lambda: done.append(work()))
-    return done[0] if done else work()
 
 
 # ---------------------------------------------------------------------------------------------------- stopping

@@ -5,9 +5,12 @@ resharded afterwards. Embeddings, final norm and head stay gathered from the for
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -26,6 +29,7 @@ from distributed import parallel
 from utils import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COMPUTES = "computes_in"  # the attribute that `shard` gives to a split model: its dtype when it is gathered
 BACKBONE = "backbone"  # the method that `shard` adds to a split model and `backbone` returns
 
 
@@ -41,8 +45,10 @@ def shard(
     kept_dtypes = {parameter.dtype for parameter in model.parameters()}
     if parallel.world_size() == 1 and kept_dtypes == {compute_dtype} and not offload:
         return
+    mesh = device_mesh(hybrid)
     for unit in (*layers, model):
-        shard_unit(unit, compute_dtype, hybrid=hybrid, offload=offload)
+        shard_unit(unit, compute_dtype, mesh, offload=offload)
+    setattr(model, COMPUTES, compute_dtype)
     setattr(model, BACKBONE, model.base_model.__call__)
     register_fsdp_forward_method(model, BACKBONE)  # it gathers the root's parameters first, as the model's forward does
 
@@ -55,12 +61,12 @@ def backbone(model: PreTrainedModel) -> Callable[..., Any]:
     return getattr(model, BACKBONE) if isinstance(model, FSDPModule) else model.base_model
 
 
-def shard_unit(unit: nn.Module, compute_dtype: torch.dtype, *, hybrid: bool, offload: bool) -> None:
+def shard_unit(unit: nn.Module, compute_dtype: torch.dtype, mesh: DeviceMesh, *, offload: bool) -> None:
     """Make one module a unit whose parameters are gathered and resharded together."""
     on_host = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     fully_shard(
         unit,
-        mesh=device_mesh(hybrid),
+        mesh=mesh,
         mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
         offload_policy=on_host if offload else OffloadPolicy(),
     )
@@ -74,6 +80,13 @@ def device_mesh(hybrid: bool) -> DeviceMesh:
     kind, world = parallel.device().type, parallel.world_size()
     if not hybrid:
         return init_device_mesh(kind, (world,))
+    return node_mesh(dist.group.WORLD)
+
+
+@cache  # its groups open connections, which all models can share
+def node_mesh(_of: dist.ProcessGroup) -> DeviceMesh:
+    """The mesh of hybrid sharding."""
+    kind, world = parallel.device().type, parallel.world_size()
     per_node = parallel.ranks_per_node()
     if world % per_node:
         raise UserError(
@@ -81,6 +94,13 @@ def device_mesh(hybrid: bool) -> DeviceMesh:
             f"start a multiple of {per_node} ranks"
         )
     return init_device_mesh(kind, (world // per_node, per_node), mesh_dim_names=("replicate", "shard"))
+
+
+def sum_over_nodes(module: nn.Module, now: bool) -> None:
+    """With hybrid sharding: whether the next backward pass sums gradients over the nodes, as the last one of a step has
+    to. Those before it sum within each node, and their sums are kept."""
+    for unit in fsdp_units(module):
+        unit.set_requires_all_reduce(now, recurse=False)
 
 
 def fsdp_units(module: nn.Module) -> Iterator[FSDPModule]:
@@ -93,6 +113,26 @@ def reshard(module: nn.Module) -> None:
     parameters gathered, and an optimiser step does not change those gathered copies."""
     for unit in fsdp_units(module):
         unit.reshard()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[bool]:
+    """Let every rank hold all of a split model, where that leaves half of its free memory; says whether it does. If so,
+    passes without gradients need no other rank. For all ranks to call."""
+    units = list(fsdp_units(model))
+    size = getattr(model, COMPUTES).itemsize * sum(parameter.numel() for parameter in model.parameters())
+    if parallel.max_over_ranks(size / parallel.free_memory()) > 1 / 2:
+        yield False
+        return
+    try:
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        yield True
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not model, recurse=False)  # as `shard` has left them
+        reshard(model)
 
 
 def allocate_parameters(model: nn.Module, device: torch.device, *, offload: bool) -> None:

@@ -42,7 +42,7 @@ class RewardModel:
                 f"{folder}: no reward model ({kinds}{outputs}); rewards come from a run of loss=bradley-terry, or a "
                 "sequence classifier with one output"
             )
-        models.require_positions(folder, {"model.max_length": config.model.max_length})
+        models.require_positions(models.load_config(folder), folder, {"model.max_length": config.model.max_length})
         self.config, self.as_trained = config, as_trained
         self.tokenizer: Tokenizer = models.load_tokenizer(tokenizer)
         self.template = tokenise.make_template(config, self.tokenizer)

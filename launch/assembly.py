@@ -261,9 +261,11 @@ def mean_vector(subject: Subject) -> Tensor:
 
 
 def tokenise_split(config: Config, classes: RunClasses, tokenizer: Tokenizer, split: str) -> TokenisedData:
-    """The tokenised rows of "train" or "eval"; rank 0 tokenises them, the others find them."""
-    return parallel.rank_zero_first(
-        lambda: dataloader.load_tokens(
+    """The tokenised rows of "train" or "eval". Rank 0 reads the data and tokenises it; the others open its file."""
+    own: list[TokenisedData] = []
+
+    def load() -> tuple[str, Path, dict[str, float]]:
+        tokens = dataloader.load_tokens(
             config,
             {"train": "train", "eval": "test"}[split],
             tokenizer,
@@ -272,7 +274,11 @@ def tokenise_split(config: Config, classes: RunClasses, tokenizer: Tokenizer, sp
             max_prompt_length=config.model.max_prompt_length,
             options=classes.binding.options["loader"],
         )
-    )
+        own.append(tokens)
+        return tokens.fingerprint, tokens.path, tokens.weights
+
+    written = parallel.from_rank_zero(load)
+    return own[0] if own else TokenisedData.cached(*written)
 
 
 def print_tokens(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, count: int) -> None:
@@ -300,7 +306,6 @@ def make_loader(
         own = {
             "batch_size": model.batch_size,
             "accumulation": model.gradient_accumulation_steps,
-            "max_tokens": model.max_tokens,
             "n_epochs": config.n_epochs,
             "n_examples": config.n_examples,
             "seed": config.seed,
@@ -308,6 +313,7 @@ def make_loader(
     return classes.loader(
         tokens,
         **own,
+        max_tokens=model.max_tokens,
         pad_id=tokenizer.pad_token_id,
         eos_id=tokenizer.eos_token_id,
         layout=layout,
@@ -378,7 +384,7 @@ def build_model(
         model = models.load_quantised(source, attention, parallel.device(), DTYPES[settings.policy_dtype])
         adapters.add(model, settings, DTYPES[settings.weights_dtype])
         layers = models.decoder_layers(model, settings.block_name)
-        models.recompute_activations(layers, settings.activation_checkpointing)
+        models.recompute_activations(layers, models.checkpointing(settings.activation_checkpointing, model))
         models.require_own_scores(model, source, reward=reward)
         return model
     compute, trained = DTYPES[settings.policy_dtype], DTYPES[settings.weights_dtype]
@@ -394,7 +400,7 @@ def build_model(
             for layer in (layer for number, layer in enumerate(layers) if number not in uncompiled):
                 layer.forward = compiled(layer.forward, dynamic=True)  # not the layer: its hooks stay outside
         if not frozen:
-            models.recompute_activations(layers, settings.activation_checkpointing)
+            models.recompute_activations(layers, models.checkpointing(settings.activation_checkpointing, model))
         shard(model, layers, compute, hybrid=settings.hybrid_sharding, offload=settings.cpu_offload)
 
     model = models.load_model(

@@ -218,4 +218,4 @@ def require_room(config: Config, policy: Policy, records: Sequence[dict[str, Any
             rows = tokenise.tokenise_prompts(records, tokenizer, template, max_prompt_length=prompt)
             longest = max(len(row["prompt_ids"]) for row in rows)
             wanted = {"tokens of the longest prompt": longest + control, "max_new_tokens": config.max_new_tokens}
-        models.require_positions(policy.folder, wanted)
+        models.require_positions(models.load_config(policy.folder), policy.folder, wanted)

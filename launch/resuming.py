@@ -26,14 +26,15 @@ MAY_CHANGE = frozenset(
         *(key for key in {*known_keys(Config)} - {*known_keys(TrainingSettings)} if not f"{key}.".startswith("sae.")),
         *("exp_name", "cache_dir", "resume", "max_bad_rows", "log_to", "wandb"),
         *("do_first_eval", "eval_every", "n_eval_examples", "log_every", "save_every", "keep_checkpoints"),
-        *("export", "eval_best", "intermediate_checkpoints", "toy_comparison"),
+        *("export", "export_dtype", "eval_best", "intermediate_checkpoints", "toy_comparison"),
         *("model.eval_batch_size", "model.max_tokens"),
         *("model.gradient_accumulation_steps", "model.layout", "model.attn_implementation", "model.compile"),
         *("model.activation_checkpointing", "model.hybrid_sharding", "model.cpu_offload"),
     }
 )
 LENGTH = frozenset({"n_epochs", "n_examples"})
-AT_THE_END = frozenset({*LENGTH, "n_eval_examples", "toy_comparison", "export"})  # what a finished run does again
+# What a finished run does again.
+AT_THE_END = frozenset({*LENGTH, "n_eval_examples", "toy_comparison", "export", "export_dtype"})
 
 
 def begin(run: Run, config: Config, trainer: type[BasicTrainer], paths: RunPaths) -> tuple[Config, bool]:

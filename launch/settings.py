@@ -524,7 +524,7 @@ def find_paths(config: Config, needs: frozenset[str]) -> RunPaths:
     for name in ("model", "reference"):
         if (folder := found[name]) is not None:
             with problems.collected():
-                require_positions(folder, {"model.max_length": model.max_length})
+                require_positions(load_config(folder), folder, {"model.max_length": model.max_length})
     if found["model"] is not None:
         with problems.collected():
             load_generation_config(found["model"])

@@ -20,6 +20,9 @@ def begin(usage: str, sections: Sequence[str], *, groups: Sequence[str] = ()) ->
         end_with_parent()
         if launcher_is_gone():
             sys.exit("the process that started this rank is gone")
+    # Before CUDA starts. Micro-batches differ in size, and blocks of fixed sizes would leave gaps between them.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     collect_garbage_rarely()
     if {"-h", "--help"} & set(sys.argv[1:]):
         losses = [word.partition("=")[2] for word in sys.argv if re.fullmatch(r"loss=[\w-]+", word)]

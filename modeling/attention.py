@@ -102,12 +102,15 @@ WIDE = (128, 160 << 10)  # heads that are wider need a GPU with this much shared
 def flex_fits(config: PretrainedConfig, device: torch.device) -> bool:
     """Whether torch's kernels of flex attention, forward and backward, fit into a GPU for heads of the model's width.
 
-    An A100 has 163 KB of shared memory for a block and an H100 227; an A10, L40S or RTX 4090 has 99.
+    An A100 has 163 KB of shared memory for a block and an H100 227; an A10, L40S or RTX 4090 has 99. Where there is no
+    GPU, a plan is for one of the first kind.
     """
     text = config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    properties: Any = torch.cuda.get_device_properties(device) if width > WIDE[0] else None
-    return properties is None or properties.shared_memory_per_block_optin >= WIDE[1]
+    if width <= WIDE[0] or not torch.cuda.is_available():
+        return True
+    properties: Any = torch.cuda.get_device_properties(device)
+    return bool(properties.shared_memory_per_block_optin >= WIDE[1])
 
 
 def for_sampling(attention: str, config: PretrainedConfig, device: torch.device, dtype: str) -> str:

@@ -28,7 +28,7 @@ class ModelSettings(Settings):
     weights_dtype: Literal["float32", "bfloat16"]
     attn_implementation: Literal["auto", "segments", "flex", "flash_attention_2", "sdpa", "eager"]
     layout: Literal["auto", "padded", "packed", "shared_prefix"]
-    activation_checkpointing: Literal[False, True, "full", "selective"]
+    activation_checkpointing: Literal["auto", False, True, "full", "selective"]
     compile: bool
     block_name: str | None
     hybrid_sharding: bool

@@ -175,6 +175,12 @@ def formats_in(folder: Path) -> set[str]:
     return {name for name, files in FORMATS.items() if list(folder.glob(files))}
 
 
+def dtype_of(folder: Path) -> str | None:
+    """The dtype that a model's config.json says its weights have."""
+    said = json.loads((folder / "config.json").read_text())
+    return said.get("dtype") or said.get("torch_dtype")
+
+
 def only_policy_file(folder: Path) -> str | None:
     """The path of a directory's policy.pt, if it holds no weights in the Hub's format beside it."""
     return str(folder / POLICY_FILE) if formats_in(folder) == {"policy_pt"} else None
@@ -298,8 +304,10 @@ class Export:
     """The files of an export, which rank 0 writes: in `hub` format for `from_pretrained` and vLLM, as `policy_pt`, or
     both. Beside them the model's configuration and, of a model with adapters, these by themselves."""
 
-    def __init__(self, model: PreTrainedModel, folder: Path, formats: Collection[str]) -> None:
-        self.model, self.folder, self.formats = model, folder, formats
+    def __init__(
+        self, model: PreTrainedModel, folder: Path, formats: Collection[str], dtype: torch.dtype | None = None
+    ) -> None:
+        self.model, self.folder, self.formats, self.dtype = model, folder, formats, dtype
         self.policy: TorchFile | None = None
         self.hub: dict[str, TensorFile] = {}  # by the name of a tensor in it
         self.adapter: TensorFile | None = None
@@ -308,6 +316,7 @@ class Export:
         """Begin the files. `layout` has the shapes and dtypes of what `write` will get."""
         config = copy.deepcopy(self.model.config)
         config.architectures = [type(self.model).__name__]
+        config.dtype = self.dtype or config.dtype
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the weights written are not quantised
         config.save_pretrained(self.folder)
@@ -353,8 +362,11 @@ class Export:
                 file.close()
 
 
-def write_weights(model: PreTrainedModel, folder: Path, formats: Collection[str], **rest: Any) -> None:
-    """Write all weights of a model, full, with adapters merged; `rest` goes into the `policy_pt`. See `Export`.
+def write_weights(
+    model: PreTrainedModel, folder: Path, formats: Collection[str], dtype: torch.dtype | None = None, **rest: Any
+) -> None:
+    """Write all weights of a model, full, with adapters merged, in a `dtype` (None: as they are kept); `rest` goes into
+    the `policy_pt`. See `Export`.
 
     Only one tensor is gathered at a time; or a few, if they become tensors of the files together. For all ranks to
     call. Raises OSError on rank 0 where it cannot write, once the other ranks need it no more.
@@ -362,8 +374,8 @@ def write_weights(model: PreTrainedModel, folder: Path, formats: Collection[str]
     reshard(model)
     state = model.state_dict(keep_vars=True)
     names, aliases = names_of_weights(model, state)
-    layout = {own: full_layout(state[name]) for own, name in names.items()}
-    export, failures = Export(model, folder, formats), list[OSError]()
+    layout = {own: in_dtype(full_layout(state[name]), own, dtype) for own, name in names.items()}
+    export, failures = Export(model, folder, formats, dtype), list[OSError]()
 
     def on_rank_zero(work: Callable[..., None], *arguments: Any) -> None:
         if parallel.rank() == 0 and not failures:
@@ -376,12 +388,21 @@ def write_weights(model: PreTrainedModel, folder: Path, formats: Collection[str]
     added = [name for name in names if adapters.is_adapter(name)]
     own = [name for name in names if name not in added]
     for group in (*converted_together(model, own), *([name] for name in added)):
-        full = {name: adapters.merged(model, names[name], full_tensor(state[names[name]])) for name in group}
+        full = {
+            name: in_dtype(adapters.merged(model, names[name], full_tensor(state[names[name]])), name, dtype)
+            for name in group
+        }
         on_rank_zero(export.write, full)
         del full  # before the next one is there
     on_rank_zero(export.close)
     if failures:
         raise failures[0]
+
+
+def in_dtype(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
+    """A weight as it is exported; adapters by themselves, and whole numbers, as they are."""
+    converts = dtype is not None and tensor.is_floating_point() and not adapters.is_adapter(name)
+    return tensor.to(dtype) if converts else tensor
 
 
 def names_of_weights(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:

@@ -8,12 +8,14 @@ rounding; in bfloat16 near ties may fall the other way).
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -24,6 +26,9 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from distributed import parallel
+from distributed.parallel import gather_objects
+from distributed.sharding import gathered
 from utils import Message, UserError, fingerprint, progress_bar
 
 
@@ -120,7 +125,9 @@ def sample_batches(
 ) -> Iterator[dict[int, Sample]]:
     """The completions by the place of their request, a batch at a time.
 
-    Prompts of similar length go together, padded on the left. Nothing but the settings decides: what the model's own
+    Prompts of similar length go together, padded on the left. The ranks of a split model each draw some of the batches,
+    and give each other the completions: on their own where each can hold all of the model, else step by step together.
+    Nothing but the settings decides: what the model's own
     generation_config.json says of temperatures, penalties and the like is not used, only its end tokens.
     """
     ends = end_tokens(model, tokenizer)
@@ -137,23 +144,46 @@ def sample_batches(
     kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            own = [requests[i] for i in chosen]
-            input_ids, mask = left_padded([r.prompt_ids for r in own], tokenizer.pad_token_id, model.device)
-            width = input_ids.shape[1]
-            draw = DrawTokens(own, settings, width, model.device)
-            output = cast(Any, model).generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                generation_config=generation,
-                logits_processor=LogitsProcessorList([draw]),
-                **({"tokenizer": tokenizer} if settings.stop else {}),
-            )
-            rows = output[:, width:].tolist()
-            yield {i: finished(ids, tokenizer, ends, settings) for i, ids in zip(chosen, rows, strict=True)}
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        is_split = isinstance(model, FSDPModule)
+        rank, ranks = (parallel.rank(), parallel.world_size()) if is_split else (0, 1)
+        with gathered(model) if is_split else nullcontext(True) as on_its_own:
+            for first in range(0, len(batches), ranks):
+                at_once = batches[first : first + ranks]
+                own = at_once[rank] if rank < len(at_once) else []
+                found: dict[int, Sample] = {}
+                if own or not on_its_own:  # a rank without a batch goes along with the others
+                    inputs = [requests[i] for i in own or at_once[0]]
+                    drawn = draw_batch(model, tokenizer, inputs, settings, generation, synced_gpus=not on_its_own)
+                    found = dict(zip(own, drawn))
+                yield {i: one for part in (gather_objects(found) if is_split else [found]) for i, one in part.items()}
     finally:
         model.generation_config = kept
+
+
+def draw_batch(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    settings: Decoding,
+    generation: GenerationConfig,
+    *,
+    synced_gpus: bool,
+) -> list[Sample]:
+    """The completions of one batch. `synced_gpus`: go on until those of all ranks are complete."""
+    input_ids, mask = left_padded([r.prompt_ids for r in requests], tokenizer.pad_token_id, model.device)
+    width = input_ids.shape[1]
+    draw = DrawTokens(requests, settings, width, model.device)
+    output = cast(Any, model).generate(
+        input_ids=input_ids,
+        attention_mask=mask,
+        generation_config=generation,
+        logits_processor=LogitsProcessorList([draw]),
+        synced_gpus=synced_gpus,
+        **({"tokenizer": tokenizer} if settings.stop else {}),
+    )
+    ends: Any = generation.eos_token_id
+    return [finished(ids, tokenizer, ends, settings) for ids in output[:, width:].tolist()]
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

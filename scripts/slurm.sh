@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # Five minutes before the time limit SLURM sends SIGUSR1: the run saves its state and stops with status 138, and the job
-# is queued again, to go on where it was.
+# is queued again, to go on where it was. A large model's state takes longer (docs/scale.md): sbatch --signal=USR1@900
 set -u
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}

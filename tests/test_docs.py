@@ -14,11 +14,12 @@ import pytest
 from composition import composed
 from conftest import DATA, REPO
 from conftest import command as run_command
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from test_plan import CARD, plan_for_cards
 
 import compare
 import dataloader
-from launch import report, settings
+from launch import plan, report, settings
 from training.quantities import QUANTITIES
 
 README = (REPO / "README.md").read_text()
@@ -211,6 +212,31 @@ def test_train_command_is_sound(name, tmp_path, monkeypatch):
     arguments = settings.translate_arguments(arguments)
     settings.check_overrides(arguments)
     settings.check_config(composed(arguments), modes=("train", "plan", "online"))
+
+
+NEW = {"loss.trainer", "loss.price", "loss.latents"}  # of losses that the pages write
+UNREAD = {"datasets", "eval_datasets", "data_dir", "model.name_or_path"}  # by a plan
+
+
+def commands_for_cards() -> dict[str, tuple[DictConfig, int]]:
+    """The train.py commands for models of the Hub: configuration and ranks, by the command."""
+    known = {*settings.choices_of("model"), *plan.SHAPES["models"]} - {"tiny"}
+    found = {}
+    for name in of("train.py") + of("scripts/slurm.sh"):
+        values = ALL[name].values
+        if values.get("model") in known and values["loss"] != "sae" and not values.keys() & NEW:
+            own = [word for word in ALL[name].arguments if word.lstrip("+").partition("=")[0] not in UNREAD]
+            own = [re.sub("=/saes/.*", f"={next(iter(plan.SHAPES['saes']))}", word) for word in own]
+            nodes = 2 if "hybrid_sharding" in name or "slurm" in name else 1
+            found[name] = composed(settings.translate_arguments(own)), 8 * nodes
+    return found
+
+
+def test_train_commands_fit_cards_of_80_gb():
+    """In 72 GB of each of eight, or of two nodes, which leaves room for what is not counted."""
+    peaks = {name: plan_for_cards(*own).peak for name, own in commands_for_cards().items()}
+    assert len(peaks) > 30
+    assert {name: f"{peak / 1e9:.1f} GB" for name, peak in peaks.items() if peak > CARD} == {}
 
 
 @pytest.mark.parametrize("name", of("eval.py"))

@@ -167,6 +167,7 @@ def test_masks_are_made_for_the_windows_of_the_layers_alone(monkeypatch):
 @pytest.mark.parametrize(("kilobytes", "chosen"), [(163, "flex"), (99, "segments")])  # an A100, an L40S
 def test_wide_heads_need_shared_memory_for_flex_attention(monkeypatch, kilobytes, chosen):
     properties = SimpleNamespace(shared_memory_per_block_optin=kilobytes << 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     wide = AutoConfig.for_model("gemma2", head_dim=256)
     assert attention.choose("auto", "auto", wide, torch.device("cuda"), "bfloat16", pairs=True)[0] == chosen
@@ -179,7 +180,7 @@ def test_wide_heads_need_shared_memory_for_flex_attention(monkeypatch, kilobytes
 @pytest.mark.parametrize("implementation", ["flex", "flash_attention_2"])
 def test_a_plan_runs_no_kernel_of_a_gpu(monkeypatch, implementation):
     monkeypatch.setattr(models, "choose_attention", lambda *_args, **_options: (implementation, "packed"))
-    assert plan_of("loss=dpo")[1].memory["activations"] > 0
+    assert plan_of("loss=dpo")[1].passing["activations"] > 0
 
 
 def test_a_plan_counts_what_a_fused_kernel_keeps():

@@ -376,8 +376,9 @@ def test_slurm_places_are_read(monkeypatch):
 
 @pytest.mark.slow
 def test_two_nodes_with_hybrid_sharding(trained, tmp_path):
-    """Two ranks on each node, all on this machine: split within a node, replicated across nodes. KTO exchanges
-    completions between the ranks."""
-    own = overrides(trained, tmp_path, "exp_name=kto", *RUNS["kto"], "++model.hybrid_sharding=true")
+    """Two ranks on each node, all on this machine: split within a node, replicated across nodes, with two micro-batches
+    a step, of which the last sums over the nodes. KTO exchanges completions between the ranks."""
+    hybrid = ["++model.hybrid_sharding=true", "++model.gradient_accumulation_steps=2"]
+    own = overrides(trained, tmp_path, "exp_name=kto", *RUNS["kto"], *hybrid)
     on_ranks(4, REPO / "train.py", *own, nodes=2)
     assert_same_training(tmp_path / "kto", trained / "1/kto", rel=1e-5)

@@ -442,9 +442,9 @@ def test_a_save_does_not_see_the_steps_after_it(tmp_path, monkeypatch):
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
     goes_on, seal = threading.Event(), checkpoint.seal
 
-    def late(folder):
+    def late(*arguments):
         assert goes_on.wait(60)
-        seal(folder)
+        seal(*arguments)
 
     monkeypatch.setattr(checkpoint, "seal", late)
     trainer.run.save_state(trainer.policy, trainer.optimizer, place, keep=1)
@@ -467,9 +467,9 @@ def test_the_lock_is_held_until_the_state_is_written(tmp_path, monkeypatch):
     trainer = assembled(tmp_path, "loss=sft", "exp_name=a")
     seal = checkpoint.seal
 
-    def slow(folder):
+    def slow(*arguments):
         time.sleep(0.2)
-        seal(folder)
+        seal(*arguments)
 
     monkeypatch.setattr(checkpoint, "seal", slow)
     with pytest.raises(Killed), trainer.run.writing():

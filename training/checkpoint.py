@@ -18,10 +18,11 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, cast
 
 import torch
@@ -42,6 +43,7 @@ from utils import (
     UserError,
     console,
     damaged_files,
+    file_digest,
     flush_to_disk,
     is_file_name,
     lock,
@@ -239,7 +241,7 @@ class Run:
         texts = {PLACE: json.dumps(place).encode(), LOG: log}
         pool, writer = ThreadPoolExecutor(1), StateWriter(str(folder), save_distributed=True)
         self.read = pool.submit(dcp.save, tensors, storage_writer=writer, process_group=self.group)
-        self.pending = pool.submit(self.complete, self.read, held[0], texts, keep) if held else self.read
+        self.pending = pool.submit(self.complete, self.read, writer, next(iter(held), None), texts, keep)
         pool.shutdown(wait=False)  # not `with`, which would wait
 
     def wait_until_read(self) -> None:
@@ -248,17 +250,25 @@ class Run:
             self.read.exception()  # which `finish_saving` raises
             self.read = None
 
-    def complete(self, written: "Future[Any]", part: Part, texts: dict[str, bytes], keep: int) -> None:
-        """Finish a state once every rank has written its part: add the rest, rename it, and remove older states; and
-        later ones, which were passed over."""
+    def complete(
+        self, written: "Future[Any]", writer: "StateWriter", part: Part | None, texts: dict[str, bytes], keep: int
+    ) -> None:
+        """Finish a state once every rank has written its part. Each rank gives the digest of its own; rank 0, which has
+        the `part` of a directory, adds the rest, renames it, and removes older states; and later ones, which were
+        passed over."""
+        if part is None:
+            written.result()
+            writer.digests_of_all(self.group)
+            return
         try:
             written.result()
+            digests = writer.digests_of_all(self.group)
             for name, text in texts.items():
                 (part.path / name).write_bytes(text)
             for later in self.saved():
                 if later.name >= part.target.name:
                     shutil.rmtree(later)
-            end_part(part)
+            end_part(part, known=digests)
         finally:
             part.close()
         self.remove_old_states(keep)
@@ -377,6 +387,8 @@ class Run:
 class StateWriter(HuggingFaceStorageWriter):
     """Writes each rank's part as a safetensors file, from where the tensors are, one at a time."""
 
+    file: Path | None = None  # of this rank
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> "torch.futures.Future[list[WriteResult]]":
         tensors: dict[str, Tensor] = {}
         offsets: dict[str, Any] = {}
@@ -385,11 +397,29 @@ class StateWriter(HuggingFaceStorageWriter):
             tensors[item.index.fqn] = cast(Tensor, planner.resolve_data(item))
             offsets[item.index.fqn] = {SAVED_OFFSETS_KEY: list(item.tensor_data.chunk.offsets)}
         if tensors:
-            path = Path(self.path) / f"rank-{plan.storage_data['shard_index']:05}.safetensors"
-            write_safetensors(path, tensors, {CUSTOM_METADATA_KEY: json.dumps(offsets)})
+            self.file = Path(self.path) / f"rank-{plan.storage_data['shard_index']:05}.safetensors"
+            write_safetensors(self.file, tensors, {CUSTOM_METADATA_KEY: json.dumps(offsets)})
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result([])  # only an index of the files would need them
         return done
+
+    def digests_of_all(self, group: dist.ProcessGroup | None) -> dict[str, str]:
+        """On rank 0 the digests of all ranks' files, each by the rank that wrote it and knows that it is on disk; on
+        others nothing. For all ranks to call. Raises OSError, on rank 0, where a rank cannot read its file."""
+        own: dict[str, str] | str = {}
+        try:
+            if self.file is not None:
+                flush_to_disk(self.file)
+                own = {self.file.name: file_digest(self.file)}
+        except OSError as error:
+            own = str(error)
+        found: list[Any] = [own]
+        if parallel.world_size() > 1:
+            found = [None] * parallel.world_size()
+            dist.gather_object(own, found if parallel.rank() == 0 else None, group=group)
+        if failures := [one for one in found if isinstance(one, str)]:
+            raise OSError("; ".join(failures))
+        return {name: digest for one in found if one for name, digest in one.items()}
 
 
 def new_part(target: Path, held: list[Part]) -> Path:
@@ -403,12 +433,13 @@ def new_part(target: Path, held: list[Part]) -> Path:
     return held[0].path
 
 
-def end_part(part: Part, failure: OSError | None = None) -> None:
-    """Let a filled directory appear under its name, sealed. Raises UserError if it could not be filled."""
+def end_part(part: Part, failure: OSError | None = None, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Let a filled directory appear under its name, sealed, with what digests are known already. Raises UserError if it
+    could not be filled."""
     try:
         if failure is not None:
             raise failure
-        seal(part.path)
+        seal(part.path, known)
         part.finish()
     except OSError as error:
         raise UserError(f"{part.target}: cannot be written ({error}); what was there before is as it was") from error

@@ -27,8 +27,8 @@ from data.batch import Batch
 from dataloader import DataLoader
 from distributed import parallel
 from distributed.parallel import Stopped, StopRequest
-from distributed.sharding import full_tensor, reshard
-from modeling.weights import formats_in, load_weights, open_weights, write_weights
+from distributed.sharding import DTYPES, full_tensor, reshard, sum_over_nodes
+from modeling.weights import dtype_of, formats_in, load_weights, open_weights, write_weights
 from models import score
 from sae import SAE, ResidualTap, attention_sinks
 from training.checkpoint import Run
@@ -150,6 +150,17 @@ class Update:
     records: list[list[Any]]  # of each micro-batch: what they are known by
     wrong: Tensor  # [micro-batches] how many losses were not finite
     norm: Tensor  # of the gradient, before clipping
+
+
+def average_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their means over the ranks, all of one dtype at once: many small ones would take longer."""
+    for dtype in {tensor.dtype for tensor in tensors}:
+        own = [tensor for tensor in tensors if tensor.dtype == dtype]
+        together = torch.cat([tensor.flatten() for tensor in own])
+        dist.all_reduce(together)
+        together /= parallel.world_size()
+        for tensor, mean in zip(own, together.split([tensor.numel() for tensor in own])):
+            tensor.copy_(mean.view_as(tensor))
 
 
 def weighed(values: Tensor, batch: Batch, weight: float) -> Tensor:
@@ -502,18 +513,25 @@ class BasicTrainer:
         """One update of the weights. The host does not wait for its outcome, which `check_updates` reads."""
         own = [[self.weight(batch), self.records(batch)] for batch in micro_batches]
         total, records = map(float, parallel.sum_over_ranks(torch.tensor(own, dtype=torch.float64).sum(0)))
-        losses = []
+        wrong = []
         for batch in micro_batches:
-            losses.append(self.compute_loss(batch, "train", means, total / records))
-            (losses[-1].sum() * parallel.world_size() / total).backward()  # gradients are averaged over the ranks
+            sum_over_nodes(self.module, batch is micro_batches[-1])
+            wrong.append(self.add_gradient(batch, means, total, records))
         self.average_replicated()
         norm = self.clip_gradients()
-        wrong = torch.stack([(~part.isfinite()).sum() for part in losses])
-        self.unchecked.append(Update(step, [batch.index for batch in micro_batches], wrong, norm.to(wrong.device)))
+        found = torch.stack(wrong)
+        self.unchecked.append(Update(step, [batch.index for batch in micro_batches], found, norm.to(found.device)))
         self.run.wait_until_read()
         self.moved |= any(group["lr"] for group in self.optimizer.param_groups)  # a warm-up begins with 0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def add_gradient(self, batch: Batch, means: MetricAccumulator, total: float, records: float) -> Tensor:
+        """Add what a micro-batch gives to the gradient of a step of this `total` weight and so many records. Gives how
+        many of its losses are not finite. Nothing of its graph outlives this."""
+        losses = self.compute_loss(batch, "train", means, total / records)
+        (losses.sum() * parallel.world_size() / total).backward()  # gradients are averaged over the ranks
+        return (~losses.detach().isfinite()).sum()
 
     def check_updates(self) -> float:
         """The norm of the last gradient, before clipping. Nothing is evaluated or saved that was not checked by this.
@@ -532,10 +550,8 @@ class BasicTrainer:
     def average_replicated(self) -> None:
         """Average the gradients of parameters that every rank holds whole; FSDP does it for those it splits."""
         if parallel.world_size() > 1:
-            for parameter in self.module.parameters():
-                if parameter.grad is not None and not isinstance(parameter, DTensor):
-                    dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
-                    parameter.grad /= parallel.world_size()
+            whole = (p.grad for p in self.module.parameters() if not isinstance(p, DTensor) and p.grad is not None)
+            average_over_ranks(list(whole))
 
     def raise_nonfinite(self, update: Update) -> NoReturn:
         """Raise the UserError for a loss, or a gradient, that is not finite, naming the examples of all ranks."""
@@ -614,12 +630,15 @@ class BasicTrainer:
         return self.run.export(examples, write, self.is_export_as_wanted, link=link, keep_others=keep_others)
 
     def is_export_as_wanted(self, folder: Path) -> bool:
-        """Whether an export has the files that `write_export` would write."""
+        """Whether an export has the files that `write_export` would write, in that dtype."""
+        if self.config.export_dtype and dtype_of(folder) != self.config.export_dtype:
+            return False
         return formats_in(folder) == set(self.config.export)
 
     def write_export(self, folder: Path, step: int) -> None:
         """The weights in the formats that `export` names, and the tokenizer."""
-        write_weights(self.policy, folder, self.config.export, step_idx=step, metrics=self.last_evaluation)
+        dtype = DTYPES[self.config.export_dtype] if self.config.export_dtype else None
+        write_weights(self.policy, folder, self.config.export, dtype, step_idx=step, metrics=self.last_evaluation)
         if parallel.rank() == 0:
             self.tokenizer.save_pretrained(folder)
 

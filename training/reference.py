@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data.batch import Batch, batches_by_length
+from data.batch import Batch
 from distributed import parallel
 from modeling import adapters
 from models import score
@@ -44,6 +44,9 @@ class Records(Protocol):
 
     def shapes(self, keys: list[Any], /) -> list[tuple[int, list[int]]]:
         """For each record, the number of tokens of its prompt and of each completion."""
+
+    def parts(self, shapes: list[tuple[int, list[int]]], at_once: int, /) -> list[list[int]]:
+        """Which of some records go through the model together; `at_once` of them if nothing else limits that."""
 
     def batch(self, keys: list[Any], /) -> Batch:
         """The batch of some records."""
@@ -164,8 +167,9 @@ def load_or_build(
             parts = [keys[shard * SHARD : (shard + 1) * SHARD] for shard in at_once]
             # A rank without a shard of its own scores one all the same: a split model runs on all ranks or on none.
             shard, own = [*zip(at_once, parts), *[(None, parts[0])] * world][parallel.rank()]
-            most = max(map(len, parts))
-            rows = shard_rows(own, most, records, model, tap, sae, max(1, batch_size // world))
+            batches = [records.parts(records.shapes(part), max(1, batch_size // world)) for part in parts]
+            own_batches = batches[0 if shard is None else parallel.rank()]
+            rows = shard_rows(own, own_batches, max(map(len, batches)), records, model, tap, sae)
             if shard is not None:
                 with sealed_folder(folder / names[shard]) as part:
                     write_arrow(rows, part / ROWS)
@@ -177,22 +181,17 @@ def load_or_build(
 @torch.no_grad()
 def shard_rows(
     keys: Sequence[Any],
-    most: int,
+    batches: Sequence[Sequence[int]],
+    passes: int,
     records: Records,
     model: PreTrainedModel,
     tap: ResidualTap | None,
     sae: SAE | None,
-    batch_size: int,
 ) -> list[dict[str, Any]]:
-    """The cache's rows of some records, in order, by as many passes of the model as `most` records would take.
-
-    Records of like length are scored together: less padding.
-    """
+    """The cache's rows of some records, in order, by so many passes of the model: one for each batch of them, and
+    others for the company of ranks that have more."""
     rows: dict[tuple[Any, int], dict[str, Any]] = {}
-    lengths = [prompt + max(completions) for prompt, completions in records.shapes(list(keys))]
-    batches = batches_by_length(lengths, batch_size)
-    batches += [batches[0][:1]] * (-(-most // batch_size) - len(batches))
-    for places in batches:
+    for places in [*batches, *[batches[0][:1]] * (passes - len(batches))]:
         batch = records.batch([keys[place] for place in places])
         rows |= reference_rows(batch.to(parallel.device()), model, tap, sae)
     completions = len(rows) // len(keys)

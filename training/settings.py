@@ -64,6 +64,7 @@ class TrainingSettings(DataSettings):
     save_every: Count | None
     keep_checkpoints: Natural
     export: Annotated[list[Literal["policy_pt", "hub"]], Field(min_length=1)]
+    export_dtype: Literal["float32", "bfloat16"] | None
     eval_best: str | None
     intermediate_checkpoints: bool
     toy_comparison: Count | None
