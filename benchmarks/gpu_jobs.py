@@ -406,7 +406,8 @@ def count_kept(place: Place, tell: Tell) -> None:
     own = {"vocab_size": 1024, "num_hidden_layers": 2 if place.is_dry else 6}
     config = Gemma2Config(**throughput.BASE, **(shape | own))
     folder, length = place.folder / "layers", 20 if place.is_dry else 1000
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with place.device:
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     pair = {"prompt_ids": [5] * length, "completion_ids": [[6] * length, [7] * length]}
 
     def measure(compiled: bool, which: str) -> Row:
