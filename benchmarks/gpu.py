@@ -56,7 +56,7 @@ JOBS = [
     Job(
         "head", "Log-probabilities of 16,384 tokens of 256,000 words and their gradients, against the same in fp32.", 60
     ),
-    Job("waits", "Steps in which torch raises an error where the host would wait for the GPU.", 25),
+    Job("waits", "Steps in which torch raises an error where the host would wait for the GPU.", 20),
     Job("checkpointing", "What layers keep for the backward pass, with and without torch.compile.", 35),
     Job(
         "resuming",

@@ -198,12 +198,14 @@ def compare_attention(place: Place, tell: Tell) -> None:
 # -------------------------------------------------------------------------------------------------- losses
 
 
-LOSSES = sorted({file.stem for file in (REPO / "config/loss").glob("*.yaml")} - {"paired", "unpaired"})
+MAIN = ["fpo", "dpo", "simpo", "tdpo2", "kto", "sft", "ppo"]
+OTHERS = sorted({file.stem for file in (REPO / "config/loss").glob("*.yaml")} - {"paired", "unpaired", *MAIN})
 OWN = {"sae": ["loss.d_sae=64", "loss.k=4", "loss.batch_tokens=106"]}  # of the built-in model's width
 
 
-def take_steps(place: Place, tell: Tell, losses: Sequence[str] = LOSSES) -> None:
-    """Training, an evaluation, the export and the run page; then a plan and the features; then the same compiled."""
+def take_steps(place: Place, tell: Tell) -> None:
+    """Training, an evaluation, the export and the run page; a plan and the features; the same compiled. Then the other
+    losses."""
     import eval as evaluation
     from launch import plan, settings
     from launch.policies import read_config
@@ -230,14 +232,15 @@ def take_steps(place: Place, tell: Tell, losses: Sequence[str] = LOSSES) -> None
         evaluation.write_features(read_config(run, given), run, given)
         return {}
 
-    for compiled in (False, True):
-        for loss in losses:
-            row = attempt({"what": loss, "compiled": compiled}, partial(steps, loss, compiled))
-            first |= {loss: row["first loss"]} if "first loss" in row else {}
-            tell(row)
-        if not compiled:
-            tell(attempt({"what": "mode=plan"}, planned))
-            tell(attempt({"what": "mode=features"}, features))
+    for losses in (MAIN, OTHERS):
+        for compiled in (False, True):
+            for loss in losses:
+                row = attempt({"what": loss, "compiled": compiled}, partial(steps, loss, compiled))
+                first |= {loss: row["first loss"]} if "first loss" in row else {}
+                tell(row)
+            if losses is MAIN and not compiled:
+                tell(attempt({"what": "mode=plan"}, planned))
+                tell(attempt({"what": "mode=features"}, features))
 
 
 # -------------------------------------------------------------------------------------------------- speed, beside TRL
@@ -247,7 +250,7 @@ def training(place: Place, accumulation: int, compiled: bool = False) -> Row:
     """What throughput.py is given. A step has as many micro-batches as `accumulation` says."""
     given: Row = {"device": "cuda", "size": "cuda", "batch": 32, "steps": 3, "lengths": "ultrafeedback"}
     if place.is_dry:
-        given = {"device": "cpu", "size": "smallest", "batch": 4, "steps": 1, "lengths": "20:10"}
+        given = {"device": "cpu", "size": "smallest", "batch": 4, "steps": 3, "lengths": "20:10"}
     own = {"accumulation": accumulation, "compile": compiled, "out": f"{place.folder}/throughput/runs"}
     return {**given, **own, "threads": torch.get_num_threads(), "model": None}
 
@@ -263,15 +266,20 @@ def built(place: Place) -> tuple[Path, Row]:
 
 
 def figures(given: Row, known: Row, found: Row) -> Row:
-    """Of measured steps. MFU: 6 operations for each parameter and token that is no padding, beside the device's peak.
-    It counts each prompt once, as it is computed here; peers compute it for each completion, and count it twice."""
-    pairs = known["pairs"][given["batch"] :]  # the first step warms up
-    once = sum(prompt + sum(completions) for prompt, completions in pairs)
-    twice = once + sum(prompt for prompt, _ in pairs)
-    work = throughput.Work.of(known["shape"])
-    mfu = 6 * (work.layers + work.head) / found["seconds"] / known["rate"]
-    row = {"ms a pair": 1000 * found["seconds"] / len(pairs), "tokens/s": twice / found["seconds"]}
-    row |= {"MFU": mfu * once, "MFU, prompts twice": mfu * twice, "peak GB": found["peak"] * 2**20 / 1e9}
+    """Of the measured step whose rate is the middle one, since some step may compile for a new length. MFU: 6 operations
+    for each parameter and token that is no padding, beside the device's peak. It counts each prompt once, as it is
+    computed here; peers compute it for each completion, and count it twice."""
+    work, steps = throughput.Work.of(known["shape"]), []
+    for number, seconds in enumerate(found["each"], 1):  # step 0 warms up
+        pairs = known["pairs"][number * given["batch"] : (number + 1) * given["batch"]]
+        once = sum(prompt + sum(completions) for prompt, completions in pairs)
+        steps.append(
+            (once / seconds, (once + sum(prompt for prompt, _ in pairs)) / seconds, 1000 * seconds / len(pairs))
+        )
+    once, twice, milliseconds = sorted(steps)[len(steps) // 2]
+    mfu = 6 * (work.layers + work.head) / known["rate"]
+    row = {"ms a pair": milliseconds, "tokens/s": twice, "MFU": mfu * once, "MFU, prompts twice": mfu * twice}
+    row["peak GB"] = found["peak"] * 2**20 / 1e9
     return row | {"reference, ms a pair": 1000 * found["reference"] / len(known["pairs"])}
 
 
@@ -393,7 +401,7 @@ def look_for_waits(place: Place, tell: Tell) -> None:
                 torch.cuda.set_sync_debug_mode("default")
         return {"steps watched": len(every) - 2}
 
-    for loss in ("sft", "dpo", "fpo", "tdpo2", "kto", "ppo", "bradley-terry"):
+    for loss in MAIN:
         tell(attempt({"loss": loss}, partial(steps, loss)))
 
 

@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -324,11 +325,12 @@ class Watch:
         if len(self.stamps) > self.steps:
             raise Done
 
-    def read(self) -> dict[str, float]:
-        """Seconds of the measured steps, by the clock and of CPU, and the peak in MB: of a GPU's tensors while it
+    def read(self) -> dict[str, Any]:
+        """Seconds of the measured steps, by the clock and of CPU, those of each, and the peak in MB: of a GPU's tensors while it
         watched, of the process since that began."""
         (wall, cpu), (wall_end, cpu_end) = self.stamps[0], self.stamps[-1]
-        return {"seconds": wall_end - wall, "cpu": cpu_end - cpu, "peak": self.peak()}
+        each = [end - start for (start, _), (end, _) in pairwise(self.stamps)]
+        return {"seconds": wall_end - wall, "cpu": cpu_end - cpu, "each": each, "peak": self.peak()}
 
     def peak(self) -> float:
         if self.device == "cuda":

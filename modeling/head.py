@@ -123,7 +123,7 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     CPU alone: a GPU adds its sums to the total as they are, and the product is nowhere in memory."""
     if left.device.type == "cpu" and left.dtype != torch.float32:
         return add_in_fp32(total, left @ right)
-    wide = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
+    wide: dict[str, Any] = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
     if total is None:
         return torch.mm(left, right, **wide)
     return torch.addmm(total, left, right, out=total, **wide)
