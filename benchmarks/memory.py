@@ -92,6 +92,7 @@ STEPS = 4  # measured; the one before makes the optimiser's tensors
 
 def tensors() -> None:
     given: dict[str, Any] = {"device": "cpu", "batch": 8, "steps": STEPS, "threads": 1, "lengths": "hh", "model": None}
+    given |= {"size": "cpu", "accumulation": 1, "compile": False}
     print("| `loss=` | peak of the tensors, MB | over `simpo` |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         child(Path(name), given)

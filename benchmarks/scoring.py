@@ -7,14 +7,17 @@ medians of runs that take turns, since other work on the machine then meets all 
 """
 
 import argparse
+import importlib
+import importlib.util
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -100,6 +103,63 @@ def compare_layouts(name: str, padded: PreTrainedModel, packed: PreTrainedModel,
         print("  {:14} {:7,} positions {:11,} query-key pairs {:8,.0f} ms".format(layout, *cells), flush=True)
 
 
+Way = Callable[[], Tensor]  # log-probabilities [N] of some tokens
+
+
+def projections(
+    hidden: Tensor, own_head: nn.Linear, target: Tensor, softcap: float | None, rows: Sequence[int]
+) -> dict[str, Way | None]:
+    """The ways to log p(target) [N] from final hidden states [N, D], by name; None for one that is not here. `rows` are
+    the numbers of tokens at a time that are tried."""
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        logits = own_head(x).float()
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return logits.gather(1, y.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+
+    def checkpointed(count: int) -> Tensor:
+        parts = zip(hidden.split(count), target.split(count))
+        return torch.cat([checkpoint(plain, x, y, use_reentrant=False) for x, y in parts])
+
+    def ours(count: int, passes: head.Passes = head.EAGER) -> Tensor:
+        head.use_passes(own_head, passes)
+        with mock.patch.object(head, "chunk_rows", lambda *_: count):
+            return head.token_statistics(hidden, target, own_head, softcap)[0]
+
+    ways: dict[str, Way | None] = {"autograd, whole": partial(plain, hidden, target)}
+    ways |= {f"autograd, checkpointed, {count} at a time": partial(checkpointed, count) for count in rows}
+    ways |= {f"head.py, {count} at a time": partial(ours, count) for count in rows}
+    ways |= {f"head.py, compiled, {n} at a time": lambda n=n: ours(n, head.compiled_passes()) for n in rows[:2]}
+    return ways | of_libraries(hidden, own_head.weight, target, softcap)
+
+
+def of_libraries(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> dict[str, Way | None]:
+    """Those of torch, which knows no soft-capping, of Apple and of Liger."""
+    options: dict[str, Any] = {"reduction": "none"}
+
+    def of(function: Callable[..., Tensor] | None, *inputs: Tensor, **own: Any) -> Way | None:
+        return None if function is None else lambda: -function(*inputs, **options, **own)
+
+    found: dict[str, Way | None] = {}
+    if softcap is None:
+        torchs = getattr(F, "linear_cross_entropy", None)  # new in torch 2.13
+        chunked = torchs and getattr(nn, "LinearCrossEntropyOptions")()  # noqa: B009  (mypy reads any torch)
+        found["F.linear_cross_entropy"] = of(torchs, hidden, weight, target)
+        found["F.linear_cross_entropy, chunked"] = of(torchs, hidden, weight, target, options=chunked)
+    apples = imported("cut_cross_entropy", "linear_cross_entropy")
+    for name, least in (("cut-cross-entropy", "high"), ("cut-cross-entropy, no gradient left out", None)):
+        found[name] = of(apples, hidden, weight, target, softcap=softcap, filter_eps=least)
+    ligers = imported("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
+    loss = ligers and ligers(softcap=softcap, accum_dtype=torch.float32, **options)
+    found["Liger"] = loss and (lambda: -loss(weight, hidden, target))
+    return found
+
+
+def imported(module: str, name: str) -> Any:
+    """A thing of a library; None where the library is not installed."""
+    return getattr(importlib.import_module(module), name) if importlib.util.find_spec(module.split(".")[0]) else None
+
+
 def projection() -> None:
     """Log-probabilities of 512 tokens and their gradients, by the ways there are."""
     for softcap in (30.0, None):
@@ -112,42 +172,15 @@ def compare_projections(softcap: float | None) -> None:
     own_head = nn.Linear(WIDTH, WORDS, bias=False)
     target, weights = torch.randint(WORDS, (512,)), torch.randn(512)
 
-    def plain(x: Tensor, y: Tensor) -> Tensor:
-        logits = own_head(x)
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        return logits.gather(1, y.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
-
-    def checkpointed(rows: int) -> Tensor:
-        parts = zip(hidden.split(rows), target.split(rows))
-        return torch.cat([checkpoint(plain, x, y, use_reentrant=False) for x, y in parts])
-
-    def ours(rows: int, compiled: bool = False) -> Tensor:
-        head.use_passes(own_head, head.compiled_passes() if compiled else head.EAGER)
-        head.CHUNK_ELEMENTS = rows * WORDS
-        return head.token_statistics(hidden, target, own_head, softcap)[0]
-
-    def torchs(options: nn.LinearCrossEntropyOptions | None) -> Tensor:
-        return -F.linear_cross_entropy(hidden, own_head.weight, target, reduction="none", options=options)
-
-    def backward(way: Callable[[], Tensor]) -> None:
+    def backward(way: Way) -> None:
         hidden.grad = own_head.weight.grad = None
         (way() * weights).sum().backward()
 
-    ways: dict[str, Callable[[], Tensor]] = {
-        "autograd, whole": partial(plain, hidden, target),
-        "autograd, checkpointed, whole": partial(checkpointed, 512),
-        "autograd, checkpointed, 128 at a time": partial(checkpointed, 128),
-        "head.py, whole": partial(ours, 512),
-        "head.py, 128 at a time": partial(ours, 128),
-        "head.py, 32 at a time": partial(ours, 32),
-        "head.py, compiled, 128 at a time": partial(ours, 128, compiled=True),
-    }
-    if softcap is None:
-        ways["F.linear_cross_entropy"] = partial(torchs, None)
-        ways["F.linear_cross_entropy, chunked"] = partial(torchs, nn.LinearCrossEntropyOptions())
+    found = projections(hidden, own_head, target, softcap, (512, 128, 32))
+    ways = {name: partial(backward, way) for name, way in found.items() if way}
     print(f"512 tokens, {WORDS:,} words, width {WIDTH}, soft-capping {softcap}")
-    for name, milliseconds in median_times({name: partial(backward, way) for name, way in ways.items()}, 3).items():
-        print(f"  {name:40} {milliseconds:8,.0f} ms", flush=True)
+    for name, milliseconds in median_times(ways, 3).items():
+        print(f"  {name:44} {milliseconds:8,.0f} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ CPU, its completion-only head, which TRL keeps for GPUs ("head forced"). What it
 `padding_free` of DPO is off since a refactor, KTO has none, and SFT's needs flash attention.
 
 Lengths come from data (`alpaca`, `hh`: words and punctuation marks of $FPO_DATA) or are drawn evenly from half to
-one and a half times the ones given (`PROMPT:COMPLETION`). `log-normal` is drawn with alpaca's means and spreads, for
-where that is absent. The text is random words of the built-in tokenizer, each one token. `--model` names a directory
-in the Hub's format instead, which reads the text of that data itself.
+one and a half times the ones given (`PROMPT:COMPLETION`). `log-normal` is drawn with alpaca's means and spreads,
+`ultrafeedback` with means of 180, 300 and 300 tokens, for where those are absent. The text is random words of the
+built-in tokenizer, each one token. `--model` names a directory in the Hub's format instead, which reads the text of
+that data itself.
 """
 
 import argparse
-import contextlib
 import fnmatch
 import gzip
 import importlib.util
@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +49,53 @@ DATA = Path(os.environ.get("FPO_DATA", "."))  # whole files of real data: CONTRI
 PAIRED, UNPAIRED = ("dpo", "simpo", "fpo", "tdpo2"), ("kto", "sft")
 LAYOUTS, SIDES = ("shared_prefix", "packed", "padded"), ("chosen", "rejected")
 BASE = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
-SHAPES: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "vocab_size": 32_768,
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-        **BASE,
-    },
-    "cuda": {**BASE},  # transformers' defaults are Gemma-2-2B's, but for its layers
-}
-SHAPES["cuda"] |= {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 256_000}
-# Encoding a completion token takes 2 * width * latents operations: 0.4 to 0.6 % of what the model takes for it, forward
-# and backward, in both. Gemma Scope's 16,384 latents at Gemma-2-2B's shape.
-LATENTS, LAYER = {"cpu": 1024, "cuda": 16_384}, {"cpu": 2, "cuda": 12}
 OPTIMISER = {"lr": 1e-4, "max_grad_norm": 1.0}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model: keys of Gemma2Config. Of the SAE: its latents, and the layer that it reads."""
+
+    shape: dict[str, Any]
+    latents: int
+    layer: int
+
+
+# Encoding a completion token takes 2 * width * latents operations: of what the model takes for it, forward and
+# backward, 0.4 to 0.6 % on both devices. Gemma Scope has 16,384 latents for Gemma-2-2B.
+SIZES = {
+    "cpu": Size(
+        {
+            "vocab_size": 32_768,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+        },
+        latents=1024,
+        layer=2,
+    ),
+    "cuda": Size(  # what transformers' defaults have of Gemma-2-2B is not here
+        {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 256_000},
+        latents=16_384,
+        layer=12,
+    ),
+    "smallest": Size(  # of which a figure means nothing
+        {
+            "vocab_size": 1024,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+        },
+        latents=64,
+        layer=1,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +120,7 @@ def contenders(device: str) -> list[Contender]:
     found = [Contender(loss, layout) for loss in PAIRED for layout in LAYOUTS]
     found += [Contender(loss, layout) for loss in UNPAIRED for layout in LAYOUTS[1:]]  # no prompt is shared
     heads = (False, True) if device == "cpu" else (False,)
-    attentions: tuple[str | None, ...] = (None,) if device == "cpu" else ("eager",)
+    attentions: tuple[str | None, ...] = (None,) if device == "cpu" else ("eager", "flex_attention")
     if device == "cuda" and importlib.util.find_spec("flash_attn"):
         attentions += ("flash_attention_2",)
     for loss in ("dpo", "kto", "sft"):
@@ -104,6 +134,14 @@ def contenders(device: str) -> list[Contender]:
 
 Pair = tuple[list[dict[str, str]], str, str]  # the turns of the prompt, chosen and rejected completion
 
+# The mean and the spread of the logarithm, of a prompt and both completions. UltraFeedback's have means of about 180,
+# 300 and 300 tokens.
+SPREADS = {
+    "log-normal": ((3.2, 0.8), (5.9, 0.8), (5.4, 1.0)),
+    "ultrafeedback": ((4.69, 1.0), (5.46, 0.7), (5.46, 0.7)),
+}
+LONGEST = 1024  # tokens that are drawn for a prompt or a completion
+
 
 def lengths(kind: str, count: int) -> list[tuple[int, int, int]]:
     """Tokens of the prompts, chosen and rejected completions of some pairs."""
@@ -115,9 +153,9 @@ def lengths(kind: str, count: int) -> list[tuple[int, int, int]]:
             return draw.randint(mean // 2, mean * 3 // 2)
 
         return [(ragged(prompt), ragged(completion), ragged(completion)) for _ in range(count)]
-    if kind == "log-normal":
-        spreads = ((3.2, 0.8), (5.9, 0.8), (5.4, 1.0))
-        return [tuple(max(1, round(draw.lognormvariate(*own))) for own in spreads) for _ in range(count)]  # type: ignore[misc]
+    if kind in SPREADS:
+        drawn = ([round(draw.lognormvariate(*own)) for own in SPREADS[kind]] for _ in range(count))
+        return [tuple(min(max(1, tokens), LONGEST) for tokens in own) for own in drawn]  # type: ignore[misc]
     header = 2 if kind == "hh" else 0  # HH writes "Human:" or "Assistant:" before a turn
     return [
         (
@@ -159,19 +197,25 @@ def tokens_in(text: str) -> int:
 def build(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     """Write the model, its tokenizer, an SAE and the data."""
     import torch
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
     from autoencoders.formats import save_sae
+    from modeling.head import chunk_rows
     from sae import SAE
     from training import throughput
 
     torch.manual_seed(0)
+    size = SIZES[arguments["size"]]
     device, kind, count = arguments["device"], arguments["lengths"], arguments["batch"] * (arguments["steps"] + 1)
     if arguments["model"]:
         (folder / "model").symlink_to(Path(arguments["model"]).resolve(strict=True))
         pairs = real_pairs(kind, count)
     else:
-        Gemma2ForCausalLM(Gemma2Config(**SHAPES[device])).save_pretrained(folder / "model")
+        with torch.device(device):  # a GPU draws the weights in no time
+            dtype = torch.float32 if device == "cpu" else torch.bfloat16
+            model = AutoModelForCausalLM.from_config(Gemma2Config(**BASE, **size.shape), dtype=dtype)
+        model.save_pretrained(folder / "model")
+        del model
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(REPO / "assets/tiny" / name, folder / "model")
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -181,8 +225,8 @@ def build(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
             prompt, chosen, rejected = (" ".join(draw.choices(words, k=tokens)) for tokens in own)
             pairs.append(([{"role": "user", "content": prompt}], chosen, rejected))
     shape = json.loads((folder / "model/config.json").read_text())
-    wide = torch.randn(shape["hidden_size"], LATENTS[device]).div_(shape["hidden_size"] ** 0.5)
-    zeros = torch.zeros(LATENTS[device])
+    wide = torch.randn(shape["hidden_size"], size.latents).div_(shape["hidden_size"] ** 0.5)
+    zeros = torch.zeros(size.latents)
     # of the tapped stream, whose numbers here are of the order of 1: a few in a hundred latents are active
     save_sae(SAE(wide, zeros, wide.T.contiguous(), torch.zeros(len(wide)), zeros + 2), folder / "params.npz")
 
@@ -195,7 +239,8 @@ def build(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     for loss in ("dpo", "kto", "sft"):
         write_lines(folder / f"trl_{loss}.jsonl", trl_rows(folder, arguments, loss))
     rate = throughput.peak_flops() or multiplications(device)
-    return {"rate": rate, "pairs": shapes_of(folder, arguments), "shape": shape}
+    rows = chunk_rows(shape["vocab_size"], torch.device(device))
+    return {"rate": rate, "pairs": shapes_of(folder, arguments), "shape": shape, "chunk_rows": rows}
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -251,14 +296,25 @@ class Done(Exception):
 
 
 class Watch:
-    """Notes time and memory at the end of each optimiser step of whatever trains in this process."""
+    """Notes time and memory at the end of each optimiser step of whatever trains within it, and ends that after the
+    last one."""
 
     def __init__(self, steps: int, device: str) -> None:
-        from torch.optim.optimizer import register_optimizer_step_post_hook
-
         self.stamps: list[tuple[float, float]] = []
         self.steps, self.device = steps, device
-        register_optimizer_step_post_hook(lambda *_: self.stamp())
+
+    def __enter__(self) -> "Watch":
+        import torch
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        self.hook = register_optimizer_step_post_hook(lambda *_: self.stamp())
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> bool:
+        self.hook.remove()
+        return kind is Done
 
     def stamp(self) -> None:
         if self.device == "cuda":
@@ -269,10 +325,12 @@ class Watch:
         if len(self.stamps) > self.steps:
             raise Done
 
-    def read(self) -> dict[str, float]:
-        """Seconds of the measured steps, by the clock and of CPU, and the peak in MB since the process began."""
+    def read(self) -> dict[str, Any]:
+        """Seconds of the measured steps, by the clock and of CPU, those of each, and the peak in MB: of a GPU's tensors while it
+        watched, of the process since that began."""
         (wall, cpu), (wall_end, cpu_end) = self.stamps[0], self.stamps[-1]
-        return {"seconds": wall_end - wall, "cpu": cpu_end - cpu, "peak": self.peak()}
+        each = [end - start for (start, _), (end, _) in pairwise(self.stamps)]
+        return {"seconds": wall_end - wall, "cpu": cpu_end - cpu, "each": each, "peak": self.peak()}
 
     def peak(self) -> float:
         if self.device == "cuda":
@@ -290,12 +348,17 @@ def overrides(folder: Path, arguments: dict[str, Any], loss: str, layout: str) -
     given = [f"loss={loss}", "model=tiny", f"model.name_or_path={folder}/model", f"datasets=[{data}]"]
     given += [f"eval_datasets=[{data}]", f"cache_dir={arguments['out']}", f"exp_name={loss}", "do_first_eval=false"]
     given += [f"model.batch_size={batch}", f"model.eval_batch_size={batch}", f"model.layout={layout}"]
+    given += [f"model.gradient_accumulation_steps={arguments['accumulation']}", f"model.compile={arguments['compile']}"]
     given += ["model.max_length=8192", "model.max_prompt_length=4096", "n_eval_examples=2", "resume=never"]
     given += [f"lr={OPTIMISER['lr']}", f"model.max_grad_norm={OPTIMISER['max_grad_norm']}", "warmup_steps=0"]
     given += ["optimizer=AdamW", "++optimizer_options.weight_decay=0", "++optimizer_options.fused=true"]
     given += [f"model.policy_dtype={'float32' if arguments['device'] == 'cpu' else 'bfloat16'}"]
     if loss == "fpo":
-        given += [f"sae.path={folder}/params.npz", f"sae.layer={LAYER[arguments['device']]}", "sae.format=gemma_scope"]
+        given += [
+            f"sae.path={folder}/params.npz",
+            f"sae.layer={SIZES[arguments['size']].layer}",
+            "sae.format=gemma_scope",
+        ]
     return given
 
 
@@ -317,7 +380,8 @@ def assemble(given: list[str]) -> Any:
     from launch import assembly, settings
     from training.checkpoint import Run
 
-    parallel.init_process_group(0, 1, dist.HashStore())
+    if not dist.is_initialized():
+        parallel.init_process_group(0, 1, dist.HashStore())
     config, classes = checked(given)
     run = Run(Path(config.cache_dir) / config.exp_name)
     run.start(config)
@@ -339,8 +403,7 @@ def run_ours(folder: Path, arguments: dict[str, Any], contender: Contender) -> d
     trainer = assemble(overrides(folder, arguments, contender.loss, contender.layout or ""))
     losses: list[float] = []
     trainer.log = lambda _step, _examples, values: losses.append(values["loss/train"])
-    watch = Watch(arguments["steps"], arguments["device"])
-    with contextlib.suppress(Done):
+    with Watch(arguments["steps"], arguments["device"]) as watch:
         trainer.train()
     return {**watch.read(), "losses": losses, "reference": sum(reference)}
 
@@ -394,7 +457,8 @@ def run_trl(folder: Path, arguments: dict[str, Any], contender: Contender) -> di
         model=load(),
         args=getattr(trl, f"{kind}Config")(
             output_dir=arguments["out"],
-            per_device_train_batch_size=batch,
+            per_device_train_batch_size=batch // arguments["accumulation"],
+            gradient_accumulation_steps=arguments["accumulation"],
             train_sampling_strategy="sequential",
             use_cpu=on_cpu,
             bf16=not on_cpu,
@@ -417,8 +481,7 @@ def run_trl(folder: Path, arguments: dict[str, Any], contender: Contender) -> di
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         **referred,
     )
-    watch = Watch(arguments["steps"], arguments["device"])
-    with contextlib.suppress(Done):
+    with Watch(arguments["steps"], arguments["device"]) as watch:
         trainer.train()
     seen = [line for line in trainer.state.log_history if "loss" in line]
     return {**watch.read(), "losses": [line["loss"] for line in seen], "reference": sum(reference)}
@@ -465,7 +528,9 @@ def least(work: Work, contender: Contender, step: list[tuple[int, list[int]]]) -
     return work.operations(3 + (contender.loss in ("tdpo2", "kto")), positions, projections, pairs)
 
 
-def counted(work: Work, contender: Contender, step: list[tuple[int, list[int]]], device: str) -> float:
+def counted(
+    work: Work, contender: Contender, step: list[tuple[int, list[int]]], built: dict[str, Any], size: Size, device: str
+) -> float:
     """Operations of a step as the contender does them: padding, attention to what is then masked, prompts twice,
     projections that no loss reads or that are made again."""
     sequences = [(prompt, own) for prompt, completions in step for own in completions]
@@ -487,9 +552,9 @@ def counted(work: Work, contender: Contender, step: list[tuple[int, list[int]]],
         forwards += 2 if contender.loss == "kto" else 1
     again = projections  # whose logits are computed in the backward pass too
     if contender.layout:
-        chunk = (1 << 26) // work.words  # head.CHUNK_ELEMENTS; the last one is still there
+        chunk = built["chunk_rows"]  # the last one is still there
         again = (projections - 1) // chunk * chunk * (2 if contender.loss == "tdpo2" else 1)
-    sae = 2 * work.width * LATENTS[device] * projections if contender.loss == "fpo" else 0
+    sae = 2 * work.width * size.latents * projections if contender.loss == "fpo" else 0
     return work.operations(forwards, positions, projections, pairs) + 2 * work.head * again + sae
 
 
@@ -525,9 +590,9 @@ def work_of_child(given: dict[str, Any]) -> None:
 
 def measure(arguments: argparse.Namespace, chosen: list[Contender], kind: str) -> None:
     """All rounds at one kind of lengths, and their table."""
-    given = {name: getattr(arguments, name) for name in ("device", "batch", "steps", "threads", "model")} | {
-        "lengths": kind
-    }
+    names = ("device", "batch", "steps", "threads", "model", "compile")
+    given = {name: getattr(arguments, name) for name in names}
+    given |= {"lengths": kind, "size": arguments.device, "accumulation": 1}
     with tempfile.TemporaryDirectory() as name:
         built = child(Path(name), given)
         runs: dict[Contender, list[dict[str, Any]]] = {contender: [] for contender in chosen}
@@ -567,7 +632,9 @@ def report(
         def median(key: str, of: Contender = contender) -> float:
             return statistics.median(run[key] for run in runs[of])
 
-        operations, of_first = (sum(counted(work, c, part, device) for part in parts) for c in (contender, first))
+        operations, of_first = (
+            sum(counted(work, c, part, built, SIZES[device], device) for part in parts) for c in (contender, first)
+        )
         needed = sum(least(work, contender, part) for part in parts) / built["rate"]
         cells = [
             f"{median('seconds') / steps:.2f}",
@@ -603,6 +670,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured in each run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="this repo's models (model.compile)")
     parser.add_argument("--list", action="store_true", help="print the contenders' names")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

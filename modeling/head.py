@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from modeling.compiled import compiled
 
 CHUNK_ELEMENTS = 1 << 26  # logits in memory at once: 256 MiB in fp32
+GPU_CHUNK_ELEMENTS = 1 << 28  # on a GPU, whose products of few rows wait for the weights: 1 GiB
+TILE = 256  # rows; of a GPU's product, a part of a tile takes as long as a whole one
 CACHE_ELEMENTS = 1 << 21  # logits that a CPU passes over at once, so that intermediate results stay in its cache
 
 
@@ -104,7 +106,7 @@ class _TokenStatistics(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad @ own.weight
             if needs_weight:
-                grad_weight = add_in_fp32(grad_weight, grad.T @ own.hidden[chunk])
+                grad_weight = add_product(grad_weight, grad.T, own.hidden[chunk])
             if needs_bias:
                 grad_bias = add_in_fp32(grad_bias, logits.sum(0))
         # autograd casts the gradients to the inputs' dtypes
@@ -116,6 +118,24 @@ def add_in_fp32(total: Tensor | None, term: Tensor) -> Tensor:
     return term.float() if total is None else total.add_(term)
 
 
+def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right in fp32, the total in place. A product of bf16 is rounded to bf16 before it is added on a
+    CPU alone: a GPU adds its sums to the total as they are, and the product is nowhere in memory."""
+    if left.device.type == "cpu" and left.dtype != torch.float32:
+        return add_in_fp32(total, left @ right)
+    wide: dict[str, Any] = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
+    if total is None:
+        return torch.mm(left, right, **wide)
+    return torch.addmm(total, left, right, out=total, **wide)
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """The number of tokens whose logits are in memory at once. On a GPU they are whole tiles."""
+    if device.type == "cpu":
+        return max(1, CHUNK_ELEMENTS // vocabulary)
+    return max(1, GPU_CHUNK_ELEMENTS // vocabulary // TILE) * TILE
+
+
 class _Projection:
     """The soft-capped logits of one model, a chunk at a time."""
 
@@ -123,11 +143,11 @@ class _Projection:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, passes: "Passes"
     ) -> None:
         self.hidden, self.weight, self.bias, self.softcap, self.passes = hidden, weight, bias, softcap, passes
+        self.rows = chunk_rows(len(weight), weight.device)  # of a chunk, in the backward pass too
 
     def chunks(self) -> list[slice]:
-        """Ranges of the N tokens whose logits fit into CHUNK_ELEMENTS. Without tokens there is one empty chunk."""
-        size = max(1, CHUNK_ELEMENTS // len(self.weight))
-        return [slice(start, start + size) for start in range(0, max(1, len(self.hidden)), size)]
+        """Ranges of the N tokens. Without tokens there is one empty chunk."""
+        return [slice(start, start + self.rows) for start in range(0, max(1, len(self.hidden)), self.rows)]
 
     def logits(self, chunk: slice) -> Tensor:
         """[n, V] in fp32."""

@@ -29,7 +29,7 @@ from distributed import parallel
 from launch import assembly, plan, settings
 from modeling import attention
 from modeling.attention import block_mask
-from modeling.head import in_fp32, project
+from modeling.head import add_product, in_fp32, project
 from training.checkpoint import Run
 from training.loop import BasicTrainer
 from training.metrics import MetricAccumulator
@@ -314,11 +314,17 @@ def test_feature_weights_are_where_the_model_is(tmp_path, monkeypatch):
     assert inputs.binding.options["feature_drift"]["feature_weights"].device == ELSEWHERE
 
 
-def test_logits_and_rewards_are_summed_in_fp32_where_a_device_can():
+def test_logits_gradients_and_rewards_are_summed_in_fp32_where_a_device_can():
     hidden, weight = torch.randn(5, 8).bfloat16(), torch.randn(64, 8).bfloat16()
     with Elsewhere() as mode:
         logits = project(mode.move(hidden), mode.move(weight), mode.move(weight[:, 0]))
     assert logits.dtype == torch.float32 and mode.operations["aten.mm.dtype"] == 1
+    with Elsewhere() as mode:
+        gradient, rows = mode.move(hidden.T), mode.move(hidden)
+        first = add_product(None, gradient, rows)
+        total = add_product(first, gradient, rows)
+    assert total is first and total.dtype == torch.float32  # the product is added where it is made
+    assert mode.operations["aten.addmm.dtype_out"] == 1
     head = torch.nn.Linear(8, 1, bias=False).bfloat16()
     assert torch.equal(in_fp32(head, hidden), hidden.float() @ head.weight.float().T)
 

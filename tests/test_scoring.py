@@ -62,6 +62,25 @@ def test_values_and_gradients_do_not_depend_on_the_chunk(monkeypatch):
     torch.testing.assert_close(whole[1], chunked[1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_gpu_computes_whole_tiles_and_more_at_once():
+    words = (256_000, 49_152, 32_768, 1 << 27)
+    assert [heads.chunk_rows(count, torch.device("cpu")) for count in words] == [262, 1365, 2048, 1]
+    assert [heads.chunk_rows(count, torch.device("cuda")) for count in words] == [1024, 5376, 8192, 256]
+
+
+def test_chunks_of_a_gpus_size_give_the_same_gradients(monkeypatch):
+    """Chunks of which the last is a part, and all tokens at once."""
+    torch.manual_seed(0)
+    own_head, hidden = torch.nn.Linear(6, 50), torch.randn(600, 6, requires_grad=True)
+    target, weights, found = torch.randint(50, (600,)), torch.randn(600), []
+    for rows in (7, 256, 512, 768):
+        monkeypatch.setattr(heads, "chunk_rows", lambda *_, rows=rows: rows)
+        logps, *_ = token_statistics(hidden, target, own_head, 3.0)
+        found.append((logps, *torch.autograd.grad((logps * weights).sum(), [hidden, *own_head.parameters()])))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
+
+
 def test_no_tensor_of_all_positions_by_vocabulary_exists(monkeypatch, gemma):
     """The largest logits ever computed are one chunk of completion positions, forward and backward."""
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 64 * 4)
