@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import functools
 import gzip
 import importlib.util
 import io
@@ -263,6 +264,50 @@ def test_results_have_files_of_their_own(tmp_path: Path) -> None:
         (["-r", tmp_path / "y", "--page", tmp_path / "y.verdicts.jsonl"], "its verdicts .* would overwrite --page"),
     ]:
         assert re.search(clash, error_of(*toy, *flags))
+
+
+@pytest.mark.parametrize("names", [("run", "run.jsonl"), ("run.jsonl", "run")])
+def test_results_do_not_share_a_page(tmp_path: Path, names: tuple[str, str]) -> None:
+    samples = write_samples(tmp_path, 2)
+    compare.main(["-f", str(samples), "-j", "toy", "-r", str(tmp_path / names[0])])
+    page = (tmp_path / "run.html").read_text()
+    said = error_of("-f", samples, "-j", "toy", "-r", tmp_path / names[1])
+    assert f"would share its page and its verdicts with {tmp_path / names[0]}" in said
+    assert (tmp_path / "run.html").read_text() == page and not (tmp_path / names[1]).exists()
+
+
+def test_a_file_is_compared_once(tmp_path: Path) -> None:
+    samples = write_samples(tmp_path, 2)
+    said = error_of("-f", samples, tmp_path / "." / ".." / tmp_path.name / samples.name, "-j", "toy")
+    assert "-f names one file twice" in said
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_killed_while_it_writes_results_it_adds_no_line_twice(
+    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """After each of its lines, and before its page; what was paid stays in the first line."""
+    paths = [write_samples(tmp_path, 3, f"{name}.json", name) for name in ("one", "two")]
+    asked = ["-f", *map(str, paths), "-r", str(tmp_path / "r.jsonl"), "-j", "m", "--base_url", server.url]
+    done = iter(range(9))
+
+    def dies(work: Any, *given: Any, **options: Any) -> Any:
+        if next(done) == place:
+            raise KeyboardInterrupt
+        return work(*given, **options)
+
+    for name in ("append_json_line", "write_text"):
+        monkeypatch.setattr(compare, name, functools.partial(dies, getattr(compare, name)))
+    with pytest.raises(SystemExit):
+        compare.main(asked)
+    monkeypatch.undo()
+    compare.main(asked)
+    compare.main(asked)
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [line["exp_name"] for line in lines] == ["one", "two"]
+    assert lines[0]["requests"] == (6 if place else 0)
+    compare.main([*asked, "-s", "1"])
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_place_that_cannot_be_written_costs_nothing(tmp_path: Path, server: FakeServer) -> None:
@@ -1019,6 +1064,7 @@ def test_any_file_of_answers_is_compared_or_named(tmp_path_factory: pytest.TempP
         paths[-1].write_text(json.dumps(content))
     questions = folder / "questions.jsonl"
     questions.write_text(json.dumps({"question_id": 1, "turns": ["x", "y"]}))
+    (folder / "results.jsonl").unlink(missing_ok=True)  # whose every line is read before one is added
     more = draw.choice([[], ["--against", str(paths[1])], ["--round_robin"], ["-v"]])
     files = paths if draw.random() < 0.3 else paths[:1]
     flags = ["-f", *map(str, files), "-j", draw.choice(["toy", "recorded"]), "-r", str(folder / "results.jsonl")]
