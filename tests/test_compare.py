@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,9 +145,8 @@ def test_a_rerun_sends_only_failed_requests(tmp_path: Path, server: FakeServer) 
     assert (first["failed"], first["requests"], len(server.requests)) == (1, 9, 12)
     second = run(samples, server)
     assert (second["total"], second["malformed"], second["failed"], second["requests"]) == (9, 1, 0, 1)
-    third = run(samples, server)
-    assert same(third, second)
-    assert (third["requests"], len(server.requests)) == (0, 13)
+    assert run(samples, server) == second  # the third says nothing new, and adds no line
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2 and len(server.requests) == 13
     run(samples, server, "-j", "another")  # another judge shares no replies
     assert len(server.requests) == 23
 
@@ -305,7 +305,7 @@ def test_killed_while_it_writes_results_it_adds_no_line_twice(
     compare.main(asked)
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [line["exp_name"] for line in lines] == ["one", "two"]
-    assert lines[0]["requests"] == (6 if place else 0)
+    assert (lines[0]["requests"] > 0) == (place > 0)
     compare.main([*asked, "-s", "1"])
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
 
@@ -765,7 +765,8 @@ def test_bad_files_of_recorded_verdicts(tmp_path: Path) -> None:
     path.write_text(json.dumps([row | {"preference": "m"}]))
     assert "row 0: `preference` is 'm', not a number" in error_of("-f", path, "-j", "recorded")
     path.write_text(json.dumps([row | {"preference": 1}]))
-    assert "2 of the files hold verdicts on output_2 against output_1" in error_of("-f", path, path, "-j", "recorded")
+    other = shutil.copy(path, tmp_path / "other.json")
+    assert "2 of the files hold verdicts on output_2 against output_1" in error_of("-f", path, other, "-j", "recorded")
     assert "holds no recorded verdicts" in error_of("-f", write_samples(tmp_path, 1), "-j", "recorded")
 
 
