@@ -276,6 +276,13 @@ def test_results_do_not_share_a_page(tmp_path: Path, names: tuple[str, str]) -> 
     assert (tmp_path / "run.html").read_text() == page and not (tmp_path / names[1]).exists()
 
 
+def test_answers_to_questions_without_a_turn_are_named(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "turns": []}')
+    (tmp_path / "a.jsonl").write_text('{"question_id": 1, "model_id": "m", "choices": [{"turns": ["x"]}]}')
+    said = error_of("-f", tmp_path / "a.jsonl", "--questions", tmp_path / "q.jsonl", "-j", "toy")
+    assert f"{tmp_path}/a.jsonl: its answers have no turn" in said
+
+
 def test_a_file_is_compared_once(tmp_path: Path) -> None:
     samples = write_samples(tmp_path, 2)
     said = error_of("-f", samples, tmp_path / "." / ".." / tmp_path.name / samples.name, "-j", "toy")
