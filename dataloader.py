@@ -540,7 +540,8 @@ def sources(settings: DataSettings, split_name: str) -> list[DataSource]:
     key = "eval_datasets" if entries is settings.eval_datasets else "datasets"
     ((entry, times),) = Counter(source.entry for source in found).most_common(1) or [("", 0)]
     if times > 1:
-        raise UserError(f"{key} names {entry} twice; {{name: {entry}, weight: 2}} gives its rows twice as often")
+        instead = f"; {{name: {entry}, weight: 2}} gives its rows twice as often" if key == "datasets" else ""
+        raise UserError(f"{key} names {entry} twice{instead}")
     require_different_files([Path(source.entry) for source in found if source.is_file], key)
     return found
 

@@ -278,8 +278,8 @@ def main() -> None:
     parser.add_argument("--config-path", required=True, type=user_path, help="a run directory, a YAML file, or a model")
     parser.add_argument("overrides", nargs="*", help="++key=value, of the run's config.yaml (mode, n_samples, ...)")
     arguments = parser.parse_args()
-    overrides = settings.translate_arguments(arguments.overrides)
     try:
+        overrides = settings.translate_arguments(arguments.overrides)
         raw = read_config(arguments.config_path, overrides)
     except (UserError, HydraException) as error:
         console.print(str(error), style="red")

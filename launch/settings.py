@@ -489,7 +489,7 @@ def run_classes(loss: LossSettings, terms: dict[str, TermSettings]) -> RunClasse
     for key, kind, base in (("trainer", trainer, loop.BasicTrainer), ("dataloader", loader, dataloader.DataLoader)):
         if not issubclass(kind, base):
             raise UserError(f"loss.{key}={getattr(loss, key)}: not a subclass of {base.__module__}.{base.__name__}")
-    if not inspect.isfunction(getattr(trainer, "loss", None)):
+    if not callable(getattr(trainer, "loss", None)):
         raise UserError(f"loss.trainer={loss.trainer}: {trainer.__name__} has no method `loss`")
     binding = bind(trainer, loader.records, loss)
     added = []

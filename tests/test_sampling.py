@@ -367,10 +367,8 @@ def test_the_home_directory_in_every_key_that_is_a_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     paths = ["cache_dir", "data_dir", "samples_dir", "compare_to", "model.name_or_path", "model.load_from"]
     paths += ["model.tokenizer_name_or_path", "model.reference_path", "sae.path", "probe"]
-    overrides = ["++mode=features", *(f'++{key}="~/x"' for key in paths)] + [
-        'datasets=["~/a.jsonl"]',
-        'eval_datasets="~/b.jsonl"',
-    ]
+    overrides = ["++mode=features", *(f'++{key}="~/x"' for key in paths)]
+    overrides += ['datasets=["~/a.jsonl"]', 'eval_datasets="~/b.jsonl"']
     values = flat(settings.typed(read_config(TINY, overrides)).model_dump())
     assert {values[key] for key in paths} == {"/home/me/x"}
     assert (values["datasets"], values["eval_datasets"]) == (["/home/me/a.jsonl"], "/home/me/b.jsonl")
