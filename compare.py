@@ -230,8 +230,10 @@ def comparison_line(args: argparse.Namespace, comparison: Comparison, verdicts: 
 
 
 def append_result(args: argparse.Namespace, judge: Judge, result: dict[str, Any], config: dict[str, Any]) -> None:
+    """Add a line to the results file; not again one of a command that was killed later."""
     usage = judge.usage_fields() if isinstance(judge, OpenAIJudge) else {}
-    append_json_line(args.results_file, result | usage | {"config": config})
+    if not append_json_line(args.results_file, result | usage | {"config": config}, but_for=("date", *usage)):
+        console.print(f"{args.results_file} has this line on {result['exp_name']} already")
 
 
 def write_labels(args: argparse.Namespace, path: Path, found: labels.Labels) -> list[str]:

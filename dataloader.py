@@ -52,6 +52,7 @@ from data.rows import (
 )
 from data.settings import DataSettings
 from utils import (
+    MOST,
     Message,
     Share,
     UserError,
@@ -61,12 +62,14 @@ from utils import (
     digest_of,
     fingerprint,
     remove_litter,
+    require_different_files,
     sealed_folder,
     suggest,
 )
 
 FILE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "score", "messages", "tools", "weight")
 FILE_LAYOUTS = "`prompt, chosen, rejected`; `prompt, completion, label` (and perhaps `score`); `messages`"
+LEAST_WEIGHT = 1e-6  # of a row, but for 0; the largest is as far above 1, since sums of single precision hold both
 LOOKED_AT = 10_000  # files and folders below one that is named in place of a file: it may be the home directory
 hf_datasets.disable_progress_bars()  # for its own writing of files, which takes no time
 
@@ -421,8 +424,8 @@ def _add_row(data: Dataset, row: dict[str, Any], place: str) -> None:
     if (tools := row.get("tools")) and tools not in ("[]", "null"):
         raise BadRow("'tools' would not be rendered")
     weight = optional_number_of(row, "weight")
-    if weight is not None and weight < 0:
-        raise BadRow("'weight' is below 0")
+    if weight and not LEAST_WEIGHT <= weight <= 1 / LEAST_WEIGHT:
+        raise BadRow(f"'weight' is neither 0 nor from {LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}")
     if "chosen" in row or "rejected" in row:
         prompt, chosen, rejected = pair_of(row)
         data[prompt].add_pair(chosen, rejected, place, weight)
@@ -432,6 +435,8 @@ def _add_row(data: Dataset, row: dict[str, Any], place: str) -> None:
         if label is None:
             raise BadRow("'label' is neither true nor false (1 nor 0)")
         score = optional_number_of(row, "score")
+        if score is not None and abs(score) > MOST:
+            raise BadRow(f"'score' is beyond {MOST:g}")
         example = data[prompt_of(row, before)]
         example.weigh(weight, (example.add_generation(completion, label, score, place),))
     elif "messages" in row:
@@ -519,7 +524,7 @@ def _named_by(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[s
 
 
 def sources(settings: DataSettings, split_name: str) -> list[DataSource]:
-    """Where the "train" or the "test" rows come from.
+    """Where the "train" or the "test" rows come from. Raises UserError for what is named twice.
 
     Without eval_datasets the test rows come from `datasets` too: from their split eval_split, or, of a file and where
     eval_split is train_split, from the share held_out of the prompts, which training then leaves out.
@@ -532,6 +537,12 @@ def sources(settings: DataSettings, split_name: str) -> list[DataSource]:
         whole = DataSource(entry, split)
         shared = not settings.eval_datasets and (whole.is_file or settings.train_split == settings.eval_split)
         found.append(DataSource(entry, "" if whole.is_file else split, split_name if shared else "", weight))
+    key = "eval_datasets" if entries is settings.eval_datasets else "datasets"
+    ((entry, times),) = Counter(source.entry for source in found).most_common(1) or [("", 0)]
+    if times > 1:
+        instead = f"; {{name: {entry}, weight: 2}} gives its rows twice as often" if key == "datasets" else ""
+        raise UserError(f"{key} names {entry} twice{instead}")
+    require_different_files([Path(source.entry) for source in found if source.is_file], key)
     return found
 
 
@@ -621,8 +632,7 @@ def load_tokens(
             console.print(f"{data.name} ({split_name}): {none:,} of {len(found):,} have weight 0", markup=False)
         records += [{**record, "data_set": data.name} for record in counted]
         bad[data.name] = data.bad.report()
-        if weights.setdefault(data.name, data.weight) != data.weight:
-            raise UserError(f"datasets names {data.name} twice, with other weights")
+        weights[data.name] = data.weight
 
     template = tokenise.make_template(settings, tokenizer)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}

@@ -48,7 +48,7 @@ from launch.report import write_run_page
 from launch.schema import Config
 from sampling import backends, benchmark_files, diversity, samples
 from training.checkpoint import Run
-from utils import UserError, console, file_digest, require_writable, user_path, write_json
+from utils import UserError, console, file_digest, require_different_files, require_writable, user_path, write_json
 
 
 def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
@@ -191,12 +191,12 @@ def write_labels(raw: DictConfig, path: Path, overrides: list[str]) -> None:
         raise UserError("mode=label: ++files=[samples/x.json] names samples, ++labels=pairs.jsonl the file to write")
     target, sources = Path(config.labels), files_of(config)
     parallel.from_rank_zero(lambda: labels.require_place(target, "labels=", sources))
+    recipe = labels.Recipe(config.label_as, config.rejected, config.min_margin, config.threshold, config.seed)
+    labels.require_used(recipe)
     texts = labels.texts_of([answers.read_answers(source) for source in sources])
-    if not any(text.answer for text in texts):
-        raise UserError(f"{', '.join(map(str, sources))}: no answer to label")
+    labels.require_enough(texts, recipe, ", ".join(map(str, sources)))
     model = reward_model(config, path, overrides)
     found, bad = model.score(texts, labels.beside(target, "rewards.jsonl"))
-    recipe = labels.Recipe(config.label_as, config.rejected, config.min_margin, config.threshold, config.seed)
     made = labels.label(labels.by_prompt(texts, found), recipe)
     made.left_out.update(bad.counts)
     if missing := sum(text.answer is None for text in texts):
@@ -211,6 +211,7 @@ def write_reward_figures(raw: DictConfig, path: Path, overrides: list[str]) -> N
     config = settings.typed(raw)
     model = reward_model(config, path, overrides)
     target = Path(config.samples_dir) / f"{config.exp_name}-rewards.json"
+    parallel.from_rank_zero(lambda: labels.require_no_link(target, target.with_suffix(".jsonl")))
     parallel.from_rank_zero(lambda: labels.require_made_here(target, "accuracy"))
     parallel.from_rank_zero(lambda: require_writable(target, target.with_suffix(".jsonl")))
     pairs, talks = reward_figures.held_out_pairs(config) if config.files is None else [], {}
@@ -242,10 +243,11 @@ def write_reward_figures(raw: DictConfig, path: Path, overrides: list[str]) -> N
 
 
 def files_of(config: Config) -> list[Path]:
-    """The files that the configuration names. Raises UserError for one that is not there."""
+    """The files that the configuration names. Raises UserError for one that is not there, or named twice."""
     found = [Path(name) for name in ([config.files] if isinstance(config.files, str) else config.files or [])]
     if missing := [str(file) for file in found if not file.is_file()]:
         raise UserError(f"files: {', '.join(missing)}: no file here (looked for from {Path.cwd()})")
+    require_different_files(found, "files")
     return found
 
 
@@ -276,8 +278,8 @@ def main() -> None:
     parser.add_argument("--config-path", required=True, type=user_path, help="a run directory, a YAML file, or a model")
     parser.add_argument("overrides", nargs="*", help="++key=value, of the run's config.yaml (mode, n_samples, ...)")
     arguments = parser.parse_args()
-    overrides = settings.translate_arguments(arguments.overrides)
     try:
+        overrides = settings.translate_arguments(arguments.overrides)
         raw = read_config(arguments.config_path, overrides)
     except (UserError, HydraException) as error:
         console.print(str(error), style="red")

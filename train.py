@@ -6,7 +6,8 @@
     python train.py loss=dpo model=llama7b datasets=[shp,hh,oasst] exp_name=my_run ++cache_dir=/data/models
 
 config.loss.trainer names a class of trainers.py, and its method `loss` is the loss; training/loop.py calls it.
-Add --cfg job to print the composed configuration, ++mode=plan to see what a run would take of memory.
+Add --cfg job to print the composed configuration, ++mode=plan to see what a run would take of memory, --help beside
+loss=LOSS for what that loss's own keys may be.
 """
 
 from launch import startup

@@ -26,7 +26,7 @@ from modeling.weights import find_weights
 from models import score_rewards
 from training.loop import BasicTrainer, Setup
 from training.metrics import MetricAccumulator
-from training.quantities import QUANTITIES, Binding, LossContext
+from training.quantities import QUANTITIES, Binding, LossContext, MismatchedMeans
 from training.reference import Reference
 from training.settings import TrainingSettings
 from utils import Count, NonNegative, Positive, Share, UserError
@@ -408,6 +408,7 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
     """A reward model (Bradley & Terry 1952; Ouyang et al. 2022, 2203.02155, Eq. 1): a scalar head on the last token."""
 
     is_reward, trains_policy = True, False
+    gives = frozenset({"rewards"})
 
     def loss(self, chosen_rewards, rejected_rewards):
         return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
@@ -432,10 +433,11 @@ class UnpairedPreferenceTrainer(BasicTrainer):
     the desirable ones in the batch, `rejected_...` of the others; there may be none of either."""
 
     sides = (None, "chosen", "rejected")
+    gives = frozenset({"kl", "mismatched_logps"})
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self.mismatched = MismatchedMean(self) if "mismatched" in self.binding.needs else None
+        self.mismatched = Mismatched(self) if "mismatched" in self.binding.needs else None
 
     @classmethod
     def check(cls, config: TrainingSettings, binding: Binding) -> None:
@@ -459,7 +461,7 @@ class UnpairedPreferenceTrainer(BasicTrainer):
 
     def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
         if self.mismatched:
-            self.mismatched_mean = self.mismatched.estimate(split, step)
+            self.mismatched_means = self.mismatched.estimate(split, step)
 
     def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
         for side in ("chosen", "rejected"):
@@ -468,13 +470,12 @@ class UnpairedPreferenceTrainer(BasicTrainer):
                 means.add(f"rewards_{split}/{side}", self.side(values, side, batch))
         for name in ("kl", "mismatched_logps"):
             if name in self.binding.quantities():
-                context = LossContext(batch, scores, mismatched_mean=self.mismatched_mean)
+                context = LossContext(batch, scores, mismatched=self.mismatched_means)
                 means.add(f"{name}/{split}", QUANTITIES[name](context)[:1])
 
 
-class MismatchedMean:
-    """A mean over each prompt of an optimiser step, on all ranks, with another record's completion: of the log-ratio,
-    or without a reference of the log-probability per token."""
+class Mismatched:
+    """Each prompt of an optimiser step, on all ranks, with another record's completion."""
 
     def __init__(self, trainer: BasicTrainer) -> None:
         self.trainer = trainer
@@ -490,16 +491,17 @@ class MismatchedMean:
         self.prepared[split, step] = self.batches(split, step)
 
     @torch.no_grad()
-    def estimate(self, split: str, step: int) -> Tensor:
-        """The mean [], the same on all ranks."""
+    def estimate(self, split: str, step: int) -> MismatchedMeans:
+        """The means, the same on all ranks."""
         reference = self.trainer.references.get(f"{split}/mismatched")
-        total = torch.zeros(2, device=self.trainer.device, dtype=torch.float64)
+        total = torch.zeros(3, device=self.trainer.device, dtype=torch.float64)
         for batch in self.prepared.pop((split, step), None) or self.batches(split, step):
             batch, scores = self.trainer.score(batch, reference)
-            values = scores.logps - batch.reference["logps"] if reference else scores.mean_logps
-            total += torch.stack([values.double().sum(), total.new_full((), len(values))])
-        added, count = parallel.sum_over_ranks(total)
-        return (added / count).float()
+            logratios = scores.logps - batch.reference["logps"] if reference else scores.logps.new_zeros(())
+            sums = [scores.mean_logps.double().sum(), logratios.double().sum()]
+            total += torch.stack([*sums, total.new_full((), batch.num_sequences)])
+        logps, logratios, count = parallel.sum_over_ranks(total)
+        return MismatchedMeans((logps / count).float(), (logratios / count).float() if reference else None)
 
 
 class KTOTrainer(UnpairedPreferenceTrainer):
@@ -588,6 +590,8 @@ class BCOTrainer(UnpairedPreferenceTrainer):
     The means are over the steps before, on all ranks, so that a step needs no second pass over its batch.
     """
 
+    gives = UnpairedPreferenceTrainer.gives | {"mean_reward"}
+
     def __init__(self, setup: Setup) -> None:
         self.reward_means = RewardMeans(parallel.device())
         self.both = nn.ModuleDict({"policy": setup.policy, "reward_means": self.reward_means})
@@ -601,7 +605,8 @@ class BCOTrainer(UnpairedPreferenceTrainer):
     def evaluated(cls, binding: Binding) -> list[str]:
         return [*super().evaluated(binding), "mean_reward/eval"]
 
-    def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
+    def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:
+        super().before_step(split, step, micro_batches)
         self.mean_reward = self.reward_means.middle()
 
     def loss(self, policy_logps, reference_logps, desirable, mean_reward, *, beta: Positive):
@@ -638,6 +643,8 @@ class PPOTrainer(UnpairedPreferenceTrainer):
     `reward` is `label` (1 for a desirable completion, -1 for another), `score` (the data's own field), or a reward
     model that loss=bradley-terry trained. `ppo_epochs` updates are made from each batch.
     """
+
+    gives = frozenset({"values", "advantages", "returns"})
 
     def __init__(
         self,

@@ -144,6 +144,22 @@ def is_file_name(text: Any) -> bool:
     return isinstance(text, str) and text not in ("", ".", "..") and not set(text) & set("/\\\0")
 
 
+def require_different_files(files: Iterable[Path], where: str) -> None:
+    """Raises UserError where two paths lead to one file."""
+    seen: dict[Any, Path] = {}
+    for file in files:
+        known = seen.setdefault(tuple(file.stat())[1:3] if file.exists() else file.absolute(), file)
+        if known is not file:
+            raise UserError(f"{where} names one file twice: {known}, {file}")
+
+
+def code_file(name: str) -> Path | None:
+    """The user's file that `path/to/file.py:Name` names; None for code of this repository."""
+    file, _, _ = name.rpartition(":")
+    path = resolve_path(file)
+    return path if file and module_name(path) is None else None
+
+
 def load_class(name: str, module: Any, setting: str) -> Any:
     """The class that a setting names: `ClassName`, a class of `module`, or `path/to/file.py:ClassName`.
 
@@ -467,11 +483,20 @@ def open_json_lines(path: Path, *, wait: bool = False) -> IO[bytes]:
     return file
 
 
-def append_json_line(path: Path, value: Any) -> None:
-    """Append one line to a JSON Lines file, on the disk itself when this returns."""
+def append_json_line(path: Path, value: dict[str, Any], but_for: Iterable[str] = ()) -> bool:
+    """Append one line to a JSON Lines file, on the disk itself when this returns; unless a line says the same, but for
+    some keys. Whether it was appended."""
+
+    def essence(line: Any) -> Any:
+        return {key: own for key, own in line.items() if key not in but_for} if isinstance(line, dict) else None
+
     with open_json_lines(path.resolve(), wait=True) as file:
+        wanted = essence(json.loads(as_json(value)))
+        if any(essence(line) == wanted for _, line in json_lines(file)):
+            return False
         write_json_lines(file, value)
         os.fsync(file.fileno())
+        return True
 
 
 def valid_unicode(value: Any) -> Any:
@@ -584,14 +609,15 @@ def checked(kind: type[S], values: dict[str, Any], where: str = "") -> S:
     except ValidationError as error:
         wanted: dict[tuple[str, str], list[str]] = {}
         for problem in error.errors():
-            key, value = where, cast(Any, values)
-            item = value  # of a list, if the problem is there
-            for step in problem["loc"]:  # some steps name an alternative of a type
-                if isinstance(value, dict):
-                    key, value = f"{key}.{step}".removeprefix("."), value.get(step)
+            key, place, value = where, "", cast(Any, values)
+            item = value  # of a list at that place, if the problem is there
+            missing = len(problem["loc"]) - 1 if problem["type"] == "missing" else None
+            for number, step in enumerate(problem["loc"]):  # some steps name an alternative of a type
+                if isinstance(item, dict) and (step in item or number == missing):
+                    key, place, value = f"{key}{place}.{step}".removeprefix("."), "", item.get(step)
                     item = value
                 elif isinstance(item, list) and isinstance(step, int):
-                    item = item[step]
+                    item, place = item[step], f"{place}[{step}]"
             text = written(value) if len(written(value)) <= SHOWN else f"{written(value)[:SHOWN]}..."
             wanted.setdefault((key, text), []).append(_wanted(kind, key, item, problem))
         lines = []

@@ -94,8 +94,15 @@ def read_answers(
 ) -> AnswerFile:
     """Read a file of answers in any known layout. `questions` and `references` are files of MT-Bench or Arena-Hard.
 
-    Raises UserError if the file has no known layout.
+    Raises UserError if the file has no known layout, or no answer.
     """
+    found = _parse(path, history_key, questions, references)
+    if not found.rows:
+        raise UserError(f"{path}: its answers have no turn, so there is nothing to compare")
+    return found
+
+
+def _parse(path: Path, history_key: str, questions: Path | None, references: Path | None) -> AnswerFile:
     content = read_json(path)
     match content:
         case {"config": {"exp_name": str(name)} as config, "samples": [_, *_] as samples} if all_objects(samples):

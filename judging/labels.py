@@ -43,6 +43,16 @@ class Recipe(NamedTuple):
     seed: int = 0
 
 
+ONLY_FOR = {"rejected": "pairs", "min_margin": "pairs", "threshold": "binary"}  # keys by the labels that they are for
+
+
+def require_used(recipe: Recipe) -> None:
+    """Raises UserError for a key that does nothing for these labels."""
+    for key, kind in ONLY_FOR.items():
+        if recipe.label_as != kind and getattr(recipe, key) != Recipe._field_defaults[key]:
+            raise UserError(f"{key}={getattr(recipe, key)} does nothing with as={recipe.label_as}; it is for as={kind}")
+
+
 class Text(NamedTuple):
     """An answer to the last message of a conversation, None where there is none, and where it is from."""
 
@@ -111,6 +121,20 @@ def texts_of(files: Sequence[AnswerFile]) -> list[Text]:
         for number, row in enumerate(file.rows, 1)
         for text in [answer_in(row, "policy")]
     ]
+
+
+def require_enough(texts: Sequence[Text], recipe: Recipe, where: str) -> None:
+    """Raises UserError where there is no answer to label, or none to compare another one to the same prompt with."""
+    answered = Counter(fingerprint(text.messages) for text in texts if text.answer is not None)
+    if not answered:
+        raise UserError(f"{where}: no answer to label")
+    alone = recipe.label_as == "best" or (recipe.label_as == "binary" and recipe.threshold is not None)
+    if not alone and max(answered.values()) == 1:
+        other = "; as=binary ++threshold=NUMBER needs none" if recipe.label_as == "binary" else ""
+        raise UserError(
+            f"{where}: as={recipe.label_as} compares answers to the same prompt, and each prompt has one: eval.py "
+            f"++samples=4 draws four{other}"
+        )
 
 
 def by_prompt(texts: Sequence[Text], rewards: Sequence[float | None]) -> list[Scored]:
@@ -259,6 +283,7 @@ def require_place(path: Path, flag: str, others: Sequence[Path], *, writes: bool
     other files."""
     if path.suffix != ".jsonl":
         raise UserError(f"{flag}{path}: the name of a file of training data has to end in .jsonl")
+    require_no_link(path, beside(path, "made.json"), beside(path, "rewards.jsonl"))
     if path.resolve() in {other.resolve() for other in others}:
         raise UserError(f"{flag}{path} is a file that this command reads, or writes; name another one")
     require_made_here(beside(path, "made.json"), "made")
@@ -266,6 +291,13 @@ def require_place(path: Path, flag: str, others: Sequence[Path], *, writes: bool
         raise UserError(f"{flag}{path} is there already, and no {made.name} beside it says that it was made so")
     if writes:
         require_writable(path, beside(path, "made.json"))
+
+
+def require_no_link(*paths: Path) -> None:
+    """Raises UserError for a link, which writing would replace, or follow to anywhere."""
+    for path in paths:
+        if path.is_symlink():
+            raise UserError(f"{path} is a link to {path.readlink()}; move it, or write to another place")
 
 
 def require_made_here(path: Path, key: str) -> None:

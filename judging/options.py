@@ -8,7 +8,7 @@ from judging import protocols
 from judging.labels import require_place
 from judging.protocols import PROTOCOLS, PromptTemplate
 from sampling.openai_server import TIMEOUT
-from utils import UserError, load_class, require_writable, suggest, user_path
+from utils import UserError, load_class, require_different_files, require_writable, suggest, user_path
 
 OFFLINE_JUDGES = ("toy", "recorded")  # they send no requests
 A_FILE: dict[str, Any] = {"type": user_path, "metavar": "FILE"}
@@ -265,6 +265,11 @@ def complete_settings(args: argparse.Namespace, template: PromptTemplate) -> Non
 
 def check_places(args: argparse.Namespace) -> None:
     """Raises UserError for files that would overwrite each other, or cannot be written."""
+    require_different_files(args.file, "-f")
+    name = args.results_file.name
+    twin = args.results_file.with_name(name.removesuffix(".jsonl") if name.endswith(".jsonl") else f"{name}.jsonl")
+    if twin.is_file():
+        raise UserError(f"-r {args.results_file} would share its page and its verdicts with {twin}; name another file")
     inputs = [*args.file, *filter(None, (args.against, args.questions, args.references))]
     outputs = {"-r": args.results_file, "--page": args.page, "its verdicts": args.verdicts_file}
     seen = {path.resolve(): f"the file of answers {path}" for path in inputs}

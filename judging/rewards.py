@@ -24,7 +24,15 @@ from distributed.sharding import DTYPES
 from judging.labels import Text
 from judging.settings import LabelSettings
 from modeling import attention
-from utils import UserError, fingerprint, json_lines, open_json_lines, progress_bar, write_json_lines
+from utils import (
+    UserError,
+    fingerprint,
+    json_lines,
+    open_json_lines,
+    progress_bar,
+    valid_unicode,
+    write_json_lines,
+)
 
 
 class RewardModel:
@@ -66,6 +74,15 @@ class RewardModel:
 
     def tokens(self, texts: Sequence[Text]) -> tuple[dict[int, list[int]], BadRows]:
         """The tokens of each text that has an answer, by its number; and what cannot be read."""
+        readable = [text if valid_unicode([*text]) == [*text] else text._replace(answer=None) for text in texts]
+        found, bad = self._tokens(readable)
+        for text, kept in zip(texts, readable):
+            if kept is not text:
+                with bad.at(text.place):
+                    raise BadRow("the prompt or the answer is not valid Unicode")
+        return found, bad
+
+    def _tokens(self, texts: Sequence[Text]) -> tuple[dict[int, list[int]], BadRows]:
         if self.as_trained or not isinstance(self.template, tokenise.ChatTemplate):
             return self._tokens_as_trained(texts)
         bad, found = BadRows("answers to score"), {}
@@ -160,7 +177,7 @@ class RewardLog:
         self.rewards: dict[str, float] = {}
         for _, line in json_lines(file or []):
             match line:
-                case {"key": str(key), "reward": float(reward)}:
+                case {"key": str(key), "reward": float(reward)} if math.isfinite(reward):
                     self.rewards[key] = reward
 
     def add(self, rewards: Mapping[str, float]) -> None:
@@ -174,8 +191,16 @@ class RewardLog:
 
 @contextlib.contextmanager
 def reward_log(path: Path) -> Iterator[RewardLog]:
-    """The log in a file, which rank 0 alone reads and writes. Raises UserError where another process writes it."""
+    """The log in a file, which rank 0 alone reads and writes. Raises UserError where another process writes it, or this
+    one cannot."""
     files: list[IO[bytes]] = []
-    parallel.from_rank_zero(lambda: files.append(open_json_lines(path)))
+
+    def begin() -> None:
+        try:
+            files.append(open_json_lines(path))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+    parallel.from_rank_zero(begin)
     with contextlib.ExitStack() as stack:
         yield RewardLog(stack.enter_context(files[0]) if files else None)

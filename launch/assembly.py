@@ -35,7 +35,7 @@ from training.checkpoint import Run
 from training.loop import BasicTrainer, Setup, Subject
 from training.quantities import Binding
 from training.reference import LiveReference, Records, Reference, load_or_build
-from utils import UserError, console, fingerprint, written
+from utils import UserError, code_file, console, file_digest, fingerprint, written
 
 MEAN_RECORDS = 512
 SHOWN_TOKENS = 60  # at each end of a text, by `show_tokens`
@@ -113,6 +113,11 @@ def digests(config: Config, classes: RunClasses, paths: RunPaths, inputs: Inputs
     }
     if model.reference_path and binding.needs & {"reference", "live_reference"}:
         found["the reference"] = Input(weights_digest(*models.reference_weights(model)), model.reference_path)
+    code = {"loss.trainer": config.loss.trainer, "loss.dataloader": config.loss.dataloader}
+    code |= {f"term.{name}.function": own.function for name, own in config.term.items()}
+    for key, named in code.items():
+        if named and (file := code_file(named)):
+            found[f"the code of {key}"] = Input(file_digest(file), named)
     for source in paths.saes:
         found[f"the SAE of {source.where}"] = Input(fingerprint(source.identity()), str(source.path))
     for given, read in zip(classes.binding.parts(), binding.parts()):

@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 import models
-from launch.schema import Config
+from launch.schema import READ, Config
 from launch.settings import find_paths
 from training.quantities import Binding
 from utils import REPO, UserError, console, write_json, written
@@ -56,6 +56,11 @@ class Rounds:
         return folder / f"{name}.json"
 
 
+def is_of_training(key: str) -> bool:
+    """Whether the training of a round reads a key, too."""
+    return key.partition(".")[0] not in READ["online"] - READ["train"]
+
+
 def do(program: str, *arguments: str) -> None:
     """Run one of this repo's commands. Ends this one, with its status, where it fails."""
     console.print(f"\npython {program} {' '.join(arguments)}", markup=False, highlight=False)
@@ -69,7 +74,7 @@ def run(config: Config, binding: Binding, arguments: Sequence[str]) -> None:
     if config.resume == "never":
         raise UserError(f"resume=never: to begin again, remove {Path(config.cache_dir) / config.exp_name}")
     find_paths(config, binding.needs)
-    given = [own for own in arguments if own.lstrip("+").partition("=")[0] not in OWN]
+    given = [own for own in arguments if (key := own.lstrip("+").partition("=")[0]) not in OWN and is_of_training(key)]
     rounds, own = Rounds(config), config.online
     data = f"datasets={written(config.datasets)}"
     rounds.train("reward", "loss=bradley-terry", f"model={config.model.name}", data, *own.reward)

@@ -14,10 +14,10 @@ import models
 from data import tokenise
 from distributed import parallel
 from launch import settings
-from launch.schema import Config
+from launch.schema import Config, require_read
 from modeling.weights import only_policy_file, weights_digest
 from training import loop
-from utils import DIGESTS, REPO, UserError, damaged, damaged_files, is_file_name, module_name, resolve_path
+from utils import DIGESTS, REPO, UserError, code_file, damaged, damaged_files, is_file_name
 
 OURS = REPO / "config"
 OWN_DISTRIBUTION = ["++temperature=1.0", "++top_p=1.0", "++top_k=0"]  # of the policy: unbiased entropy, KL and means
@@ -74,7 +74,7 @@ def read_unchecked(path: Path, overrides: list[str]) -> DictConfig:
     settings.check_overrides(overrides)
     file, own = config_file(path), []
     if file is None and (path / "config.json").is_file():
-        name = path.absolute().name
+        name = settings.name_of_model(path)
         file = OURS / "config.yaml"
         own = ["loss=sft", "model=base", f"model.name='{name}'", f"model.name_or_path='{path}'", f"exp_name='{name}'"]
     if file is None:
@@ -83,10 +83,11 @@ def read_unchecked(path: Path, overrides: list[str]) -> DictConfig:
             f"--config-path={path}: no such run directory or YAML file, and no model in the Hub's format "
             f"(runs in outputs/: {runs})"
         )
-    values = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
+    values = settings.values_of(overrides)
     mode = str(values.get("mode", "sample"))
     if mode not in DEFAULTS:
         raise UserError(f"mode={mode}: not one of {', '.join(DEFAULTS)}")
+    require_read(values, mode)
     given = [*own, f"++mode={mode}", *map(added, DEFAULTS[mode]), *map(added, overrides)]
     if not is_ours(file):
         return settings.completed(changed(settings.read_saved(file), given))
@@ -139,7 +140,7 @@ def require_orders(path: Path, config: DictConfig, given: set[str]) -> None:
             )
     for key in ("loss.trainer", "loss.dataloader", *(f"term.{name}.function" for name in settings.terms_of(values))):
         value = str(OmegaConf.select(config, key))
-        if key not in given and ":" in value and module_name(file := resolve_path(value.rpartition(":")[0])) is None:
+        if key not in given and (file := code_file(value)):
             raise UserError(f"{path}: its {key} is code in {file}; to run it, give ++{key}={value} yourself")
     if "exp_name" not in given and not is_file_name(str(values["exp_name"])):
         raise UserError(f"{path}: its exp_name={values['exp_name']} is no name of a file; ++exp_name=NAME gives one")

@@ -25,8 +25,21 @@ from rich.table import Table
 from launch.settings import read_saved
 from modeling.weights import formats_in
 from training.metrics import MetricName, clock
-from utils import REPO, SIDES, UserError, console, flat, html_page, json_lines, write_text, written
+from utils import (
+    REPO,
+    SIDES,
+    UserError,
+    as_json,
+    console,
+    fingerprint,
+    flat,
+    html_page,
+    json_lines,
+    write_text,
+    written,
+)
 
+SUMMARY = "summary.json"
 CURVE_POINTS = 500  # of a curve, at most
 FIGURE_NAMES = {  # of summary.json, in order; a run has those that apply to it
     "loss_before": "held-out loss before",
@@ -116,9 +129,9 @@ def show_summary(folder: Path, *, finished_before: bool = False) -> None:
 
     Raises UserError where summary.json cannot be read.
     """
-    figures = json_of(folder / "summary.json")
-    if not isinstance(figures, dict):
-        raise UserError(f"{folder / 'summary.json'}: cannot be read; remove it, and the same command makes it again")
+    figures = read_summary(folder)
+    if figures is None:
+        raise UserError(f"{folder / SUMMARY}: not what the run wrote; remove it, and the same command makes it again")
     page = write_run_page(folder)
     if finished_before:
         console.print(f"{folder} is finished; resume=never starts over and replaces it", markup=False)
@@ -156,7 +169,7 @@ def read_lines(path: Path) -> Lines:
 def run_page(folder: Path, lines: Lines) -> str:
     """The page's HTML."""
     config, settings = settings_of(folder)
-    summary = json_of(folder / "summary.json") or {}
+    summary = read_summary(folder) or {}
     columns = columns_of(lines)
     charts = charts_of(columns)
     last = lines[-1] if lines else {"step": 0, "examples": 0}
@@ -176,6 +189,20 @@ def run_page(folder: Path, lines: Lines) -> str:
         "machine": [chart for chart in charts.values() if not chart["of_data"]],
     }
     return html_page("launch/report.html", places, data)
+
+
+def sealed(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a summary, with their digest."""
+    return {**figures, "digest": fingerprint(json.loads(as_json(figures)))}
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The figures that a run ended with; None where there are none, or not those that it wrote."""
+    figures = json_of(folder / SUMMARY)
+    if not isinstance(figures, dict):
+        return None
+    digest = figures.pop("digest", None)  # which older ones lack
+    return figures if digest in (None, fingerprint(figures)) else None
 
 
 def json_of(path: Path) -> Any:

@@ -12,12 +12,13 @@ from dataloader import DataLoader
 from distributed import parallel
 from launch import settings
 from launch.assembly import Input
+from launch.report import SUMMARY, read_summary
 from launch.schema import Config
 from launch.settings import RunPaths
 from training.checkpoint import Run
 from training.loop import BasicTrainer
 from training.settings import TrainingSettings
-from utils import UserError, flat, known_keys
+from utils import UserError, console, flat, known_keys
 
 # Keys that may differ between a run and its resumption. None of them changes a step that is still to come, but for
 # rounding where they say how it is computed. `sae` apart, what only eval.py reads is among them.
@@ -63,7 +64,7 @@ def begin(run: Run, config: Config, trainer: type[BasicTrainer], paths: RunPaths
         return config, True
     if not run.place and parallel.from_rank_zero(run.saved):
         raise UserError(f"{run.states}: every state there is damaged; resume=never starts over")
-    if not run.place and ((run.folder / "LATEST").is_symlink() or (run.folder / "summary.json").is_file()):
+    if not run.place and ((run.folder / "LATEST").is_symlink() or (run.folder / SUMMARY).is_file()):
         raise UserError(
             f"{run.folder} holds what a run has trained, and no state that it could go on from (keep_checkpoints=0 "
             "leaves none). Use another exp_name, or resume=never to start over and replace it"
@@ -77,12 +78,15 @@ def may_change(key: str, trainer: type[BasicTrainer]) -> bool:
 
 
 def is_finished(run: Run, config: Config) -> bool:
-    """Whether a run with this configuration has written its last file here, and its log has not been lost since."""
+    """Whether a run with this configuration has written its last file here, and neither that nor its log has been
+    changed since."""
     try:
         saved = settings.saved_config(run.folder)
     except UserError:
         return False
-    is_there = (run.folder / "summary.json").is_file() and (run.folder / "LATEST").exists()
+    is_there = read_summary(run.folder) is not None and (run.folder / "LATEST").exists()
+    if not is_there and (run.folder / SUMMARY).is_file():
+        console.print(f"{run.folder / SUMMARY} is not what the run wrote, or LATEST is gone: the end is done again")
     if saved is None or not is_there or not run.log_is_sound():
         return False
     differ = {

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic_core import PydanticUndefined
 from yaml import AliasToken, YAMLError
 
 import dataloader
@@ -27,12 +29,13 @@ import trainers
 from autoencoders.formats import SAESource, find_sae, sae_sections
 from data import tokenise
 from data.settings import DataSettings
-from launch.schema import Config
+from launch.schema import Config, kinds, require_read
 from modeling.weights import find_weights
 from models import CONFIG_FILES, fetch, load_config, load_generation_config, require_positions
 from training import loop
+from training.checkpoint import MANIFEST
 from training.metrics import check_trackers
-from training.quantities import Binding, bind, bind_term
+from training.quantities import NEEDS, Binding, bind, bind_term, hyperparameters_of_term
 from training.settings import LossSettings, TermSettings, TrainingSettings
 from utils import (
     REPO,
@@ -158,8 +161,15 @@ def any_model(source: str) -> list[str]:
     if path.is_file():
         way = " (python scripts/from_gguf.py makes a directory of it)" if path.suffix == ".gguf" else ""
         raise UserError(f"model={source}: a file; it has to be a directory in the Hub's format, or a Hub id{way}")
-    name, own = path.name, "LATEST" if (path / "LATEST").is_dir() else ""
+    name, own = name_of_model(path), "LATEST" if (path / "LATEST").is_dir() else ""
     return ["model=base", f"model.name='{name}'", f"model.name_or_path='{path / own}'"]
+
+
+def name_of_model(folder: Path) -> str:
+    """What a model in a directory is called: by its last part; an export of a run, such as BEST, after that run."""
+    folder = folder.absolute()
+    is_export = (folder.parent / "config.yaml").is_file() and (folder.parent / MANIFEST).is_file()
+    return f"{folder.parent.name}-{folder.name}" if is_export else folder.name
 
 
 def translate_arguments(arguments: Sequence[str]) -> list[str]:
@@ -184,6 +194,9 @@ def checked_arguments(arguments: Sequence[str]) -> list[str]:
         check_overrides(overrides)
         if len(overrides) == len(translated):  # else the command only prints something
             require_choices(overrides)
+            given = values_of(overrides)
+            require_read(given, str(given.get("mode") or mode_of_experiment(given.get("experiment"))))
+            require_composable(overrides)
     except UserError as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(2)
@@ -199,6 +212,26 @@ def require_choices(overrides: Sequence[str]) -> None:
         if "model" in missing:
             lines.append("or model=ORG/NAME from the Hub, or model=path/to/dir in its format")
         raise UserError("\n".join(lines))
+
+
+def values_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """The values that a command line gives, by key."""
+    return {own.key_or_group: own.value() for own in OverridesParser.create().parse_overrides(list(overrides))}
+
+
+def mode_of_experiment(name: Any) -> str:
+    """The mode that an experiment chooses, if there is one."""
+    file = REPO / f"config/experiment/{name}.yaml"
+    return str(OmegaConf.select(OmegaConf.load(file), "mode", default="train")) if file.is_file() else "train"
+
+
+def require_composable(overrides: Sequence[str]) -> None:
+    """Raises UserError for arguments that Hydra makes no configuration of."""
+    try:
+        with initialize_config_dir(str(REPO / "config"), version_base=None):
+            compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def choices_of(group: str) -> list[str]:
@@ -225,13 +258,29 @@ def check_overrides(overrides: Sequence[str]) -> None:
         group, value = override.key_or_group.partition("@")[0], override.value()
         if group in GROUPS:
             there = choices_of(group)
-            named = isinstance(value, str) and not override.is_delete()
-            if named and value not in [*there, "base"]:
-                hint = suggest(str(value), there)
+            if not isinstance(value, str | None):
+                problems.append(f"{override.input_line}: has to be one name; there are {', '.join(there)}")
+            elif value and not override.is_delete() and value not in [*there, "base"]:
+                hint = suggest(value, there)
                 problems.append(f"{group}={value}: there is none{hint}; there are {', '.join(there)}")
         elif not is_known(override.key_or_group):
             problems.append(f"{override.key_or_group} is read by nothing{hint_for(override.key_or_group)}")
+        elif isinstance(value, dict | list):  # where Hydra might not take it
+            problems += wrong_with(override.key_or_group, value)
     problems.raise_if_any()
+
+
+def wrong_with(key: str, value: Any) -> list[str]:
+    """What the schema says against the value of a key, what is below it apart."""
+    *sections, last = key.split(".")
+    values: dict[str, Any] = {last: value}
+    for section in reversed(sections):
+        values = {section: values}
+    try:
+        checked(Config, values)
+    except UserError as error:
+        return [line for line in str(error).splitlines() if line.startswith(f"{key}=")]
+    return []
 
 
 def is_known(key: str) -> bool:
@@ -400,9 +449,17 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
         classes.trainer.check(config, classes.binding)
     with problems.collected():
         if "sae" in classes.binding.needs:
-            require_sae(config, f"loss={config.loss.name}")
+            require_sae(config, what_reads_sae(config, classes.binding))
     problems.raise_if_any()
     return config, classes
+
+
+def what_reads_sae(config: Config, binding: Binding) -> str:
+    """What a run needs its SAE for: its loss, a term, or the ablation of features."""
+    for part in binding.parts():
+        if any("sae" in NEEDS.get(i.quantity, ()) for i in part.inputs):
+            return f"loss={config.loss.name}" if part is binding else part.where
+    return "sae.ablate"
 
 
 def with_ablation(config: Config, classes: RunClasses, problems: Problems) -> RunClasses:
@@ -431,6 +488,11 @@ def run_classes(loss: LossSettings, terms: dict[str, TermSettings]) -> RunClasse
         raise UserError(f"loss={loss.name} needs a trainer of yours: ++loss.trainer=path/to/file.py:Class")
     trainer = load_class(loss.trainer, trainers, "loss.trainer")
     loader = load_class(loss.dataloader, dataloader, "loss.dataloader")
+    for key, kind, base in (("trainer", trainer, loop.BasicTrainer), ("dataloader", loader, dataloader.DataLoader)):
+        if not issubclass(kind, base):
+            raise UserError(f"loss.{key}={getattr(loss, key)}: not a subclass of {base.__module__}.{base.__name__}")
+    if not callable(getattr(trainer, "loss", None)):
+        raise UserError(f"loss.trainer={loss.trainer}: {trainer.__name__} has no method `loss`")
     binding = bind(trainer, loader.records, loss)
     added = []
     for name, own in terms.items():
@@ -442,8 +504,40 @@ def run_classes(loss: LossSettings, terms: dict[str, TermSettings]) -> RunClasse
 
 def classes_of_loss(name: str) -> RunClasses:
     """Those of a loss of this repo, with its YAML as it is."""
-    values: Any = OmegaConf.to_container(OmegaConf.load(REPO / f"config/loss/{name}.yaml"))
-    return run_classes(checked(LossSettings, values, "loss"), {})
+    return run_classes(checked(LossSettings, default_values("loss", name), "loss"), {})
+
+
+def settings_of(section: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The keys of a loss or a term, as `loss/fpo`, with their defaults, and what each may be: from its YAML, the
+    signatures that it names, and the settings of all losses or terms."""
+    group, _, name = section.partition("/")
+    kinds_of: list[type[Settings]] = [LossSettings if group == "loss" else TermSettings]
+    values = default_values(group, name)
+    if group == "term":
+        function = load_function(values["function"], trainers, f"term.{name}.function")
+        kinds_of.append(hyperparameters_of_term(function))
+    elif values["trainer"] is not None:
+        kinds_of.append(run_classes(checked(LossSettings, values, "loss"), {}).binding.settings)
+    defaults = {key: field.default for kind in kinds_of for key, field in kind.model_fields.items()}
+    values |= {key: value for key, value in defaults.items() if key not in values and value is not PydanticUndefined}
+    return values, {key: text for kind in kinds_of for key, text in kinds(kind).items()}
+
+
+def yaml_files(group: str, name: str) -> list[Path]:
+    """The YAML file of a loss or a term, after those that it builds on."""
+    file = REPO / f"config/{group}/{name}.yaml"
+    values: Any = OmegaConf.load(file)
+    below = [own for own in values.get("defaults", []) if own != "_self_"]
+    return [*(path for own in below for path in yaml_files(group, own)), file]
+
+
+def default_values(group: str, name: str) -> dict[str, Any]:
+    """The values in these files."""
+    found: dict[str, Any] = {}
+    for file in yaml_files(group, name):
+        values: Any = OmegaConf.to_container(OmegaConf.load(file))
+        found |= values.get(group, values)  # a file may set keys outside its section
+    return {key: value for key, value in found.items() if key != "defaults"}
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -8,14 +8,15 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from utils import REPO, collect_garbage_rarely, end_with_parent
+from utils import REPO, UserError, collect_garbage_rarely, end_with_parent, written
 
 WIDTH = 100
 
 
 def begin(usage: str, sections: Sequence[str], *, groups: Sequence[str] = ()) -> None:
     """Print the help and end, where the command line asks for it: the usage, what the groups offer, the keys in some
-    sections of config.yaml and, as `model`, of model/base.yaml, and those of the loss that the command line names."""
+    sections of config.yaml and, as `model`, of model/base.yaml, and those of losses and terms that the command line
+    names."""
     if "RANK" in os.environ:
         end_with_parent()
         if launcher_is_gone():
@@ -25,9 +26,13 @@ def begin(usage: str, sections: Sequence[str], *, groups: Sequence[str] = ()) ->
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     collect_garbage_rarely()
     if {"-h", "--help"} & set(sys.argv[1:]):
-        losses = [word.partition("=")[2] for word in sys.argv if re.fullmatch(r"loss=[\w-]+", word)]
-        named = [f"loss/{name}" for name in losses if (REPO / f"config/loss/{name}.yaml").is_file()]
-        print(usage.strip(), *map(choices, groups), *map(keys, [*sections, *named]), sep="\n\n")
+        chosen = re.findall(r"^\+*(loss|term)=\[?([\w,-]+)\]?$", "\n".join(sys.argv), re.MULTILINE)
+        named = [f"{group}/{name}" for group, names in chosen for name in names.split(",")]
+        named = [section for section in named if (REPO / f"config/{section}.yaml").is_file()]
+        try:
+            print(usage.strip(), *map(choices, groups), *map(keys, sections), *map(own_keys, named), sep="\n\n")
+        except UserError as error:  # a loss of the user's that does not fit its YAML
+            sys.exit(str(error))
         sys.exit(0)
 
 
@@ -60,19 +65,41 @@ def keys(section: str) -> str:
     from launch.schema import kinds
 
     allowed = kinds()
-    group = section.partition("/")[0]
-    prefix = f"{group}." if group in ("model", "loss") else ""
-    file = {"model": "model/base.yaml", "loss": f"{section}.yaml"}.get(group, "config.yaml")
-    text = (REPO / "config" / file).read_text()
+    prefix = "model." if section == "model" else ""
+    text = (REPO / "config" / ("model/base.yaml" if prefix else "config.yaml")).read_text()
     if not prefix:
         text = re.split(r"^# ", text.partition(f"\n# {section}")[2].partition("\n")[2], flags=re.MULTILINE)[0]
-    lines = [section.replace("/", "=") + ":"]
-    parents: list[str] = []
+    found = [(f"{prefix}{name}", value, comment) for name, value, comment in yaml_lines(text)]
+    return "\n".join([f"{section}:", *(line(*own, allowed.get(own[0], "text")) for own in found)])
+
+
+def own_keys(section: str) -> str:
+    """The keys of a loss or a term, such as `loss/fpo`: its signature says what each may be."""
+    from launch.settings import settings_of, yaml_files  # takes the time of all imports
+
+    group, _, name = section.partition("/")
+    values, allowed = settings_of(section)
+    lines = [own for file in yaml_files(group, name) for own in yaml_lines(file.read_text())]
+    comments = {key.rpartition(".")[2]: comment for key, _, comment in lines if comment}
+    prefix = "loss" if group == "loss" else f"term.{name}"
+    found = [
+        line(f"{prefix}.{key}", written(value), comments.get(key, ""), allowed.get(key, "text"))
+        for key, value in values.items()
+    ]
+    return "\n".join([f"{group}={name}:", *found])
+
+
+def yaml_lines(text: str) -> list[tuple[str, str, str]]:
+    """Key, value and comment of each line of a YAML file that has a value, and not one that the user has to choose."""
+    found, parents = [], list[str]()
     for indent, name, value, comment in re.findall(r"^( *)(\w+): *(.*?) *(?:# (.*))?$", text, re.MULTILINE):
         parents[len(indent) // 2 :] = [name]
-        if value not in ("", "???"):  # else a section, or what the user has to choose
-            key = prefix + ".".join(parents)
-            given, kind = f"{key}={value}", allowed.get(key, "text")
-            notes = [comment, "" if kind == "text" else f"[{kind}]"]
-            lines.append(f"  {given:<42} {' '.join(filter(None, notes))}".rstrip())
-    return "\n".join(lines)
+        if value not in ("", "???"):
+            found.append((".".join(parents), value, comment))
+    return found
+
+
+def line(key: str, value: str, comment: str, kind: str) -> str:
+    """A line of the help."""
+    notes = [comment, "" if kind == "text" else f"[{kind}]"]
+    return f"  {f'{key}={value}':<42} {' '.join(filter(None, notes))}".rstrip()

@@ -13,7 +13,7 @@ from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
 from launch.completions import draw, prompts_of, write_completions
-from launch.report import SAE_FIGURES, read_lines
+from launch.report import SAE_FIGURES, SUMMARY, read_lines, sealed
 from launch.schema import Config
 from sampling.diversity import log_likelihoods
 from sampling.generate import Decoding, Request, Sample
@@ -35,7 +35,7 @@ def write_summary(trainer: BasicTrainer, config: Config, start_weights: Path) ->
     figures["seconds"] = trainer.seconds()
     figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if parallel.rank() == 0:
-        write_json(trainer.run.folder / "summary.json", figures)
+        write_json(trainer.run.folder / SUMMARY, sealed(figures))
         if learnt_little(evaluations, len(trainer.loaders["eval"].used())):
             console.print(
                 "The held-out loss and accuracies moved less than noise: this run learnt next to nothing. "

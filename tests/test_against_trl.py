@@ -224,10 +224,9 @@ def test_loss_and_gradients_equal_trl(tmp_path: Path, moved: Path, loss: str) ->
     other = theirs(kind, ours.loaders["train"], tmp_path, moved, **options)
     assert_same(our_step(ours), their_step(other))
     if loss == "kto":
-        assert (
-            ours.mismatched_mean is not None and ours.mismatched_mean > 0.1
-        )  # so it is not the clamp that makes them equal
-        assert other._metrics["train"]["kl"] == pytest.approx([float(ours.mismatched_mean)], rel=1e-4)
+        assert ours.mismatched_means is not None and ours.mismatched_means.logratio is not None
+        assert ours.mismatched_means.logratio > 0.1  # so it is not the clamp that makes them equal
+        assert other._metrics["train"]["kl"] == pytest.approx([float(ours.mismatched_means.logratio)], rel=1e-4)
 
 
 def test_dpo_with_nll_equals_trl(tmp_path: Path, moved: Path) -> None:
@@ -497,7 +496,7 @@ def z_of(trainer: BasicTrainer) -> list[float]:
     found = []
     for step, batches in enumerate(trainer.loaders["train"].steps()):
         trainer.before_step("train", step, batches)
-        z = QUANTITIES["kl"](LossContext(batches[0], None, mismatched_mean=trainer.mismatched_mean))
+        z = QUANTITIES["kl"](LossContext(batches[0], None, mismatched=trainer.mismatched_means))
         assert not z.requires_grad and len(z.unique()) == 1
         found.append(float(z[0]))
     return found

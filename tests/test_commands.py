@@ -206,8 +206,8 @@ def test_the_lines_spelling_of_a_key_works(tmp_path):
 
 
 def test_help_lists_the_choices_and_the_keys_of_a_loss():
-    out = command("train.py", "loss=fpo", "--help").stdout
-    for words in ("fpo-mse", "gemma2b", "quickstart", "  resume=auto", "  loss.alpha=0.5"):
+    out = command("train.py", "loss=fpo", "+term=[nll,features]", "--help").stdout
+    for words in ("fpo-mse", "gemma2b", "quickstart", "  resume=auto", "  loss.alpha=0.5", "  term.nll.weight=1.0"):
         assert words in out
     assert "[number >= 0 or null]" in next(line for line in out.splitlines() if line.startswith("  lr=null"))
 

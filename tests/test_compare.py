@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import functools
 import gzip
 import importlib.util
 import io
@@ -8,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,9 +145,8 @@ def test_a_rerun_sends_only_failed_requests(tmp_path: Path, server: FakeServer) 
     assert (first["failed"], first["requests"], len(server.requests)) == (1, 9, 12)
     second = run(samples, server)
     assert (second["total"], second["malformed"], second["failed"], second["requests"]) == (9, 1, 0, 1)
-    third = run(samples, server)
-    assert same(third, second)
-    assert (third["requests"], len(server.requests)) == (0, 13)
+    assert run(samples, server) == second  # the third says nothing new, and adds no line
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2 and len(server.requests) == 13
     run(samples, server, "-j", "another")  # another judge shares no replies
     assert len(server.requests) == 23
 
@@ -263,6 +264,57 @@ def test_results_have_files_of_their_own(tmp_path: Path) -> None:
         (["-r", tmp_path / "y", "--page", tmp_path / "y.verdicts.jsonl"], "its verdicts .* would overwrite --page"),
     ]:
         assert re.search(clash, error_of(*toy, *flags))
+
+
+@pytest.mark.parametrize("names", [("run", "run.jsonl"), ("run.jsonl", "run")])
+def test_results_do_not_share_a_page(tmp_path: Path, names: tuple[str, str]) -> None:
+    samples = write_samples(tmp_path, 2)
+    compare.main(["-f", str(samples), "-j", "toy", "-r", str(tmp_path / names[0])])
+    page = (tmp_path / "run.html").read_text()
+    said = error_of("-f", samples, "-j", "toy", "-r", tmp_path / names[1])
+    assert f"would share its page and its verdicts with {tmp_path / names[0]}" in said
+    assert (tmp_path / "run.html").read_text() == page and not (tmp_path / names[1]).exists()
+
+
+def test_answers_to_questions_without_a_turn_are_named(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "turns": []}')
+    (tmp_path / "a.jsonl").write_text('{"question_id": 1, "model_id": "m", "choices": [{"turns": ["x"]}]}')
+    said = error_of("-f", tmp_path / "a.jsonl", "--questions", tmp_path / "q.jsonl", "-j", "toy")
+    assert f"{tmp_path}/a.jsonl: its answers have no turn" in said
+
+
+def test_a_file_is_compared_once(tmp_path: Path) -> None:
+    samples = write_samples(tmp_path, 2)
+    said = error_of("-f", samples, tmp_path / "." / ".." / tmp_path.name / samples.name, "-j", "toy")
+    assert "-f names one file twice" in said
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_killed_while_it_writes_results_it_adds_no_line_twice(
+    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """After each of its lines, and before its page; what was paid stays in the first line."""
+    paths = [write_samples(tmp_path, 3, f"{name}.json", name) for name in ("one", "two")]
+    asked = ["-f", *map(str, paths), "-r", str(tmp_path / "r.jsonl"), "-j", "m", "--base_url", server.url]
+    done = iter(range(9))
+
+    def dies(work: Any, *given: Any, **options: Any) -> Any:
+        if next(done) == place:
+            raise KeyboardInterrupt
+        return work(*given, **options)
+
+    for name in ("append_json_line", "write_text"):
+        monkeypatch.setattr(compare, name, functools.partial(dies, getattr(compare, name)))
+    with pytest.raises(SystemExit):
+        compare.main(asked)
+    monkeypatch.undo()
+    compare.main(asked)
+    compare.main(asked)
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [line["exp_name"] for line in lines] == ["one", "two"]
+    assert (lines[0]["requests"] > 0) == (place > 0)
+    compare.main([*asked, "-s", "1"])
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_place_that_cannot_be_written_costs_nothing(tmp_path: Path, server: FakeServer) -> None:
@@ -720,7 +772,8 @@ def test_bad_files_of_recorded_verdicts(tmp_path: Path) -> None:
     path.write_text(json.dumps([row | {"preference": "m"}]))
     assert "row 0: `preference` is 'm', not a number" in error_of("-f", path, "-j", "recorded")
     path.write_text(json.dumps([row | {"preference": 1}]))
-    assert "2 of the files hold verdicts on output_2 against output_1" in error_of("-f", path, path, "-j", "recorded")
+    other = shutil.copy(path, tmp_path / "other.json")
+    assert "2 of the files hold verdicts on output_2 against output_1" in error_of("-f", path, other, "-j", "recorded")
     assert "holds no recorded verdicts" in error_of("-f", write_samples(tmp_path, 1), "-j", "recorded")
 
 
@@ -1019,6 +1072,7 @@ def test_any_file_of_answers_is_compared_or_named(tmp_path_factory: pytest.TempP
         paths[-1].write_text(json.dumps(content))
     questions = folder / "questions.jsonl"
     questions.write_text(json.dumps({"question_id": 1, "turns": ["x", "y"]}))
+    (folder / "results.jsonl").unlink(missing_ok=True)  # whose every line is read before one is added
     more = draw.choice([[], ["--against", str(paths[1])], ["--round_robin"], ["-v"]])
     files = paths if draw.random() < 0.3 else paths[:1]
     flags = ["-f", *map(str, files), "-j", draw.choice(["toy", "recorded"]), "-r", str(folder / "results.jsonl")]

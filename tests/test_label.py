@@ -283,10 +283,31 @@ def test_labels_are_the_same_on_two_ranks(plain_run, tmp_path):
         (["++as=triples"], "as=triples: not one of pairs, binary, best, advantages"),
         (["++min_margin=1e9"], "nothing to write to {folder}/y.jsonl: 0 rows (pairs) from 12 prompts; rewards mean"),
         (["++model.name_or_path=assets/tiny"], "assets/tiny: no reward model (Gemma2ForCausalLM)"),
+        (["++files=[{folder}/x.json,{folder}/x.json]"], "files names one file twice: {folder}/x.json, {folder}/x.json"),
+        (["++files=[{folder}/x.json,{folder}/./x.json]"], "files names one file twice"),
+        (
+            ["++files=[{folder}/x.json,{folder}/link.json]"],
+            "names one file twice: {folder}/x.json, {folder}/link",
+        ),
+        (["++threshold=0.5"], "threshold=0.5 does nothing with as=pairs; it is for as=binary"),
+        (["++as=binary", "++min_margin=0.5"], "min_margin=0.5 does nothing with as=binary; it is for as=pairs"),
+        (["++as=best", "++rejected=random"], "rejected=random does nothing with as=best; it is for as=pairs"),
+        (["++n_examples=4"], "n_examples does nothing with mode=label; it is for train, plan, online, features"),
+        (["++files=[{folder}/alone.json]"], "as=pairs compares answers to the same prompt, and each prompt has one"),
+        (["++files=[{folder}/alone.json]", "++as=advantages"], "as=advantages compares answers to the same prompt"),
+        (["++files=[{folder}/alone.json]", "++as=binary"], "draws four; as=binary ++threshold=NUMBER needs none"),
+        (["++labels={folder}/link.jsonl"], "link.jsonl is a link to mine.jsonl; move it, or write to another place"),
+        (["++labels={folder}/linked.jsonl"], "linked.rewards.jsonl is a link to mine.jsonl"),
     ],
 )
-def test_a_wrong_word_is_named(overrides, message, plain_run, tmp_path):
+def test_a_wrong_word_is_named(overrides, message, plain_run, tmp_path, monkeypatch):
+    """Before a weight is read, if that is not what it takes to know."""
+    if not message.startswith("nothing to write"):
+        monkeypatch.setattr(rewards.RewardModel, "load", None)
     samples = write_samples(tmp_path / "x.json", ANSWERS)
+    write_samples(tmp_path / "alone.json", [(prompt, own[:1]) for prompt, own in ANSWERS])
+    for name, target in (("link.json", "x.json"), ("link.jsonl", "mine.jsonl"), ("linked.rewards.jsonl", "mine.jsonl")):
+        (tmp_path / name).symlink_to(target)
     write_samples(tmp_path / "refused.json", [("refused", [None, " "])])
     (tmp_path / "mine.jsonl").write_text("{}\n")
     (tmp_path / "theirs.made.json").write_text("[]")
@@ -313,9 +334,22 @@ def test_a_strangers_run_does_not_say_what_is_written(plain_run, tmp_path):
         read_config(run, ["++mode=label"])
 
 
-def test_an_answer_that_cannot_be_read_is_counted(plain_run, tmp_path):
-    samples = write_samples(tmp_path / "x.json", [*ANSWERS, ("Repeat: salt", ["Sure! salt", "<eos> salt", None])])
-    rows, made = write(plain_run("bradley-terry"), samples, tmp_path / "y.jsonl")
-    assert len(rows) == 12
+@pytest.mark.parametrize("kind", ["run", "classifier"])
+def test_an_answer_that_cannot_be_read_is_counted(kind, plain_run, classifier, tmp_path):
+    odd = [("Repeat: salt", ["Sure! salt", "salt \ud83d", None]), ("Repeat: \ud83d", ["Sure! ", "salt"])]
+    samples = write_samples(tmp_path / "x.json", [*ANSWERS, *odd, ("Repeat: tea", ["tea", "<eos> tea"])])
+    rows, made = write(plain_run("bradley-terry") if kind == "run" else classifier, samples, tmp_path / "y.jsonl")
+    assert len(rows) == (12 if kind == "run" else 13)
     held = "the completion holds the end-of-sequence token <eos> inside its text"
-    assert made["figures"]["left_out"] == {held: 1, "no answer": 1}
+    told = {"the prompt or the answer is not valid Unicode": 3, "no answer": 1} | ({held: 1} if kind == "run" else {})
+    assert made["figures"]["left_out"] == told
+
+
+def test_rewards_that_are_no_numbers_are_not_taken_from_the_log(plain_run, tmp_path):
+    run, samples = plain_run("bradley-terry"), write_samples(tmp_path / "x.json", ANSWERS[:3])
+    whole, _ = write(run, samples, tmp_path / "y.jsonl")
+    log = tmp_path / "y.rewards.jsonl"
+    for value in ("NaN", "1e999", "-Infinity", "null"):
+        lines = [json.loads(line) for line in log.read_text().splitlines()][:9]
+        log.write_text("".join(f'{{"key": "{line["key"]}", "reward": {value}}}\n' for line in lines))
+        assert write(run, samples, tmp_path / "y.jsonl")[0] == whole

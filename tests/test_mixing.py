@@ -106,9 +106,15 @@ def test_weights_that_make_no_mixture_are_named(tmp_path, tokenizer):
     for entry in ({"weight": 0}, {"weight": "much"}, {"weigth": 1}, {}):
         with pytest.raises(UserError, match=r"a name, a file or \{name: hh, weight: 0\.3\}, the weight above 0"):
             make_config(tmp_path, datasets=[{"name": file, **entry}])
-    twice = make_config(tmp_path, datasets=[{"name": file, "weight": 0.5}, file], eval_datasets=["toy"])
-    with pytest.raises(UserError, match=r"datasets names .*a\.jsonl twice, with other weights"):
-        load_tokens(twice, "train", tokenizer, PairedPreferenceDataLoader)
+    (tmp_path / "link.jsonl").symlink_to(file)
+    for other, message in (
+        (file, r"datasets names .*a\.jsonl twice; \{name: .*, weight: 2\} gives its rows twice as often"),
+        (f"{tmp_path}/./a.jsonl", r"datasets names one file twice: .*a\.jsonl, .*a\.jsonl"),
+        (f"{tmp_path}/link.jsonl", r"datasets names one file twice: .*a\.jsonl, .*link\.jsonl"),
+    ):
+        twice = make_config(tmp_path, datasets=[{"name": file, "weight": 0.5}, other], eval_datasets=["toy"])
+        with pytest.raises(UserError, match=message):
+            load_tokens(twice, "train", tokenizer, PairedPreferenceDataLoader)
 
 
 def test_a_mixed_run_is_stopped_and_goes_on(tmp_path):
@@ -188,11 +194,18 @@ def test_weights_of_labelled_completions_and_conversations(tmp_path):
         {"messages": talk, "weight": 0},
         {"prompt": "p", "completion": "d", "label": False, "weight": -1},
         {"prompt": "p", "completion": "e", "label": False, "weight": "heavy"},
+        {"prompt": "p", "completion": "f", "label": False, "weight": 1e300},
+        {"prompt": "p", "completion": "g", "label": False, "weight": 1e-320},
+        {"prompt": "p", "completion": "h", "label": False, "score": -1e300},
     ]
     data = dataloader.read_file(tmp_path / write(tmp_path / "x.jsonl", rows))
     assert [record.get("weight") for record in UnpairedPreferenceDataLoader.records(data)] == [2, 0.5, None]
     assert [record.get("weight") for record in SFTDataLoader.records(data)] == [2, 0]
-    assert data.bad.counts == {"'weight' is below 0": 1, "'weight' is not a number": 1}
+    assert data.bad.counts == {
+        "'weight' is neither 0 nor from 1e-06 to 1e+06": 3,
+        "'weight' is not a number": 1,
+        "'score' is beyond 1e+09": 1,
+    }
 
 
 def test_data_without_weights_has_none_in_its_batches(tmp_path):

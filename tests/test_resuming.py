@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -86,7 +87,7 @@ def files_of(path):
     for file in sorted(path.rglob("*")):
         content = file.readlink() if file.is_symlink() else file.read_bytes() if file.is_file() else None
         if file.name in ("summary.json", "trainer.json"):
-            own = ("seconds", "peak_rss_mb", "config")  # the configuration has the run's name
+            own = ("seconds", "peak_rss_mb", "digest", "config")  # the configuration has the run's name
             content = {key: value for key, value in json.loads(content).items() if key not in own}
         if file.suffix == ".safetensors":  # the order of its metadata is random
             content = {key: tensor.numpy().tobytes() for key, tensor in load_file(file).items()}
@@ -470,6 +471,55 @@ def test_a_manifest_that_names_other_files_is_not_followed(tmp_path, content):
     with pytest.raises(UserError, match=r"manifest\.json: does not list the files of a run"):
         run(tmp_path, "loss=sft", "exp_name=work", "resume=never")
     assert (tmp_path / "other").is_dir()
+
+
+@pytest.mark.parametrize("key", ["loss.trainer", "loss.dataloader", "+term.own"])
+def test_code_that_changed_under_a_run_is_named(tmp_path, key):
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "from dataloader import PairedPreferenceDataLoader\nfrom trainers import SimPOTrainer\n"
+        "class Mine(SimPOTrainer): pass\nclass Data(PairedPreferenceDataLoader): pass\n"
+        "def own(policy_logps): return -policy_logps\n"
+    )
+    named = {"loss.trainer": "Mine", "loss.dataloader": "Data", "+term.own": "own"}[key]
+    value = f"{code}:{named}" if key != "+term.own" else f"{{function: '{code}:own', weight: 1}}"
+    options = ["loss=simpo", "n_examples=8", "do_first_eval=false", "++max_new_tokens=1", "exp_name=own"]
+    run(tmp_path, *options, f"{key}={value}")
+    code.write_text(code.read_text() + "# another\n")
+    what = "term.own.function" if key == "+term.own" else key
+    with pytest.raises(UserError, match=rf"the code of {what} \(.*mine\.py:{named}\)"):
+        run(tmp_path, *options, f"{key}={value}")
+
+
+@pytest.mark.parametrize("change", ["edited", "cut"])
+def test_a_summary_that_was_changed_is_made_again(copied, folder, change, capsys):
+    path = copied()
+    text = (path / "summary.json").read_text()
+    changed = text[:-9] if change == "cut" else re.sub(r'"loss_after": [\d.]+', '"loss_after": 0.1', text)
+    assert changed != text
+    (path / "summary.json").write_text(changed)
+    assert "0.1</td>" not in report.run_page(path, report.read_lines(path / "metrics.jsonl"))
+    again(path)
+    assert f"{path}/summary.json is not what the run wrote" in capsys.readouterr().out
+    apart = ("seconds", "peak_rss_mb")
+    found, expected = (report.read_summary(own) for own in (path, folder / "whole"))
+    assert {k: v for k, v in found.items() if k not in apart} == {k: v for k, v in expected.items() if k not in apart}
+
+
+def test_a_refused_run_leaves_no_directory(tmp_path):
+    """A run that is there stays, and so does what somebody else put into the new directory."""
+    with pytest.raises(UserError):
+        run(tmp_path, "loss=fpo", "exp_name=a/b", "loss.k=5000")
+    assert not (tmp_path / "a").exists()
+    mine = Run(tmp_path / "a/b")
+    with pytest.raises(KeyError), mine.writing():
+        (tmp_path / "a/note").touch()
+        raise KeyError
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["note"]
+    (tmp_path / "a/b").mkdir()
+    with pytest.raises(KeyError), mine.writing():
+        raise KeyError
+    assert (tmp_path / "a/b").is_dir()
 
 
 def test_what_is_trained_is_not_replaced_for_want_of_a_state(copied):

@@ -35,7 +35,9 @@ real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA
 
 def write(folder, *overrides, path=TINY, name="tiny"):
     """Run eval.py's sampling in this process, of a few toy prompts; the content of the file that it writes."""
-    overrides = [*FAST, "datasets=[toy]", "++n_samples=24", f"++samples_dir={folder}", f"exp_name={name}", *overrides]
+    overrides = [*FAST, "datasets=[toy]", f"++samples_dir={folder}", f"exp_name={name}", *overrides]
+    if not any(own.startswith(("++mode=", "++n_samples=")) for own in overrides):
+        overrides.append("++n_samples=24")  # a benchmark is sampled whole
     config = read_config(path, overrides)
     with mock.patch.dict(dataloader.TOY_ROWS, FEW_ROWS):
         evaluation.write_samples(config, path, overrides)
@@ -365,7 +367,8 @@ def test_the_home_directory_in_every_key_that_is_a_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     paths = ["cache_dir", "data_dir", "samples_dir", "compare_to", "model.name_or_path", "model.load_from"]
     paths += ["model.tokenizer_name_or_path", "model.reference_path", "sae.path", "probe"]
-    overrides = [f'++{key}="~/x"' for key in paths] + ['datasets=["~/a.jsonl"]', 'eval_datasets="~/b.jsonl"']
+    overrides = ["++mode=features", *(f'++{key}="~/x"' for key in paths)]
+    overrides += ['datasets=["~/a.jsonl"]', 'eval_datasets="~/b.jsonl"']
     values = flat(settings.typed(read_config(TINY, overrides)).model_dump())
     assert {values[key] for key in paths} == {"/home/me/x"}
     assert (values["datasets"], values["eval_datasets"]) == (["/home/me/a.jsonl"], "/home/me/b.jsonl")

@@ -138,7 +138,7 @@ def test_a_runs_name_is_one_part_of_a_path(theirs, name):
 def test_how_many_processes_and_which_cache_are_the_commands(theirs, plain_run):
     config = read_config(theirs(nproc=512, cache_dir="/tmp/elsewhere"), [])
     assert (config.nproc, config.cache_dir) == (None, "outputs")
-    own = read_config(plain_run("dpo"), ["++nproc=2"])
+    own = read_config(plain_run("dpo"), ["++mode=eval", "++nproc=2"])
     assert (own.nproc, own.cache_dir) == (2, str(plain_run("dpo").parent))  # where it lies still
 
 

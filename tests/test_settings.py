@@ -16,11 +16,12 @@ from hypothesis import settings as chosen
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from launch import settings
+from launch import settings, startup
 from launch.policies import read_config
+from launch.schema import EVERYWHERE, READ, Config
 from modeling import adapters
 from modeling.settings import ModelSettings
-from utils import UserError, checked, flat
+from utils import UserError, checked, flat, known_keys
 
 LOSSES = ("dpo", "fpo", "kto", "ppo", "sae", "csft")  # between them every kind of hyper-parameter
 
@@ -91,6 +92,119 @@ def test_adapters_for_modules_that_the_model_has_not():
     model = changed(base("dpo"), model__peft__target_modules=["nope"])["model"]
     with pytest.raises(UserError, match=r'model\.peft\.target_modules=\["nope"\]: .*not found'):
         adapters.add(tiny_gemma(), checked(ModelSettings, model), torch.float32)
+
+
+ARGUMENTS = {  # what Hydra would answer with a page of its own
+    "datasets={name: toy}": r'datasets=\{"name": "toy"\}: has to be text or a list',
+    "datasets={toy: 0.3, hh: 0.7}": "datasets=.*: has to be text or a list",
+    "model.peft=[1]": r"model\.peft=\[1\]: has to be keys with values",
+    "stop={a: 1}": "stop=.*: has to be text or a list",
+    "optimizer_options=[1]": r"optimizer_options=\[1\]: has to be keys with values",
+    "sae.parts=[1]": r"sae\.parts=\[1\]: has to be keys with values",
+    "sae={a: 1}": r"sae=\{a: 1\}: has to be one name; there are gemma2b",
+    "sae=3": "sae=3: has to be one name",
+    "loss={beta: 1}": r"loss=\{beta: 1\}: has to be one name; there are .*dpo",
+    "experiment=[a,b]": r"experiment=\[a,b\]: has to be one name; there are online, quickstart",
+    "term.nll=3": r"Could not override 'term\.nll'",
+    "loss.beta.x=1": r"Could not override 'loss\.beta\.x'",
+    "lr=1,2": "Ambiguous value for argument 'lr=1,2'",
+    "~term.nll": "Could not delete from config",
+    "n_samples=4": "n_samples does nothing with mode=train; it is for online, sample, eval, features",
+    "++files=[a.json]": "files does nothing with mode=train; it is for label, rewards",
+    "online.rounds=2": "online does nothing with mode=train; it is for online",
+    "mode=plan ++temperature=0": "temperature does nothing with mode=plan",
+    "experiment=quickstart samples=2": "samples does nothing with mode=train",
+    "experiment=online samples=2": "samples does nothing with mode=online; it is for sample",
+}
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_a_wrong_argument_is_answered_in_a_line(arguments, capsys):
+    given = re.split(r" (?=\S+=)", arguments) if "{" not in arguments else [arguments]
+    chosen_here = any(own.startswith(("loss=", "experiment=")) for own in given)
+    with pytest.raises(SystemExit) as ended:
+        settings.checked_arguments([*([] if chosen_here else ["loss=fpo"]), "model=tiny", *given])
+    assert ended.value.code == 2 and re.match(ARGUMENTS[arguments], capsys.readouterr().out)
+
+
+def test_what_an_experiment_and_a_mode_read_may_be_given():
+    for arguments in (["experiment=online", "online.rounds=2", "n_samples=4"], ["loss=dpo", "model=tiny", "mode=plan"]):
+        assert settings.checked_arguments(arguments) == arguments
+
+
+def test_modes_read_keys_that_there_are():
+    known = {key.partition(".")[0] for key in known_keys(Config)}
+    assert set().union(*READ.values()) | EVERYWHERE == known
+    assert READ.keys() == set(Config.model_fields["mode"].annotation.__args__)
+
+
+def test_an_export_is_called_after_its_run(tmp_path):
+    """So that the samples of two runs' BEST have files of their own."""
+    for run in ("one", "two"):
+        (tmp_path / run / "step-8").mkdir(parents=True)
+        (tmp_path / run / "BEST").symlink_to("step-8")
+        for file in ("config.yaml", "manifest.json", "step-8/config.json"):
+            (tmp_path / run / file).write_text("{}")
+        assert read_config(tmp_path / run / "BEST", []).exp_name == f"{run}-BEST"
+    assert settings.any_model(f"{tmp_path}/one/step-8")[1] == "model.name='one-step-8'"
+    (tmp_path / "one/manifest.json").unlink()
+    assert read_config(tmp_path / "one/step-8", []).exp_name == "step-8"
+
+
+def test_a_key_in_a_list_is_named():
+    steer = changed(base("dpo"), sae__steer=[{"index": 3, "weight": 1.0}, {"index": 17}])
+    with pytest.raises(UserError, match=r"^sae\.steer\[1\]\.weight is missing$"):
+        checked(Config, steer)
+    steer["sae"]["steer"] = [{"index": 3, "weight": "much"}]
+    with pytest.raises(UserError, match=r"^sae\.steer\[0\]\.weight=much: has to be a number$"):
+        checked(Config, steer)
+    steer["sae"]["steer"] = [{"index": 3, "weight": 1.0, "wait": 1}]
+    with pytest.raises(UserError, match=r"^sae\.steer\[0\]\.wait is read by nothing"):
+        checked(Config, steer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss__trainer": "Tensor"}, "loss.trainer=Tensor: not a subclass of training.loop.BasicTrainer"),
+        ({"loss__dataloader": "Batch"}, "loss.dataloader=Batch: not a subclass of dataloader.DataLoader"),
+        ({"loss__trainer": "PairedPreferenceTrainer"}, "PairedPreferenceTrainer has no method `loss`"),
+        ({"sae__ablate": [3]}, r"^sae\.ablate needs an SAE that fits the model"),
+        (
+            {"term": {"f": {"function": "features", "weight": 1.0, "k": 5, "divergence": "kl"}}},
+            r"^term\.f needs an SAE",
+        ),
+    ],
+)
+def test_who_asks_for_what_there_is_not_is_named(changes, message):
+    values = changed(base("dpo"), **changes)
+    values["sae"] |= {"path": None, "layer": None}
+    with pytest.raises(UserError, match=message):
+        settings.check_values(values)
+
+
+@pytest.mark.parametrize("section", [*(f"loss/{name}" for name in settings.choices_of("loss")), "term/features"])
+def test_the_help_says_what_each_key_of_a_loss_may_be(section):
+    """Each key that the checks know, with the default of the run that names nothing else."""
+    lines = startup.own_keys(section).splitlines()[1:]
+    found = dict(re.match(r"  ([\w.]+)=(.*?)(?: {2,}|$| (?=\S+ ))", own).groups() for own in lines)
+    values, kinds = settings.settings_of(section)
+    assert [key.rpartition(".")[2] for key in found] == [*values]
+    assert all(f"[{kinds[key]}]" in own for key, own in zip(values, lines) if kinds[key] != "text")
+
+
+def test_the_help_has_ranges_and_defaults_of_a_loss():
+    def help_of(section):
+        return {own.split("=")[0].strip(): own for own in startup.own_keys(section).splitlines()[1:]}
+
+    fpo, kto, ppo, cdpo = (help_of(f"loss/{name}") for name in ("fpo-mse", "kto", "ppo", "cdpo"))
+    assert re.search(r"loss\.beta=0\.1 .*log-ratios \[number > 0\]", fpo["loss.beta"])
+    assert re.search(r"loss\.divergence=mse .*\[kl\|mse\]", fpo["loss.divergence"])
+    assert re.search(r"loss\.feature_weights=null .*\[text or \[.*\] or null\]", fpo["loss.feature_weights"])
+    assert "[whole number >= 1]" in fpo["loss.k"] and "[number >= 0]" in fpo["loss.lr_at_7b"]
+    assert "[number >= 0 <= 1]" in kto["loss.frac_unique_desirable"] and "[whole number >= 1]" in ppo["loss.ppo_epochs"]
+    assert "[number >= 0 <= 1]" in cdpo["loss.label_smoothing"] and "[number > 0]" in cdpo["loss.beta"]
+    assert "[whole number >= 1]" in help_of("term/features")["term.features.k"]
 
 
 # ------------------------------------------------------------------------------------------------- random values

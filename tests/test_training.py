@@ -187,6 +187,21 @@ def test_any_loss_takes_terms(tmp_path, plain_run):
         assembled(tmp_path, "loss=dpo", mine.replace(", by: 2", ""))
 
 
+@pytest.mark.parametrize("loss", ["kto", "bco"])
+def test_a_term_reads_log_probabilities_beside_log_ratios(tmp_path, loss):
+    """Of the same mismatched completions: one mean does not stand for the other."""
+    (tmp_path / "mine.py").write_text("def both(mismatched_logps, kl):\n    return mismatched_logps + 1000 * kl\n")
+    trainer = assembled(tmp_path, f"loss={loss}", f"+term.mine={{function: '{tmp_path}/mine.py:both', weight: 1}}")
+    micro_batches = next(trainer.loaders["train"].steps())
+    trainer.before_step("train", 0, micro_batches)
+    means = trainer.mismatched_means
+    assert means.logratio == pytest.approx(0, abs=1e-4)  # the policy is the reference
+    expected = torch.cat([trainer.score(batch, None)[1].mean_logps for batch in trainer.mismatched.batches("train", 0)])
+    assert float(means.logps) == pytest.approx(float(expected.detach().mean()), rel=1e-5) and means.logps < -0.5
+    values = trainer.term_values(trainer.binding.terms[0], loop.LossContext(micro_batches[0], None, mismatched=means))
+    assert float(values[0]) == pytest.approx(float(means.logps), abs=0.2)
+
+
 @pytest.mark.parametrize("given", ["policy_logps[:3]", "policy_logps[:0]", "policy_logps.unsqueeze(1)", "None", "1.0"])
 def test_a_term_of_another_shape_is_told(tmp_path, given):
     (tmp_path / "mine.py").write_text(f"def odd(policy_logps):\n    return {given}\n")

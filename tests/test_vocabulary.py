@@ -1,16 +1,27 @@
 """The signature of a loss is its schema."""
 
 from types import SimpleNamespace
+from typing import Annotated
 
 import pytest
 import torch
 from conftest import collate, pairs, random_sae
+from pydantic import AfterValidator, Field
 
 import sae as saes
 import trainers
 from autoencoders.training import SAETrainer
 from dataloader import PairedPreferenceDataLoader, UnpairedPreferenceDataLoader
-from trainers import BradleyTerryTrainer, DPOTrainer, FPOTrainer, KTOTrainer, PairedPreferenceTrainer
+from trainers import (
+    BCOTrainer,
+    BradleyTerryTrainer,
+    DPOTrainer,
+    FPOTrainer,
+    KTOTrainer,
+    PairedPreferenceTrainer,
+    PPOTrainer,
+    SFTTrainer,
+)
 from training.quantities import QUANTITIES, LossContext, bind, bind_term, parse_parameter
 from training.settings import LossSettings, TermSettings
 from utils import UserError, checked
@@ -113,6 +124,37 @@ def test_a_term_that_does_not_fit_is_told():
             term(trainer, trainers.nll)
 
 
+@pytest.mark.parametrize(
+    ("trainer", "parameter"),
+    [
+        (DPOTrainer, "kl"),
+        (DPOTrainer, "mismatched_logps"),
+        (DPOTrainer, "chosen_rewards"),
+        (SFTTrainer, "kl"),
+        (KTOTrainer, "mean_reward"),
+        (KTOTrainer, "values"),
+        (BCOTrainer, "rewards"),
+        (PPOTrainer, "kl"),
+    ],
+)
+def test_what_a_trainer_does_not_have_is_told(trainer, parameter):
+    asks = eval(f"lambda {parameter}: 0")
+    with pytest.raises(UserError, match=rf"asks for '{parameter}', which {trainer.__name__} does not have; it can"):
+        term(trainer, asks)
+
+
+def test_a_reward_model_has_rewards_alone():
+    class Own(BradleyTerryTrainer):
+        def loss(self, chosen_rewards, chosen_logps, rejected_lengths):
+            """Nothing."""
+
+    with pytest.raises(UserError) as error:
+        bound(Own, {**DPO, "trainer": "Own"})
+    message = "Own.loss asks for '{}', which Own does not have; it can have chosen_rewards, rejected_rewards"
+    told = [message.format(name) for name in ("chosen_logps", "rejected_lengths")]
+    assert str(error.value).splitlines()[:2] == told
+
+
 def test_parameters_that_can_be_no_quantity_are_told():
     def any_number(chosen_logps, *more):
         """Nothing."""
@@ -130,6 +172,35 @@ def test_parameters_that_can_be_no_quantity_are_told():
     ):
         with pytest.raises(UserError, match=message):
             term(DPOTrainer, function)
+
+
+ODD = {  # the parameters of a function of somebody's file, and what is said of them
+    "a name that is not there": ("*, by: 'Positve'", r"pull: an annotation has no value \(NameError: name 'Positve'"),
+    "no expression": ("*, by: 'float or or'", r"pull: an annotation has no value \(SyntaxError"),
+    "a name within a type": ("*, by: list['Nope']", r"pull: its hyper-parameter 'by' cannot be checked \(\w+"),
+    "a tensor": ("*, by: torch.Tensor", r"pull: its hyper-parameter 'by' cannot be checked \(PydanticSchema"),
+    "no type": ("*, by: 3", r"pull: its hyper-parameter 'by' cannot be checked \("),
+    "a private name": ("*, _by: float", r"pull: its hyper-parameter '_by' cannot be checked \(NameError"),
+    "pydantic's name": ("*, model_config: float", r"pull: its hyper-parameter 'model_config' cannot be checked \("),
+    "another type's bound": (
+        "*, by: Annotated[str, Field(ge=0)]",
+        r"pull of term\.own: .* cannot check term\.own",
+    ),
+    "a check that fails": (
+        "*, by: Annotated[str, AfterValidator(int.bit_count)]",
+        r"cannot check term\.own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_annotations_end_in_a_line(name):
+    parameters, message = ODD[name]
+    there = {"torch": torch, "Annotated": Annotated, "Field": Field, "AfterValidator": AfterValidator}
+    exec(f"def pull(chosen_logps, {parameters}):\n    return chosen_logps", there)
+    with pytest.raises(UserError, match=message) as error:
+        term(DPOTrainer, there["pull"], by="a")
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_what_is_to_be_learnt():

@@ -15,6 +15,7 @@ be trusted: safetensors, JSON, and a policy.pt of plain tensors that `torch.load
 
 import contextlib
 import json
+import os
 import re
 import secrets
 import shutil
@@ -83,6 +84,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.states = folder / "state"
+        self.made: list[Path] = []  # directories that were not there before, the inner first
         self.state: Path | None = None  # that the run goes on from,
         self.place: dict[str, Any] = {}  # and where it stood
         self.inputs: dict[str, str] = {}  # digests of all that it is trained from
@@ -103,24 +105,38 @@ class Run:
         with contextlib.ExitStack() as stack:
             for lock in held:
                 stack.enter_context(lock)
+                stack.callback(self.remove_if_empty)
             stack.callback(lambda: self.pending and self.pending.exception())  # where training ended in an error
             yield
 
     def lock(self) -> IO[bytes]:
         """The lock on the directory: an open file; closing it, or the end of the process, unlocks."""
+        path = self.folder / ".lock"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            held = open_in_place(self.folder / ".lock")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder} ({error}); cache_dir= names another place") from error
-        try:
-            lock(held, self.folder, wait=False)
+            while True:  # until it is there when it is locked: the other process may have removed it
+                self.made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    held = open_in_place(path)
+                    lock(held, self.folder, wait=False)
+                    if os.path.samestat(path.stat(), os.fstat(held.fileno())):
+                        break
         except BlockingIOError as error:
             message = f"{self.folder}: another process is writing to this run; use another exp_name"
             raise UserError(message) from error
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder} ({error}); cache_dir= names another place") from error
         for folder in (self.folder, self.states, self.folder / "features"):
             remove_litter(folder)
         return held
+
+    def remove_if_empty(self) -> None:
+        """Remove the directories that were made for a run of which nothing came."""
+        if self.made and [path.name for path in self.folder.iterdir()] == [".lock"]:
+            (self.folder / ".lock").unlink()
+            with contextlib.suppress(OSError):  # something else came into one
+                for folder in self.made:
+                    folder.rmdir()
 
     def manifest(self) -> dict[str, Any] | None:
         """The run's `id` and its `files`: names in the directory. None where there is no run.

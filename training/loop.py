@@ -40,7 +40,7 @@ from training.metrics import (
     evaluation_table,
     of_data_set,
 )
-from training.quantities import OF_TOKENS, Binding, LossContext, Term
+from training.quantities import OF_TOKENS, Binding, LossContext, MismatchedMeans, Term
 from training.reference import Reference, ReferenceCache
 from training.settings import TrainingSettings
 from training.throughput import Flops, ThroughputMeter
@@ -179,6 +179,7 @@ class BasicTrainer:
     trains_policy: ClassVar[bool] = True  # a language model, which terms can be added for and samples drawn from
     can_plan: ClassVar[bool] = True  # mode=plan can count what it takes
     can_grow: ClassVar[bool] = True  # more data only adds steps at the end
+    gives: ClassVar[frozenset[str]] = frozenset()  # quantities that a loss may ask for, of those that only some have
     passes = 1  # updates from each step of the training data
 
     def __init__(self, setup: Setup) -> None:
@@ -187,7 +188,7 @@ class BasicTrainer:
         self.device = parallel.device()
         self.policy, self.sae, self.tap = setup.policy, setup.sae, setup.tap
         self.loaders, self.references, self.load = setup.loaders, setup.references, setup.load
-        self.mismatched_mean: Tensor | None = None  # what some trainers add to the context of a loss
+        self.mismatched_means: MismatchedMeans | None = None  # what some trainers add to the context of a loss
         self.mean_reward: Tensor | None = None
         self.value_head: nn.Module | None = None
         self.module = self.trained_module()
@@ -317,7 +318,7 @@ class BasicTrainer:
         tokens, that of a term is one over records.
         """
         batch, scores = self.score(batch, self.references.get(split))
-        context = LossContext(batch, scores, self.sae, self.mismatched_mean, self.mean_reward, self.value_head)
+        context = LossContext(batch, scores, self.sae, self.mismatched_means, self.mean_reward, self.value_head)
         quantities = self.binding.compute(context)
         result = self.loss(**self.inputs(self.binding, quantities, batch), **self.binding.options["loss"])
         losses, *rewards = result if isinstance(result, tuple) else (result,)

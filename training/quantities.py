@@ -17,10 +17,10 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
-from pydantic import AfterValidator, create_model
+from pydantic import BeforeValidator, create_model
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
@@ -37,7 +37,14 @@ def list_or_file(value: Any) -> Any:
     return value
 
 
-FeatureWeights = Annotated[Any, AfterValidator(list_or_file)]  # once the SAE is read, a tensor
+FeatureWeights = Annotated[str | list[Any] | None, BeforeValidator(list_or_file)]  # once the SAE is read, a tensor
+
+
+class MismatchedMeans(NamedTuple):
+    """Means over each prompt of an optimiser step with another record's completion, [] each."""
+
+    logps: Tensor  # of the log-probability per token
+    logratio: Tensor | None  # of the summed log-ratio, where there is a reference
 
 
 @dataclass
@@ -47,7 +54,7 @@ class LossContext:
     batch: Batch
     policy: Any  # models.Scores; models.RewardScores of a reward model
     sae: saes.SAE | None = None
-    mismatched_mean: Tensor | None = None  # of the whole optimiser step (`MismatchedMean`)
+    mismatched: MismatchedMeans | None = None
     mean_reward: Tensor | None = None  # of all steps so far
     value_head: nn.Module | None = None
 
@@ -77,7 +84,9 @@ def lengths(e: LossContext) -> Tensor:
     return e.policy.lengths
 
 
-def feature_drift(e: LossContext, *, divergence: str, k: Count, feature_weights: FeatureWeights = None) -> Tensor:
+def feature_drift(
+    e: LossContext, *, divergence: Literal["kl", "mse"], k: Count, feature_weights: FeatureWeights = None
+) -> Tensor:
     """How far the completion's pooled SAE features are from the reference's (`sae.compute_feature_drift`)."""
     assert e.sae is not None and e.policy.residual is not None
     reference = e.batch.reference["features"]
@@ -88,7 +97,7 @@ def feature_drift(e: LossContext, *, divergence: str, k: Count, feature_weights:
         reference,
         divergence=divergence,
         k=k,
-        feature_weights=feature_weights,
+        feature_weights=cast(Any, feature_weights),
     )
 
 
@@ -119,14 +128,14 @@ def desirable(e: LossContext) -> Tensor:
 def kl(e: LossContext) -> Tensor:
     """KTO's z, one number for all sequences of an optimiser step: the mean log-ratio of each prompt with another
     record's completion, and at least 0."""
-    assert e.mismatched_mean is not None
-    return e.mismatched_mean.clamp(min=0).expand(e.batch.num_sequences)
+    assert e.mismatched is not None and e.mismatched.logratio is not None
+    return e.mismatched.logratio.clamp(min=0).expand(e.batch.num_sequences)
 
 
 def mismatched_logps(e: LossContext) -> Tensor:
     """The mean log-probability per token of these completions, one number for all sequences of an optimiser step."""
-    assert e.mismatched_mean is not None
-    return e.mismatched_mean.expand(e.batch.num_sequences)
+    assert e.mismatched is not None
+    return e.mismatched.logps.expand(e.batch.num_sequences)
 
 
 def mean_reward(e: LossContext) -> Tensor:
@@ -213,6 +222,7 @@ OF_TOKENS = {  # those that are [N]
     "advantages",
     "returns",
 }
+OF_SOME = {"kl", "mismatched_logps", "mean_reward", "rewards", "values", "advantages", "returns"}  # `gives` says whose
 NEEDS = {  # what has to be there before the first step, for those that take more than the policy's own scores
     "reference_logps": {"reference"},
     "reference_mean_logps": {"reference"},
@@ -244,6 +254,7 @@ class Binding:
     inputs: tuple[Input, ...]
     options: dict[str, dict[str, Any]]  # hyper-parameters of `__init__`, `loss`, the loader and each quantity
     needs: frozenset[str]  # of "reference", "live_reference", "sae", "mismatched", "log_squares"
+    settings: type[Settings]  # that check the hyper-parameters
     terms: tuple["Term", ...] = ()  # that are added to the loss
 
     def quantities(self) -> set[str]:
@@ -295,19 +306,35 @@ def parse_parameter(parameter: str) -> Input | None:
 
 
 def keyword_only(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The hyper-parameters of a function: its keyword-only parameters."""
-    parameters = inspect.signature(function, eval_str=True).parameters
+    """The hyper-parameters of a function: its keyword-only parameters. Raises UserError for annotations that name
+    nothing."""
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters
+    except Exception as error:  # an annotation is any expression
+        raise UserError(f"{name_of(function)}: an annotation has no value ({told(error)})") from error
     return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def told(error: Exception) -> str:
+    """An error's kind and its first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def sides_of(trainer: Any, quantity: str) -> tuple[str | None, ...]:
-    """Of which sides the losses of a trainer may ask for a quantity."""
+    """Of which sides the losses of a trainer may ask for a quantity: of none, where it does not have that."""
+    if quantity not in trainer.gives and (trainer.is_reward or quantity in OF_SOME):
+        return ()
     return trainer.token_sides if quantity in OF_TOKENS else trainer.sides
 
 
 def sides_in_term(trainer: Any, quantity: str) -> tuple[str | None, ...]:
     """The same of terms, which may ask for the values of all sequences of pairs too."""
-    return tuple(dict.fromkeys([None, *sides_of(trainer, quantity)]))
+    sides = sides_of(trainer, quantity)
+    return tuple(dict.fromkeys([None, *sides])) if sides else ()
 
 
 SidesOf = Callable[[Any, str], tuple[str | None, ...]]
@@ -372,7 +399,8 @@ def match(
         found = parse_parameter(parameter.name)
         if found is None or found.side not in sides(trainer, found.quantity):
             known = known_parameters(trainer, sides)
-            hint = suggest(parameter.name, known)
+            lacks = found is not None and not sides(trainer, found.quantity)
+            hint = f", which {trainer.__name__} does not have" if lacks else suggest(parameter.name, known)
             problems.append(f"{asking} asks for {parameter.name!r}{hint}; it can have {', '.join(known)}")
         else:
             inputs.append(found)
@@ -380,13 +408,16 @@ def match(
     quantities = dict.fromkeys(i.quantity for i in inputs)
     readers |= {quantity: QUANTITIES[quantity] for quantity in quantities}
     wanted = {reader: keyword_only(function) for reader, function in readers.items()}
-    owner = asking.removesuffix(".loss")
+    owner, settings = asking.removesuffix(".loss"), Settings
     try:
-        checked(hyperparameters(owner, tuple(readers.values())), values, where)
+        settings = hyperparameters(owner, tuple(readers.values()))
+        checked(settings, values, where)
     except UserError as error:
         takes = ", ".join(sorted({key for parameters in wanted.values() for key in parameters})) or "none"
         unread = "is read by nothing" in str(error)
         problems.append(f"{error}\nhyper-parameters of {owner}: {takes}" if unread else str(error))
+    except Exception as error:  # a bound that does not go with its type, a check of the user's that fails
+        problems.append(f"{asking}: an annotation of its hyper-parameters cannot check {where}.* ({told(error)})")
     if problems:
         raise UserError("\n".join(problems))
     return Binding(
@@ -394,16 +425,34 @@ def match(
         inputs=tuple(inputs),
         options={reader: {k: values[k] for k in parameters if k in values} for reader, parameters in wanted.items()},
         needs=frozenset(trainer.needs).union(*(NEEDS.get(quantity, set()) for quantity in quantities)),
+        settings=settings,
     )
 
 
 @functools.cache
 def hyperparameters(name: str, readers: tuple[Callable[..., Any], ...]) -> type[Settings]:
-    """The hyper-parameters as settings: the annotation of each keyword-only parameter is its type."""
-    fields: dict[str, Any] = {}
+    """The hyper-parameters as settings: the annotation of each keyword-only parameter is its type. Raises UserError for
+    one that is none, or a name that settings cannot have."""
+    found: type[Settings] = Settings
     for reader in readers:
         for key, parameter in keyword_only(reader).items():
             empty = inspect.Parameter.empty
-            annotation = Any if parameter.annotation is empty else parameter.annotation
-            fields[key] = (annotation, ... if parameter.default is empty else parameter.default)
-    return create_model(name, __base__=Settings, **fields)
+            annotation: Any = Any if parameter.annotation is empty else parameter.annotation
+            field: Any = (annotation, ... if parameter.default is empty else parameter.default)
+            try:
+                found = create_model(name, __base__=found, **{key: field})
+                found.model_rebuild()  # names within a type that are written as text
+                if key not in found.model_fields:
+                    raise NameError("a name that begins with _ is private")
+            except Exception as error:  # pydantic has many kinds
+                raise UserError(
+                    f"{name_of(reader)}: its hyper-parameter {key!r} cannot be checked ({told(error)}); annotate it "
+                    "with a plain type, such as float, or as in trainers.py"
+                ) from error
+    return found
+
+
+def hyperparameters_of_term(function: Callable[..., Tensor]) -> type[Settings]:
+    """The hyper-parameters of a term and of the quantities that it asks for, for whatever loss."""
+    inputs = [parse_parameter(name) for name in inspect.signature(function).parameters]
+    return hyperparameters(function.__name__, (function, *(QUANTITIES[i.quantity] for i in inputs if i)))
