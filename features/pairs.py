@@ -28,8 +28,9 @@ from data import tokenise
 from data.batch import batches_by_length
 from dataloader import DataLoader, short_names
 from distributed import parallel
-from features.measure import Part, decode, described_parts, pieces
+from features.measure import Part, described_parts
 from features.probe import TextRecords, half_of, read_texts, texts_of
+from features.reading import decode, pieces
 from features.report import digits, feature_columns, label, named
 from launch import assembly, settings
 from launch.schema import Config
