@@ -219,20 +219,34 @@ def sampled_texts(
     runs: dict[str, TrainedRun | None],
 ) -> list[Text]:
     """What each run's policy writes, by the kind of text. Each policy's weights in turn replace the subject's."""
-    decoding, texts = samples.decoding_of(config), []
-    backend = TransformersBackend(config, subject.policy, subject.tokenizer, classes.trainer.control_tokens)
+    texts, control = [], classes.trainer.control_tokens
     with contextlib.ExitStack() as logs:
         for kind, run in runs.items():
             if run is not None:
-                template = tokenise.template_name(config, subject.tokenizer)
-                identity = samples.identity_of(config, decoding, records, run.policy.digest(), template)
                 assert runs["sampled"] is not None and runs["sampled"].policy.run is not None
-                file = runs["sampled"].policy.run / f"features.{kind}"
-                opened = logs.enter_context(samples.sample_log(file, identity, parallel.rank() == 0))
                 put(subject.policy, open_weights(run.policy.folder))
-                talks = samples.converse(config, decoding, records, backend, opened)
+                file = runs["sampled"].policy.run / f"features.{kind}"
+                talks = drawn(config, subject, records, file, run.policy.digest(), logs, control)
                 texts += [Text(kind, list(talk.requests[0].prompt_ids), talk.answers[0].ids) for talk in talks]
     return texts
+
+
+def drawn(
+    config: Config,
+    subject: Subject,
+    records: list[dict[str, Any]],
+    file: Path,
+    digest: str,
+    logs: contextlib.ExitStack,
+    control: Sequence[str] = (),
+) -> list[samples.Conversation]:
+    """What the model writes with the weights that it has, whose `digest` is given. Until the end of `logs` the samples
+    are kept beside `file`, so that a killed command goes on with them."""
+    decoding, template = samples.decoding_of(config), tokenise.template_name(config, subject.tokenizer)
+    backend = TransformersBackend(config, subject.policy, subject.tokenizer, control)
+    identity = samples.identity_of(config, decoding, records, digest, template)
+    log = logs.enter_context(samples.sample_log(file, identity, parallel.rank() == 0))
+    return samples.converse(config, decoding, records, backend, log)
 
 
 def described_parts(config: Config, paths: RunPaths, sae: SAE) -> list[Part]:

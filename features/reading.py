@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,13 +110,13 @@ class Reader:
     Each rank has its share of the texts, and keeps it.
     """
 
-    def __init__(self, subject: Subject, texts: Sequence[Text], *, batch_size: int, divergence: str, k: int) -> None:
-        """The subject has an SAE and a tap."""
+    def __init__(self, subject: Subject, texts: Sequence[Text], *, batch_size: int, **drift: Any) -> None:
+        """The subject has an SAE and a tap. `drift` is divergence and k, where drift is to be measured."""
         assert subject.sae is not None and subject.tap is not None
         self.texts, self.sae, self.tap = texts, subject.sae, subject.tap
         self.policy, self.tokenizer = subject.policy, subject.tokenizer
         (self.loader,) = subject.loaders.values()  # of one split; it knows how batches are laid out
-        self.divergence, self.k = divergence, k
+        self.drift = drift
         self.eos_id = subject.tokenizer.eos_token_id
         self.kinds = list(dict.fromkeys(text.kind for text in texts))
         self.completions = {kind: sum(text.kind == kind for text in texts) for kind in self.kinds}
@@ -179,7 +180,7 @@ class Reader:
                 pooled[kind, number] = means.to_sparse().cpu()
             else:
                 before = reference[kind, number].to(means.device).to_dense()
-                drift = drift_by_feature(self.sae, means, before, divergence=self.divergence, k=self.k)
+                drift = drift_by_feature(self.sae, means, before, **self.drift)
             found = torch.stack([activations, counts, actives, drift, torch.ones_like(drift)], dim=1)
             sums[kind].index_add_(0, self.groups_at(own), found.double())
         profile = {}
