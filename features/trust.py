@@ -300,7 +300,7 @@ def kl_to_reference(policy: PreTrainedModel, hidden: Tensor, batch: Batch, refer
 def causes(reader: Reader, remembered: Remembered, features: list[int]) -> Causes:
     """What goes away of KL(policy || reference) on the samples, whose weights the model has, where a change of the
     policy's residual stream is set back at all positions but attention sinks: that of each of the features, of those of
-    an SAE together, of all that the SAE rebuilds, of all that is there."""
+    an SAE together, of all that the SAE rebuilds, of all that it reads."""
     by_member, first = [], 0
     for member in reader.sae.members:
         by_member.append([f - first for f in features if first <= f < first + member.d_sae])
@@ -327,7 +327,7 @@ def causes(reader: Reader, remembered: Remembered, features: list[int]) -> Cause
     for number, (member, own) in enumerate(zip(reader.sae.members, by_member)):
         found |= {first + latent: next(shares) for latent in own}
         where = "" if len(by_member) == 1 else f", SAE {number + 1}"
-        for name in ("the features on this page", "all that the SAE rebuilds", "all of the residual stream there"):
+        for name in ("the features on this page", "all that the SAE rebuilds", "all that it reads"):
             together.append((name + where, next(shares)))
         first += member.d_sae
     return Causes(

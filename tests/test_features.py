@@ -194,27 +194,33 @@ def test_what_the_sae_sees_by_hand():
     )  # of two tokens, without one
 
 
+@pytest.mark.parametrize(("hook", "first"), [("residual", 0), ("mlp", 0), ("residual", 48)])
 @torch.no_grad()
-def test_what_goes_away_and_the_words_by_hand():
+def test_what_goes_away_and_the_words_by_hand(hook, first):
+    """Of an SAE at the last layer, which may be the second of two."""
     start, policy = tiny_gemma(), tiny_gemma()
     policy.model.layers[1].load_state_dict(tiny_gemma(seed=1).model.layers[1].state_dict())
-    sae, layer, shown = random_sae(), 2, [3, 7]
+    own, latents, places = random_sae(), [3, 7], [(2, hook)]
+    sae = JointSAE([random_sae(seed=1), own], [1.0, 1.0]) if first else own
+    shown, read = [first + latent for latent in latents], [(0, "residual"), *places] if first else places
     texts = [dataclasses.replace(text, kind="sampled") for text in texts_of(6)]
-    readers = [reader(m, sae, texts, [(layer, "residual")], divergence="kl", k=5) for m in (start, policy)]
+    readers = [reader(m, sae, texts, read) for m in (start, policy)]
     remembered = trust.remember(readers[0])
-    (seen,) = trust.compare(readers[1], remembered, {"sampled": shown})["sampled"]
+    seen = trust.compare(readers[1], remembered, {"sampled": shown})["sampled"][-1]
     found = trust.causes(readers[1], remembered, shown)
+    assert list(seen.scaling) == shown
 
     total, left, changed, tokens = 0.0, np.zeros(2), torch.zeros(32), 0
     for text in texts:
         ids = torch.tensor([[*text.prompt_ids, *text.completion_ids]])
         outputs = [m(ids, output_hidden_states=True) for m in (start, policy)]
-        streams = []
+        streams, last = [], torch.empty(0)
         for m in (start, policy):
-            tap = models.make_tap(m, [(layer, "residual")])
-            with tap.reading():
+            tap, after = models.make_tap(m, places), models.make_tap(m, [(2, "residual")])
+            with tap.reading(), after.reading():
                 m(ids)
             streams.append(tap.take()[0])
+            last = after.take()[0]
         predict = slice(len(text.prompt_ids) - 1, -1)
         reference = outputs[0].logits[0, predict].log_softmax(1)
 
@@ -223,9 +229,9 @@ def test_what_goes_away_and_the_words_by_hand():
             return float((logp.exp() * (logp - reference)).sum())
 
         total += kl(outputs[1].logits[0])
-        risen = [sae.encode(x)[:, shown] for x in streams]
-        for place, latent in enumerate(shown):
-            h = streams[1] - (risen[1] - risen[0])[:, place : place + 1] * sae.W_dec[latent]
+        risen = [own.encode(x)[:, latents] for x in streams]
+        for place, latent in enumerate(latents):
+            h = last - (risen[1] - risen[0])[:, place : place + 1] * own.W_dec[latent]
             logits = 30 * torch.tanh(policy.lm_head(policy.model.norm(h)) / 30)
             left[place] += kl(logits)
         content = torch.tensor(text.completion_ids) != EOS_ID
@@ -234,9 +240,9 @@ def test_what_goes_away_and_the_words_by_hand():
     assert found.tokens == sum(len(text.completion_ids) for text in texts) and found.completions == len(texts)
     assert found.kl.value == pytest.approx(total / found.tokens, rel=1e-3)
     assert [found.features[latent].value for latent in shown] == pytest.approx((1 - left / total).tolist(), abs=1e-3)
-    gone = dict(found.together)["all of the residual stream there"].value
-    assert gone == pytest.approx(1, abs=1e-4)  # it is the last layer
-    assert len(found.together) == 3 and found.kl.error > 0
+    assert len(found.together) == 3 * len(sae.members) and found.kl.error > 0
+    if hook == "residual":  # at the last layer nothing is left of the change
+        assert found.together[-1][1].value == pytest.approx(1, abs=1e-4)
 
     assert seen.tokens == tokens
     scores = policy.lm_head.weight @ policy.model.norm(changed / tokens)
