@@ -4,7 +4,8 @@
     python eval.py --config-path=outputs/my_run ++mode=alpacaeval   a benchmark's questions; also arenahard, mtbench
     python eval.py --config-path=outputs/my_run ++mode=eval         the metrics of the evaluation set, diversity, KL
     python eval.py --config-path=outputs/my_run ++mode=features     what training did to the features, as a page
-    python eval.py --config-path=MODEL ++mode=features ++data=[hh]  what preference pairs would teach the model
+    python eval.py --config-path=MODEL ++mode=features ++data=[hh]  what preference pairs would teach the model;
+                                                                    with a finished run: and what it learnt
     python eval.py --config-path=outputs/my_run ++mode=features ++probe=[a,b]   the SAE's features that tell two data
                                                                     sets apart, and weights for loss.feature_weights
     python eval.py --config-path=outputs/rm ++mode=label ++files=[samples/a.json] ++labels=pairs.jsonl
@@ -33,7 +34,7 @@ import models
 from data import tokenise
 from data.rows import is_samples_file
 from distributed import parallel
-from features import measure, pairs, probe, report
+from features import measure, outcome, pairs, probe, report
 from judging import answers, labels, reward_figures, rewards
 from launch import assembly, settings
 from launch.policies import (
@@ -164,12 +165,12 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
 
 def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     """What training did to the features, in `<run>/features/`: a page and a table. With data: what its pairs would
-    teach. With a probe: which features tell two kinds of text apart."""
+    teach, and what a finished run learnt. With a probe: which features tell two kinds of text apart."""
     if raw.score_by is not None and (raw.data is None or raw.probe is not None):
         raise UserError("score_by goes with data, and without a probe, which scores the pairs itself")
     if raw.data is not None:
         config, _ = settings.check_config(raw, modes=["features"])
-        pairs.write_data_features(config)
+        pairs.write_data_features(config, outcome.finished(config, path, overrides))
         return
     if raw.probe is not None:
         probe.write_probe(settings.typed(raw), path, overrides)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from utils import UserError, resolve_path
 
@@ -242,8 +243,11 @@ def basis_of(directions: Tensor) -> Tensor:
     return rows[sizes > 1e-6 * sizes.max()].T.float()
 
 
-def change_output(layer: nn.Module, change: Callable[[Tensor], Tensor], *, only_training: bool) -> None:
-    """From now on, let a layer give `change` of its output [..., D], computed in fp32; if so, only in training mode."""
+def change_output(
+    layer: nn.Module, change: Callable[[Tensor], Tensor], *, only_training: bool = False
+) -> RemovableHandle:
+    """From now on, let a layer give `change` of its output [..., D], computed in fp32; if so, only in training mode.
+    What it gives undoes that: it ends the change at the end of a `with` block."""
 
     def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
         if only_training and not module.training:
@@ -253,7 +257,7 @@ def change_output(layer: nn.Module, change: Callable[[Tensor], Tensor], *, only_
             changed = change(x.float()).to(x.dtype)
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
-    layer.register_forward_hook(hook)
+    return layer.register_forward_hook(hook)
 
 
 def ablate(layer: nn.Module, directions: Tensor, centre: Tensor | None = None) -> None:
@@ -266,7 +270,7 @@ def ablate(layer: nn.Module, directions: Tensor, centre: Tensor | None = None) -
 
 def steer(layer: nn.Module, direction: Tensor) -> None:
     """Add a direction [D] to a layer's output, at every position."""
-    change_output(layer, lambda h: h + direction, only_training=False)
+    change_output(layer, lambda h: h + direction)
 
 
 def active(features: Tensor) -> Tensor:
@@ -301,27 +305,30 @@ def attention_sinks(x: Tensor, lengths: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def summed_features(
-    sae: SAE, residual: Tensor, lengths: Sequence[int], transform: Callable[[Tensor], Tensor] | None = None
+    sae: SAE, residual: Tensor, lengths: Sequence[int], *transforms: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Sums [S, F] of feature activations over the tokens of each sequence that are no attention sinks, and how many
-    tokens that are, [S, F] too (sinks differ from place to place). Without gradient.
+    """Sums [1, S, F] of feature activations over the tokens of each sequence that are no attention sinks, and how many
+    tokens that are, [S, F] (sinks differ from place to place). Without gradient.
 
-    `residual` [M, D] holds the sequences one after the other; `lengths` [S] are their numbers of tokens. `transform`,
-    if given, is applied to the activations before the sum. They are encoded in chunks, so a tensor [M, F] never exists.
+    `residual` [M, D] holds the sequences one after the other; `lengths` [S] are their numbers of tokens. Each of the
+    `transforms` of the activations adds its sums, after the first. They are encoded in chunks, so a tensor [M, F] never
+    exists.
     """
     if len(sae.members) > 1:
         parts = zip(sae.members, sae.vectors(residual))
-        of_each = [summed_features(member, x, lengths, transform) for member, x in parts]
-        return torch.cat([own for own, _ in of_each], dim=1), torch.cat([own for _, own in of_each], dim=1)
+        of_each = [summed_features(member, x, lengths, *transforms) for member, x in parts]
+        return torch.cat([own for own, _ in of_each], dim=2), torch.cat([own for _, own in of_each], dim=1)
     sequence = owners(lengths).to(residual.device, non_blocking=True)
     sequence = sequence.masked_fill(attention_sinks(residual, lengths), len(lengths))  # to a row that is left out
-    sums = residual.new_zeros(len(lengths) + 1, sae.d_sae, dtype=torch.float32)
+    sums = residual.new_zeros(1 + len(transforms), len(lengths) + 1, sae.d_sae, dtype=torch.float32)
     counts = sums.new_zeros(len(lengths) + 1).index_add_(0, sequence, sums.new_ones(len(sequence)))
     chunk = max(1, ENCODE_ELEMENTS // sae.d_sae)
     for part, owner in zip(residual.split(chunk), sequence.split(chunk)):
         features = sae.encode(part)
-        sums.index_add_(0, owner, features if transform is None else transform(features))
-    return sums[:-1], counts[:-1].unsqueeze(1).expand(-1, sae.d_sae)
+        sums[0].index_add_(0, owner, features)
+        for own, transform in zip(sums[1:], transforms):
+            own.index_add_(0, owner, transform(features))
+    return sums[:, :-1], counts[:-1].unsqueeze(1).expand(-1, sae.d_sae)
 
 
 def pooled_features(sae: SAE, residual: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -330,7 +337,7 @@ def pooled_features(sae: SAE, residual: Tensor, lengths: Sequence[int]) -> Tenso
     A sequence without tokens has zeros.
     """
     sums, counts = summed_features(sae, residual, lengths)
-    return sums / counts.clamp(min=1)
+    return sums[0] / counts.clamp(min=1)
 
 
 def selected_features(sae: SAE, residual: Tensor, lengths: Sequence[int], latents: Tensor) -> Tensor:

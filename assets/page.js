@@ -65,3 +65,20 @@ function ticks(low, high, count) {
   for (let n = Math.ceil(low / step); n * step <= high + step * 1e-9; n++) made.push(+(n * step).toPrecision(12));
   return made;
 }
+
+// An estimate with half of its 95 % interval; null: not known
+const within = ([value, error], written = number) => value === null ? '\u2013' : written(value) + (error === null ? '' : ' \u00b1 ' + written(error));
+const share = estimate => within(estimate, value => +(100 * value).toPrecision(Math.abs(value) < 0.1 ? 2 : 3) + ' %');
+
+function axes(svg, x, y, across, up, names, size) {  // across, up: [value, label] of the ticks
+  for (const [value, text] of up) {
+    draw(svg, 'line', {class: 'grid', x1: size.left, x2: size.right, y1: y(value), y2: y(value)});
+    draw(svg, 'text', {x: size.left - 8, y: y(value) + 5, 'text-anchor': 'end'}, text);
+  }
+  for (const [value, text] of across) {
+    draw(svg, 'line', {class: 'axis', x1: x(value), x2: x(value), y1: size.bottom, y2: size.bottom + 5});
+    draw(svg, 'text', {x: x(value), y: size.bottom + 21, 'text-anchor': 'middle'}, text);
+  }
+  draw(svg, 'line', {class: 'axis', x1: size.left, x2: size.right, y1: size.bottom, y2: size.bottom});
+  draw(svg, 'text', {x: (size.left + size.right) / 2, y: size.bottom + 44, 'text-anchor': 'middle'}, names);
+}

@@ -44,14 +44,21 @@ EVERY, PAIRS = 416, 832  # pairs between two measurements, and in all: whole ste
 PROMPTS = 400
 WANTED = {"format": "list", "language": "spanish", "tone": "friendly"}
 WEIGHTS = (1000, 10_000, 100_000)  # tried at one seed
+EARLIER = ["++sae.path=assets/tiny-sae/params.npz", "++sae.layer=2"]  # the layer before, where features are left out
 PUSHED: dict[str, list[tuple[str, str, int]]] = {  # beside tone; and the losses that hold something, what, its weight
     "format": [
         ("fpo", "probe format", 100_000),
         ("fpo", "moved format", 100_000),
         ("fpo", "moved tone", 100_000),
         ("both sides", "moved format", 10_000),
+        ("zero", "left out format", 0),
+        ("mean", "left out format", 0),
     ],
-    "language": [("fpo", "probe language", 100_000)],
+    "language": [
+        ("fpo", "probe language", 100_000),
+        ("zero", "left out language", 0),
+        ("mean", "left out language", 0),
+    ],
 }
 TOKENIZER = models.load_tokenizer(START)
 WHY = [  # the head of a table
@@ -67,22 +74,27 @@ WHY = [  # the head of a table
 
 @dataclass(frozen=True)
 class Case:
-    """One run: the attribute that is pushed beside tone, the loss, and what FPO's weights hold, by which weight."""
+    """One run: the attribute that is pushed beside tone, the loss, and what FPO's weights hold, by which weight.
+
+    The losses "zero" and "mean" are DPO that leaves features out (`sae.ablate`) and sets them to that.
+    """
 
     pushed: str
     loss: str
-    held: str = ""  # "probe" or "moved", and an attribute
+    held: str = ""  # "probe", "moved" or "left out", and an attribute
     weight: int = 0
     seed: int = 1
 
     @property
     def name(self) -> str:
-        held = f"-{self.held}-{self.weight}" if self.held else ""
+        held = f"-{self.held}-{self.weight}" if self.held else ""  # of what is left out the weight is 0
         return f"{self.pushed}-{self.loss}{held}-{self.seed}".replace(" ", "-")
 
     @property
     def label(self) -> str:
-        kind, _, attribute = self.held.partition(" ")
+        kind, _, attribute = self.held.rpartition(" ")
+        if kind == "left out":
+            return f"`dpo`, {attribute}'s features of the layer before left out, set to {self.loss}"
         which = {"probe": "the probe's features", "moved": "the features that move"}.get(kind, "")
         loss = "FPO on both sides" if self.loss == "both sides" else f"`{self.loss}`"
         return loss + (f", {attribute} held by {which}" if self.held else "")
@@ -90,6 +102,9 @@ class Case:
     @property
     def options(self) -> list[str]:
         found = [f"loss={self.loss}"]
+        if self.loss in ("zero", "mean"):
+            file = OUTPUT / f"{self.held.replace(' ', '-')}.json"
+            return ["loss=dpo", *EARLIER, f"++sae.ablate={file}", f"++sae.ablate_to={self.loss}"]
         if self.loss == "both sides":
             found = ["loss=dpo-norm", "+term=features", "++term.features.weight=0.5"]
         if self.loss not in ("dpo", "simpo", "tdpo2"):  # beta: of a mean over about eight tokens, where dpo has the sum
@@ -231,6 +246,14 @@ def find_features() -> dict[str, list[int]]:
     return found
 
 
+def find_features_left_out(attribute: str) -> None:
+    """Write down the features that the probe finds for an attribute in the layer before."""
+    options = [*EARLIER, "++mode=features", f"++probe={attribute}", f"++cache_dir={OUTPUT}", "++exp_name=earlier"]
+    command("eval.py", f"--config-path={START}", *options)
+    found = OUTPUT / "earlier" / "features" / f"probe-{attribute}.json"
+    (OUTPUT / f"left-out-{attribute}.json").write_text(found.read_text())
+
+
 def latest(attribute: str) -> Path:
     return OUTPUT / f"alone-{attribute}" / "LATEST"
 
@@ -326,7 +349,7 @@ def row(label: str, curves: list[list[dict[str, float]]], start: dict[str, float
     return [label, *cells, f"{other:.2f}", f"{tone:.2f}", f"{other / tone:.2f}" if tone else ""]
 
 
-COLOURS = ("#888888", "#b8a000", "#0a8a5a", "#1f4fd0", "#e07000", "#c0143c", "#8a2be2", "#00a0c0")
+COLOURS = ("#888888", "#b8a000", "#0a8a5a", "#1f4fd0", "#e07000", "#c0143c", "#8a2be2", "#00a0c0", "#804000", "#ff69b4")
 
 
 def picture(panels: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
@@ -393,6 +416,8 @@ def main() -> None:
     if not SAE_FILE.is_file():
         train_sae()
     found = find_features()
+    for pushed in PUSHED:
+        find_features_left_out(pushed)
     compared = [method for pushed in PUSHED for method in methods(pushed)]
     cases = [replace(case, seed=seed) for case in compared for seed in seeds]
     cases = list(dict.fromkeys(cases + SWEEP))

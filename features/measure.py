@@ -5,60 +5,46 @@ policy's own samples, and an SAE says which features each of them has at every t
 `drift.parquet`, a row for each feature on each kind of text, and `report.html` (features/report.py).
 
 One model is in memory at a time. Of its features these are kept: sums over each kind of text, the pooled features of
-each completion, sparse, and the activations of the few features that the page shows.
+each completion, sparse, and the activations of the few features that the page shows. What needs both models at the same
+token is measured on fewer completions (features/trust.py).
 
-Shape letters: S sequences, M text tokens of them, F features, K features that the page shows for a kind of text.
+Shape letters: F features, G groups of prompts (features/intervals.py).
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import models
 from autoencoders.formats import sae_sections
 from data import tokenise
-from data.batch import batches_by_length
 from dataloader import DataLoader
 from distributed import parallel
-from distributed.sharding import reshard
 from features import neuronpedia
+from features.intervals import with_interval
+from features.reading import Context, Figures, Profile, Reader, Text, put
+from features.trust import Causes, Trust, causes, compare, remember
 from launch import assembly, settings
 from launch.policies import Policy, find_policy, read_unchecked, require_language_model, require_room
 from launch.schema import Config
 from launch.settings import RunClasses, RunPaths
-from modeling.weights import Weights, load_weights, open_weights, weights_digest
-from sae import ENCODE_ELEMENTS, SAE, active, attention_sinks, drift_by_feature, summed_features
+from modeling.weights import open_weights, weights_digest
+from sae import SAE
 from sampling import samples
 from sampling.backends import TransformersBackend
 from training.loop import Subject
-from utils import REPO, UserError, progress_bar
+from utils import REPO, UserError
 
-FEATURES_SHOWN = 8  # features that rose most, and as many that fell most, with
-CONTEXTS = 3  # their strongest contexts, of so many
-BEFORE, AFTER = 16, 8  # tokens around the strongest one, after the
-PROMPT_END = 40  # last tokens of the prompt
+FEATURES_SHOWN = 8  # features that rose most, and as many that fell most
 KINDS = ("chosen", "rejected", "desirable", "undesirable", "demonstrated", "sampled")
 SAMPLED_BY_OTHER = "sampled by the other"  # the samples of the run that is compared with
-
-
-@dataclass(frozen=True)
-class Text:
-    """A completion that is read, after its prompt."""
-
-    kind: str  # one of KINDS, or SAMPLED_BY_OTHER
-    prompt_ids: list[int]
-    completion_ids: list[int]
+COMPARED = 128  # completions of each kind, at most, that both models read token by token
 
 
 @dataclass(frozen=True)
@@ -68,35 +54,6 @@ class TrainedRun:
     name: str
     loss: str
     policy: Policy
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The features of one model on one kind of text, [F] each."""
-
-    mean: np.ndarray  # activation, a mean over the text tokens
-    rate: np.ndarray  # share of the text tokens on which the feature is active
-    drift: np.ndarray  # what it adds to F, a mean over the completions; of the reference 0
-
-
-Profile = dict[str, Figures]  # by kind of text
-Pooled = dict[tuple[str, int], Tensor]  # by kind and batch, [S, F], sparse
-
-
-@dataclass(frozen=True)
-class Context:
-    """Text around the token where a feature is strongest, with its activation at each token under both models."""
-
-    prompt: str  # its end
-    tokens: list[str]
-    reference: list[float]
-    policy: list[float]
-    starts: bool  # with the completion's first token
-    ends: bool  # with its last
-
-    @property
-    def strength(self) -> float:
-        return max(*self.reference, *self.policy)
 
 
 @dataclass(frozen=True)
@@ -122,6 +79,21 @@ class Measured:
         """By how much the mean activation of each feature rose, [F]."""
         return self.policy[kind].mean - self.reference[kind].mean
 
+    def both(self, kind: str) -> np.ndarray:
+        """The sums of the reference and the policy, [G, 2, len(SUMMED), F]."""
+        return np.stack([self.reference[kind].sums, self.policy[kind].sums], axis=1)
+
+    def errors(self, kind: str) -> dict[str, np.ndarray]:
+        """The half-widths [F] of the 95 % intervals over prompts of the reference's mean, the policy's, the change, and
+        what each feature adds to the drift."""
+        before, after, mean = self.reference[kind].sums, self.policy[kind].sums, Figures.mean_of
+        return {
+            "reference": with_interval(before, mean)[1],
+            "policy": with_interval(after, mean)[1],
+            "change": with_interval(self.both(kind), lambda sums: mean(sums[1]) - mean(sums[0]))[1],
+            "drift": with_interval(after, Figures.drift_of)[1],
+        }
+
 
 @dataclass(frozen=True)
 class Report:
@@ -137,6 +109,8 @@ class Report:
     runs: list[Measured]  # the run itself, and the one it is compared with, if any
     checkpoints: dict[int, Profile]  # by examples seen; the last is the policy
     contexts: dict[str, dict[int, list[Context]]]  # by kind and feature
+    trust: dict[str, list[Trust]]  # by kind of text, one for each SAE
+    causes: Causes
 
 
 # ----------------------------------------------------------------------------------------------------- what is read
@@ -177,160 +151,6 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def put(policy: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
-    """Replace the weights of a model, and put it into eval mode."""
-    reshard(policy)
-    load_weights(policy, weights, new_tokens)
-    policy.eval()
-
-
-# ----------------------------------------------------------------------------------------------------- reading it
-
-
-class Reader:
-    """One model after the other, in the same memory, read through the SAE on the same texts.
-
-    Each rank has its share of the texts, and keeps it.
-    """
-
-    def __init__(self, subject: Subject, texts: Sequence[Text], *, batch_size: int, divergence: str, k: int) -> None:
-        """The subject has an SAE and a tap."""
-        assert subject.sae is not None and subject.tap is not None
-        self.texts, self.sae, self.tap = texts, subject.sae, subject.tap
-        self.policy, self.tokenizer, self.loader = subject.policy, subject.tokenizer, subject.loaders["eval"]
-        self.divergence, self.k = divergence, k
-        self.eos_id = subject.tokenizer.eos_token_id
-        found = {text.kind for text in texts}
-        self.kinds = [kind for kind in (*KINDS, SAMPLED_BY_OTHER) if kind in found]
-        self.completions = {kind: sum(text.kind == kind for text in texts) for kind in self.kinds}
-        self.tokens = {kind: sum(len(self.content(t)) for t in texts if t.kind == kind) for kind in self.kinds}
-        world = parallel.world_size()
-        size = max(1, batch_size // world)
-        lengths = [len(text.prompt_ids) + len(text.completion_ids) for text in texts]
-        (by_length,) = batches_by_length(lengths, len(texts))
-        own = by_length[parallel.rank() :: world]  # like lengths, so that ranks that wait for each other have like work
-        self.batches = {kind: in_batches([i for i in own if texts[i].kind == kind], size) for kind in self.kinds}
-        self.rounds = {kind: int(parallel.max_over_ranks(len(self.batches[kind]))) for kind in self.kinds}
-
-    def content(self, text: Text) -> list[int]:
-        """The tokens of a completion that are text, as `Batch.content` has them."""
-        return [token for token in text.completion_ids if token != self.eos_id]
-
-    @torch.no_grad()
-    def read(self, what: str, kinds: Sequence[str]) -> Iterator[tuple[str, int, list[int], list[int], Tensor]]:
-        """The residual stream [M, D] of each of this rank's batches: with the batch's kind, number and texts, and how
-        many text tokens each of them has."""
-        with progress_bar(f"features {what}", sum(self.rounds[kind] for kind in kinds), 0) as advance:
-            places = [(kind, number) for kind in kinds for number in range(self.rounds[kind])]
-            for done, (kind, number) in enumerate(places, 1):
-                own = self.batches[kind][number : number + 1]
-                # A rank without a batch of its own reads one all the same: a split model runs on all ranks or on none.
-                texts = [self.texts[i] for i in (own[0] if own else [0])]
-                prompts, completions = [t.prompt_ids for t in texts], [[t.completion_ids] for t in texts]
-                batch = self.loader.collate(prompts, completions, range(len(texts))).to(parallel.device())
-                residual = models.read_residual(self.policy, batch, self.tap)
-                if own:
-                    yield kind, number, own[0], batch.content_lengths, residual
-                advance(done, None)
-
-    def measure(self, what: str, kinds: Sequence[str], reference: Pooled | None = None) -> tuple[Profile, Pooled]:
-        """The figures of the model on some kinds of text, and its pooled features; drift is from the reference's.
-
-        Raises UserError for features that are not finite.
-        """
-        sums = {kind: torch.zeros(4, self.sae.d_sae, dtype=torch.float64, device=parallel.device()) for kind in kinds}
-        pooled: Pooled = {}
-        for kind, number, _, lengths, residual in self.read(what, kinds):
-            activations, counts = summed_features(self.sae, residual, lengths)  # [S, F]
-            means = activations / counts.clamp(min=1)
-            found = (activations, counts, summed_features(self.sae, residual, lengths, active)[0])
-            sums[kind][:3] += torch.stack([values.double().sum(0) for values in found])
-            if reference is None:
-                pooled[kind, number] = means.to_sparse().cpu()
-            else:
-                before = reference[kind, number].to(means.device).to_dense()
-                terms = drift_by_feature(self.sae, means, before, divergence=self.divergence, k=self.k)
-                sums[kind][3] += terms.double().sum(0)
-        profile = {}
-        for kind in kinds:
-            total, tokens, active_tokens, drift = parallel.sum_over_ranks(sums[kind]).numpy(force=True)
-            tokens = tokens.clip(min=1)
-            profile[kind] = Figures(total / tokens, active_tokens / tokens, drift / self.completions[kind])
-            if not np.isfinite(profile[kind].mean).all():
-                raise UserError(
-                    f"{what}: features that are not finite; the weights, or model.policy_dtype, are at fault"
-                )
-        return profile, pooled
-
-    def activations(self, what: str, shown: dict[str, list[int]]) -> dict[int, Tensor]:
-        """For each of this rank's texts, the activations [M, K] of the features that the page shows for its kind; 0 at
-        attention sinks."""
-        found: dict[int, Tensor] = {}
-        for kind, _, own, lengths, residual in self.read(what, list(shown)):
-            latents = torch.tensor(shown[kind], dtype=torch.long, device=residual.device)
-            parts = residual.split(max(1, ENCODE_ELEMENTS // self.sae.d_sae))
-            sinks = torch.stack([attention_sinks(x, lengths) for x in self.sae.vectors(residual)]).any(0)
-            values = torch.cat([self.sae.encode_latents(part, latents) for part in parts])
-            values = values.masked_fill(sinks.unsqueeze(1), 0)
-            found |= dict(zip(own, values.cpu().split(lengths)))
-        return found
-
-    def contexts(
-        self, shown: dict[str, list[int]], reference: dict[int, Tensor], policy: dict[int, Tensor]
-    ) -> dict[str, dict[int, list[Context]]]:
-        """The strongest contexts of the features shown, over all ranks, at most one from each text."""
-        own: dict[str, dict[int, list[Context]]] = {}
-        for kind, latents in shown.items():
-            texts = [i for batch in self.batches[kind] for i in batch if len(policy[i])]
-            pairs = [torch.stack([reference[i], policy[i]]) for i in texts]  # [2, M, K]
-            peaks = torch.stack([pair.amax((0, 1)) for pair in pairs]) if pairs else torch.zeros(0, len(latents))
-            own[kind] = {}
-            for column, latent in enumerate(latents):
-                best: dict[tuple[int, ...], Context] = {}
-                for place in peaks[:, column].argsort(descending=True).tolist():
-                    if len(best) == CONTEXTS or peaks[place, column] <= 0:
-                        break
-                    text = self.texts[texts[place]]
-                    if (key := tuple(text.completion_ids)) not in best:
-                        best[key] = self.context(text, pairs[place][:, :, column])
-                own[kind][latent] = list(best.values())
-        everywhere = parallel.gather_objects(own)
-        return {
-            kind: {latent: strongest(found[kind][latent] for found in everywhere) for latent in latents}
-            for kind, latents in shown.items()
-        }
-
-    def context(self, text: Text, values: Tensor) -> Context:
-        """The context of the strongest token, from a feature's activations [2, M] under reference and policy."""
-        ids, tokenizer = self.content(text), self.tokenizer
-        at = int(values.amax(0).argmax())
-        start, end = max(0, at - BEFORE), min(len(ids), at + AFTER + 1)
-        prompt = decode(tokenizer, text.prompt_ids[-PROMPT_END:], skip_special_tokens=True)
-        reference, policy = values[:, start:end].tolist()
-        return Context(prompt, pieces(tokenizer, ids, start, end), reference, policy, start == 0, end == len(ids))
-
-
-def in_batches(indices: Sequence[int], size: int) -> list[list[int]]:
-    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
-
-
-def decode(tokenizer: Tokenizer, ids: Sequence[int], **options: bool) -> str:
-    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False, **options))
-
-
-def strongest(found: Iterable[list[Context]]) -> list[Context]:
-    """The strongest of the contexts that the ranks have, no text twice."""
-    ordered = sorted((context for part in found for context in part), key=lambda context: -context.strength)
-    different = {"".join(context.tokens): context for context in reversed(ordered)}
-    return [context for context in ordered if different["".join(context.tokens)] is context][:CONTEXTS]
-
-
-def pieces(tokenizer: Tokenizer, ids: Sequence[int], start: int, end: int) -> list[str]:
-    """The text of each of the tokens from start to end. A character that several tokens make is the last one's."""
-    texts = [decode(tokenizer, ids[:count]).rstrip("\ufffd") for count in range(start, end + 1)]
-    return [longer[len(shorter) :] for shorter, longer in pairwise(texts)]
-
-
 # ----------------------------------------------------------------------------------------------------- all of it
 
 
@@ -360,9 +180,11 @@ def measure(config: Config, classes: RunClasses, path: Path, overrides: list[str
 
     texts = data_texts(subject.loaders["eval"])
     texts += sampled_texts(config, classes, subject, records, {"sampled": own, SAMPLED_BY_OTHER: other})
+    texts.sort(key=lambda text: (*KINDS, SAMPLED_BY_OTHER).index(text.kind))
     options = drift_settings(classes)
     reader = Reader(subject, texts, batch_size=config.model.eval_batch_size, **options)
-    runs, checkpoints, contexts = look(reader, own, other, start)
+    few = Reader(subject, spread(texts), batch_size=config.model.eval_batch_size, **options)
+    seen = look(reader, few, own, other, start)
     report = Report(
         model=config.model.name,
         parts=described_parts(config, paths, subject.sae),
@@ -375,9 +197,7 @@ def measure(config: Config, classes: RunClasses, path: Path, overrides: list[str
         },
         completions=reader.completions,
         tokens=reader.tokens,
-        runs=runs,
-        checkpoints=checkpoints,
-        contexts=contexts,
+        **seen,
         **options,
     )
     return report, policy.run
@@ -399,20 +219,34 @@ def sampled_texts(
     runs: dict[str, TrainedRun | None],
 ) -> list[Text]:
     """What each run's policy writes, by the kind of text. Each policy's weights in turn replace the subject's."""
-    decoding, texts = samples.decoding_of(config), []
-    backend = TransformersBackend(config, subject.policy, subject.tokenizer, classes.trainer.control_tokens)
+    texts, control = [], classes.trainer.control_tokens
     with contextlib.ExitStack() as logs:
         for kind, run in runs.items():
             if run is not None:
-                template = tokenise.template_name(config, subject.tokenizer)
-                identity = samples.identity_of(config, decoding, records, run.policy.digest(), template)
                 assert runs["sampled"] is not None and runs["sampled"].policy.run is not None
-                file = runs["sampled"].policy.run / f"features.{kind}"
-                opened = logs.enter_context(samples.sample_log(file, identity, parallel.rank() == 0))
                 put(subject.policy, open_weights(run.policy.folder))
-                talks = samples.converse(config, decoding, records, backend, opened)
+                file = runs["sampled"].policy.run / f"features.{kind}"
+                talks = drawn(config, subject, records, file, run.policy.digest(), logs, control)
                 texts += [Text(kind, list(talk.requests[0].prompt_ids), talk.answers[0].ids) for talk in talks]
     return texts
+
+
+def drawn(
+    config: Config,
+    subject: Subject,
+    records: list[dict[str, Any]],
+    file: Path,
+    digest: str,
+    logs: contextlib.ExitStack,
+    control: Sequence[str] = (),
+) -> list[samples.Conversation]:
+    """What the model writes with the weights that it has, whose `digest` is given. Until the end of `logs` the samples
+    are kept beside `file`, so that a killed command goes on with them."""
+    decoding, template = samples.decoding_of(config), tokenise.template_name(config, subject.tokenizer)
+    backend = TransformersBackend(config, subject.policy, subject.tokenizer, control)
+    identity = samples.identity_of(config, decoding, records, digest, template)
+    log = logs.enter_context(samples.sample_log(file, identity, parallel.rank() == 0))
+    return samples.converse(config, decoding, records, backend, log)
 
 
 def described_parts(config: Config, paths: RunPaths, sae: SAE) -> list[Part]:
@@ -431,14 +265,25 @@ def described_parts(config: Config, paths: RunPaths, sae: SAE) -> list[Part]:
     ]
 
 
+def spread(texts: Sequence[Text]) -> list[Text]:
+    """At most COMPARED completions of each kind but the other run's samples, evenly spread: of a pair both or none."""
+    found = []
+    for kind in KINDS:
+        own = [text for text in texts if text.kind == kind]
+        found += [own[place * len(own) // COMPARED] for place in range(COMPARED)] if len(own) > COMPARED else own
+    return found
+
+
 def look(
-    reader: Reader, own: TrainedRun, other: TrainedRun | None, start: tuple[Path, str | None]
-) -> tuple[list[Measured], dict[int, Profile], dict[str, dict[int, list[Context]]]]:
-    """The runs measured, the run's checkpoints, and the contexts of its most changed features."""
+    reader: Reader, few: Reader, own: TrainedRun, other: TrainedRun | None, start: tuple[Path, str | None]
+) -> dict[str, Any]:
+    """By their names in the report: the runs measured, the run's checkpoints, the contexts of its most changed
+    features, and how far all that is to be trusted, from the `few` completions."""
     policy = reader.policy
     new_tokens = models.tokens_to_add(models.load_config(start[0]), len(reader.tokenizer))
     put(policy, open_weights(*start), new_tokens)
     reference, pooled = reader.measure("of the reference", reader.kinds)
+    remembered = remember(few)
     kinds = [kind for kind in reader.kinds if kind != SAMPLED_BY_OTHER]
     checkpoints = {}
     last = own.policy.folder.resolve()
@@ -457,9 +302,12 @@ def look(
     runs.insert(0, Measured(own, {kind: reference[kind] for kind in kinds}, profile))
     shown = {kind: most_changed(runs[0].change(kind)) for kind in kinds}
     after = reader.activations("of the policy, in context", shown)
+    compared = compare(few, remembered, shown)
+    caused = causes(few, remembered, sorted({latent for latents in shown.values() for latent in latents}))
     put(policy, open_weights(*start), new_tokens)
     before = reader.activations("of the reference, in context", shown)
-    return runs, checkpoints, reader.contexts(shown, before, after)
+    contexts = reader.contexts(shown, before, after)
+    return {"runs": runs, "checkpoints": checkpoints, "contexts": contexts, "trust": compared, "causes": caused}
 
 
 def sampled_by_other(profile: Profile) -> Profile:

@@ -28,16 +28,18 @@ from data import tokenise
 from data.batch import batches_by_length
 from dataloader import DataLoader, short_names
 from distributed import parallel
-from features.measure import Part, decode, described_parts, pieces
+from features.measure import Part, described_parts
+from features.outcome import Finished, Outcome, measure_outcome
 from features.probe import TextRecords, half_of, read_texts, texts_of
-from features.report import digits, feature_columns, label, named
+from features.reading import decode, pieces
+from features.report import SCATTER_POINTS, digits, feature_columns, label, named
 from launch import assembly, settings
 from launch.schema import Config
 from models import read_residual
 from sae import attention_sinks, require_different, require_features
 from training.loop import Subject
 from training.reference import ReferenceCache
-from utils import UserError, atomic_write, console, html_page, progress_bar, require_writable, write_json_lines
+from utils import UserError, as_json, atomic_write, console, html_page, progress_bar, require_writable, write_json_lines
 
 AT_ONCE = 256  # pairs whose differences [n, Q] are in memory together, but for a prompt that has more
 SHOWN = 8  # features that the chosen completions have most more of, and as many of the rejected ones', with
@@ -269,9 +271,9 @@ def prompt_end(subject: Subject, key: int) -> str:
 # ----------------------------------------------------------------------------------------------------- all of it
 
 
-def write_data_features(config: Config) -> Path:
+def write_data_features(config: Config, run: Finished | None = None) -> Path:
     """Read the pairs of `data`, and write `data_features.parquet`, `report.html` and, with `score_by` or a
-    probe, `pairs.jsonl`. Gives the folder.
+    probe, `pairs.jsonl`; of a finished run, what training did beside it. Gives the folder.
 
     Raises UserError, before a weight is read, for data without pairs and for an SAE that does not fit.
     """
@@ -305,6 +307,7 @@ def write_data_features(config: Config) -> Path:
     elif config.score_by is not None:
         scores = scores_by_features(config.score_by, loader, cache)
 
+    outcome = None if run is None else measure_outcome(run, subject, columns)
     if parallel.rank() == 0:
         about = {
             "model": config.model.name,
@@ -313,16 +316,21 @@ def write_data_features(config: Config) -> Path:
             "prompts": int(found.prompts),
             "sae": [asdict(part) for part in parts],
         }
+        if outcome is not None:
+            columns |= outcome.columns
+            about["outcome"] = outcome_data(outcome)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / TABLE) as part:
             pq.write_table(table(columns, parts, about), part)
         with atomic_write(folder / "report.html") as part:
-            part.write_text(page(columns, parts, shown, up, down, about))
+            part.write_text(page(columns, parts, shown, up, down, about, outcome))
         if scores is not None:
             with atomic_write(folder / "pairs.jsonl") as part, part.open("wb") as file:
                 write_json_lines(file, *scored_rows(loader, scores))
         show(columns, parts, up, down)
         files = "report.html, data_features.parquet" + (", pairs.jsonl" if scores is not None else "")
+        if outcome is not None:
+            console.print(foretold(outcome), markup=False)
         console.print(f"written to {folder}: {files}", markup=False)
     return folder
 
@@ -397,7 +405,13 @@ def scored_rows(loader: DataLoader, scores: dict[int, float]) -> Iterator[dict[s
 def table(columns: dict[str, np.ndarray], parts: list[Part], about: dict[str, Any]) -> pa.Table:
     """A row for each feature, in order, and a last one for the length, whose `sae` and `feature` are null."""
     features = {name: [*values, None] for name, values in feature_columns(parts).items()}
-    return pa.table({**features, **columns}).replace_schema_metadata({"data_features": json.dumps(about)})
+    return pa.table({**features, **columns}).replace_schema_metadata({"data_features": as_json(about)})
+
+
+def outcome_data(outcome: Outcome) -> dict[str, Any]:
+    """All but the columns."""
+    names = ("prompts", "samples", "features", "effective", "left_out", "shown")
+    return {name: getattr(outcome, name) for name in names} | {"fits": list(map(asdict, outcome.fits))}
 
 
 def show(columns: dict[str, np.ndarray], parts: list[Part], up: list[int], down: list[int]) -> None:
@@ -414,6 +428,16 @@ def show(columns: dict[str, np.ndarray], parts: list[Part], up: list[int], down:
     console.print(shown)
 
 
+def foretold(outcome: Outcome) -> str:
+    """How well the pairs foretold what training did, in a sentence."""
+    best, null = outcome.best, outcome.fits[-1]
+    return (
+        f"Of what training changed in samples for {outcome.prompts:,} held-out prompts ({best.name}), delta accounts "
+        f"for R2 = {best.r2.value:.2f} over {outcome.features:,} features, where noise leaves about "
+        f"{best.ceiling:.2f} possible; of two draws from the start, for {null.r2.value:.2f}."
+    )
+
+
 def page(
     columns: dict[str, np.ndarray],
     parts: list[Part],
@@ -421,6 +445,7 @@ def page(
     up: list[int],
     down: list[int],
     about: dict[str, Any],
+    outcome: Outcome | None,
 ) -> str:
     """The page's HTML."""
 
@@ -436,13 +461,20 @@ def page(
     firm = np.sign(columns["delta_first"][:-1]) * np.sign(columns["delta_second"][:-1]) > 0
     strong = np.abs(columns["z"][:-1]) > 3
     length = figures(-1)
-    data = {"length": length, "up": list(map(card, up)), "down": list(map(card, down))}
+    data: dict[str, Any] = {"length": length, "up": list(map(card, up)), "down": list(map(card, down)), "outcome": None}
+    if outcome is not None:
+        change = columns[f"outcome_{outcome.shown}"]
+        compared = np.flatnonzero(outcome.compared)
+        largest = (np.abs(columns["delta"][:-1]) + np.abs(change[:-1]))[compared].argsort()[::-1][:SCATTER_POINTS]
+        points = [[*named(parts, f), figures(f)["delta"], digits(change[f])] for f in compared[largest].tolist()]
+        data["outcome"] = {**outcome_data(outcome), "points": points}
     longer = length["delta"] or 0
     places = {
         "title": f"What {', '.join(Path(name).name for name in about['data'])} would teach {about['model']}",
         "finding": f"{int((strong & firm).sum()):,} of {len(firm):,} features differ between chosen and rejected "
         "completions by more than three standard errors, and with one sign on both halves of the prompts. Chosen "
-        f"completions are {abs(longer):.3g} tokens {'longer' if longer > 0 else 'shorter'}.",
+        f"completions are {abs(longer):.3g} tokens {'longer' if longer > 0 else 'shorter'}."
+        + ("" if outcome is None else f" {foretold(outcome)}"),
         "subtitle": f"{about['pairs']:,} pairs of {about['prompts']:,} prompts, read by {about['model']} before "
         f"training, through {'; '.join(part['path'] for part in about['sae'])}.",
     }

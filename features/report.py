@@ -1,7 +1,6 @@
 """The report on features: a table for further work, and a page to read and to show, which fetches nothing."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -11,11 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.measure import Context, Measured, Part, Report
-from utils import atomic_write, html_page
+from features.intervals import with_interval
+from features.measure import Measured, Part, Report
+from features.reading import Context, Figures
+from features.trust import Estimate, Trust
+from utils import as_json, atomic_write, html_page
 
 SCATTER_POINTS = 2000  # features of the scatter plot: those that moved most
 DIFFERING = 12  # features of the table beside it
+MOST = 0.5  # a larger share of the change outside the SAE is warned of
 KIND_NAMES = {  # of a kind of text, in a sentence
     "chosen": "chosen completions",
     "rejected": "rejected completions",
@@ -52,12 +55,15 @@ def table(report: Report) -> pa.Table:
                 "reference_rate": before.rate,
                 "policy_rate": after.rate,
                 "drift": after.drift,
+                **{f"{name}_error": error for name, error in measured.errors(kind).items()},
             }
             tables.append(pa.table(columns))
     names = ("model", "divergence", "k", "settings", "completions", "tokens")
     about = {name: getattr(report, name) for name in names}
     about |= {"sae": [dataclasses.asdict(part) for part in report.parts]}
-    return pa.concat_tables(tables).replace_schema_metadata({"features": json.dumps(about)})
+    about |= {"trust": {kind: list(map(trust_data, own)) for kind, own in report.trust.items()}}
+    about |= {"causes": dataclasses.asdict(report.causes)}
+    return pa.concat_tables(tables).replace_schema_metadata({"features": as_json(about)})
 
 
 def feature_columns(parts: Sequence[Part]) -> dict[str, list[Any]]:
@@ -93,11 +99,11 @@ def owner(parts: Sequence[Part], index: int) -> tuple[Part, int]:
     raise IndexError(index)
 
 
-def correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Pearson's r of two runs' changes [F], over the features that changed in either; None where there is none."""
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Pearson's r of two runs' changes [F], over the features that changed in either; NaN where there is none."""
     moved = (one != 0) | (other != 0)
     if not (one[moved].any() and other[moved].any()) or moved.sum() < 3:
-        return None
+        return float("nan")
     return float(np.corrcoef(one[moved], other[moved])[0, 1])
 
 
@@ -118,7 +124,20 @@ def finding(report: Report) -> str:
             f" On {KIND_NAMES[kind]}, F is {own.policy[kind].drift.sum():.3g} in {own.run.name} and "
             f"{other.policy[kind].drift.sum():.3g} in {other.run.name}."
         )
-    return text
+    return text + "".join(f" {warning}" for warning in warnings(report, "sampled"))
+
+
+def warnings(report: Report, kind: str) -> list[str]:
+    """What to be careful with, on one kind of text."""
+    said = []
+    for part, trust in zip(report.parts, report.trust[kind], strict=True):
+        if trust.outside.value > MOST:
+            where = "the SAE" if len(report.parts) == 1 else f"the SAE {part.name}"
+            said.append(
+                f"Careful: {trust.outside.value:.0%} of the change of the residual stream on {KIND_NAMES[kind]} is "
+                f"outside what {where} rebuilds, so its features tell the smaller part of it."
+            )
+    return said
 
 
 # ----------------------------------------------------------------------------------------------------- the page
@@ -134,6 +153,12 @@ def feature_page(report: Report) -> str:
         "features": len(own.policy["sampled"].drift),
         "examples": [0, *report.checkpoints] if len(report.checkpoints) > 1 else [],
         "kinds": [kind_data(report, kind) for kind in own.policy],
+        "causes": {
+            "completions": report.causes.completions,
+            "tokens": report.causes.tokens,
+            "kl": rounded(report.causes.kl),
+            "together": [[name, rounded(share)] for name, share in report.causes.together],
+        },
     }
     places = {
         "title": escape(f"What {own.run.loss} did to the features: {own.run.name}{beside}"),
@@ -168,14 +193,16 @@ def kind_data(report: Report, kind: str) -> dict[str, Any]:
         "completions": report.completions[kind],
         "tokens": report.tokens[kind],
         "runs": [run_data(measured, kind) for measured in report.runs],
-        "training": [0.0, *(profile[kind].drift.sum() for profile in report.checkpoints.values())],
-        "shown": [feature_data(report, kind, index) for index in report.contexts[kind]],
+        "training": [[0.0, 0.0], *(total_of(profile[kind], "drift") for profile in report.checkpoints.values())],
+        "shown": features_data(report, kind),
+        "trust": [trust_data(own) | {"name": part.name} for part, own in zip(report.parts, report.trust[kind])],
+        "warnings": warnings(report, kind),
     }
     if len(changes) == 2:
         moved = np.abs(changes).sum(0).argsort()[::-1][:SCATTER_POINTS]
         apart = np.abs(changes[1] - changes[0]).argsort()[::-1][:DIFFERING]
         found |= {
-            "correlation": correlation(*changes),
+            "correlation": correlated(report.runs, kind),
             "moved": int((np.abs(changes).sum(0) > 0).sum()),
             "points": [[*named(report.parts, i), *(digits(change[i]) for change in changes)] for i in moved.tolist()],
             "apart": [
@@ -188,6 +215,42 @@ def kind_data(report: Report, kind: str) -> dict[str, Any]:
             ],
         }
     return found
+
+
+def correlated(runs: Sequence[Measured], kind: str) -> list[float]:
+    """The correlation of two runs' changes, and its interval: over prompts where both read the same text."""
+    both = [measured.both(kind) for measured in runs]  # [G, 2, len(SUMMED), F]
+    changes = [measured.change(kind) for measured in runs]
+    if kind == "sampled":  # each on samples of its own
+        return [correlation(*changes), float("nan")]
+
+    def of_sums(sums: np.ndarray) -> float:
+        one, other = (Figures.mean_of(s[1]) - Figures.mean_of(s[0]) for s in sums)
+        return correlation(one, other)
+
+    return rounded(Estimate(*map(float, with_interval(np.stack(both, axis=1), of_sums))))
+
+
+def rounded(estimate: Estimate) -> list[float]:
+    return [digits(value) for value in estimate]
+
+
+def total_of(figures: Figures, what: str) -> list[float]:
+    """Of a figure added up over the features, the value and its interval."""
+    of_sums = {"drift": Figures.drift_of, "rate": Figures.rate_of}[what]
+    return rounded(Estimate(*map(float, with_interval(figures.sums, lambda sums: of_sums(sums).sum()))))
+
+
+def trust_data(trust: Trust) -> dict[str, Any]:
+    """All but the scaling of single features."""
+    return {
+        "completions": trust.completions,
+        "tokens": trust.tokens,
+        "fvu": list(map(rounded, trust.fvu)),
+        "l0": list(map(rounded, trust.l0)),
+        "outside": rounded(trust.outside),
+        "words": [[[word, rounded(score)] for word, score in own] for own in (trust.words_for, trust.words_against)],
+    }
 
 
 def named(parts: Sequence[Part], index: int) -> list[str | None]:
@@ -203,32 +266,39 @@ def run_data(measured: Measured, kind: str) -> dict[str, Any]:
     shares = np.sort(after.drift)[::-1].cumsum() / (total or 1.0)
     places = np.unique(np.geomspace(1, len(shares), 160).round().astype(int))
     return {
-        "drift": total,
+        "drift": total_of(after, "drift"),
         "half": holding(after.drift, 0.5),
         "most": holding(after.drift, 0.9),
-        "l0": [before.rate.sum(), after.rate.sum()],
+        "l0": [total_of(before, "rate"), total_of(after, "rate")],
         "seen": [int((before.rate > 0).sum()), int((after.rate > 0).sum())],
         "curve": [[place, digits(shares[place - 1])] for place in places.tolist()],
     }
 
 
-def feature_data(report: Report, kind: str, index: int) -> dict[str, Any]:
-    """A feature that is shown, with its contexts."""
+def features_data(report: Report, kind: str) -> list[dict[str, Any]]:
+    """The features that are shown, with their contexts."""
     own = report.runs[0]
-    before, after = own.reference[kind], own.policy[kind]
-    name, address = named(report.parts, index)
-    return {
-        "name": name,
-        "address": address,
-        "mean": [digits(before.mean[index]), digits(after.mean[index])],
-        "rate": [digits(before.rate[index]), digits(after.rate[index])],
-        "share": digits(after.drift[index] / (after.drift.sum() or 1.0)),
-        "training": [
-            0.0,
-            *(digits(p[kind].mean[index] - before.mean[index]) for p in report.checkpoints.values()),
-        ],
-        "contexts": [context_data(context) for context in report.contexts[kind][index]],
-    }
+    before, after, errors = own.reference[kind], own.policy[kind], own.errors(kind)
+    scaling = {index: share for trust in report.trust[kind] for index, share in trust.scaling.items()}
+    found = []
+    for index, contexts in report.contexts[kind].items():
+        name, address = named(report.parts, index)
+        moved = (p[kind].mean[index] - before.mean[index] for p in report.checkpoints.values())
+        shown = {
+            "name": name,
+            "address": address,
+            "mean": [digits(before.mean[index]), digits(after.mean[index])],
+            "mean_error": [digits(errors[model][index]) for model in ("reference", "policy")],
+            "change_error": digits(errors["change"][index]),
+            "rate": [digits(before.rate[index]), digits(after.rate[index])],
+            "share": digits(after.drift[index] / (after.drift.sum() or 1.0)),
+            "scaling": rounded(scaling[index]),
+            "cause": rounded(report.causes.features[index]),
+            "training": [0.0, *map(digits, moved)],
+            "contexts": [context_data(context) for context in contexts],
+        }
+        found.append(shown)
+    return found
 
 
 def context_data(context: Context) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The report on features: its numbers against plain dense computation, its page in a browser."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -17,9 +18,11 @@ from conftest import EOS_ID, REPO, collate, command, look_at, on_ranks, pairs, r
 
 import models
 from data import toy
-from features import measure, neuronpedia, report
-from features.measure import Context, Figures, Measured, Part, Reader, Report, Text, TrainedRun
-from sae import JointSAE, compute_feature_drift
+from features import intervals, measure, neuronpedia, reading, report, trust
+from features.measure import Measured, Part, Report, TrainedRun
+from features.reading import Context, Figures, Reader, Text
+from features.trust import Causes, Estimate, Trust
+from sae import SAE, JointSAE, compute_feature_drift
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>{{data}}\u2028"
 FEW = ["++n_samples=8", "++n_eval_examples=12", "++max_new_tokens=12"]
@@ -77,6 +80,7 @@ def test_figures_are_those_of_dense_computation(divergence, layers):
         for figures, vectors in zip((before[kind], after[kind]), read):
             acts = sae.encode(torch.cat(vectors))
             assert figures.mean == pytest.approx(acts.mean(0).numpy(), rel=1e-3, abs=1e-4)
+            assert figures.sums.shape == (7, 5, sae.d_sae)  # each pair is of a prompt of its own
             assert figures.rate == pytest.approx((acts > 0).double().mean(0).numpy(), abs=1e-6)
         reference = torch.stack([sae.encode(x).mean(0) if len(x) else torch.zeros(sae.d_sae) for x in read[0]])
         expected = compute_feature_drift(sae, torch.cat(read[1]), [len(x) for x in read[1]], reference, **options)
@@ -143,7 +147,7 @@ def test_features_that_hold_a_share():
 def test_pieces_join_to_the_text():
     tokenizer = models.load_tokenizer(REPO / "assets/tiny")
     ids = tokenizer.encode("¡Encantado! ropa, comida\n- leche", add_special_tokens=False)
-    pieces = measure.pieces(tokenizer, ids, 0, len(ids))
+    pieces = reading.pieces(tokenizer, ids, 0, len(ids))
     assert len(pieces) == len(ids) and "".join(pieces) == "¡Encantado! ropa, comida\n- leche"
 
 
@@ -155,6 +159,116 @@ def test_unpaired_and_plain_data_are_named_as_they_are():
     assert named([{**row, "desirable": True}, {**row, "desirable": False}]) == ["desirable", "undesirable"]
     assert named([row]) == ["demonstrated"]
     assert named([{"prompt_ids": [1], "completion_ids": [[5], [6]]}]) == ["chosen", "rejected"]
+
+
+# -------------------------------------------------------------------------------------------------------------- trust
+
+
+def test_an_interval_is_that_of_the_mean_over_prompts():
+    values = np.array([1.0, 4.0, 2.0, 7.0])
+    mean, error = intervals.with_interval(np.stack([values, np.ones(4)], axis=1), lambda s: s[0] / s[1])
+    assert mean == 3.5 and error == pytest.approx(3.182 * values.std(ddof=1) / 2)
+    assert np.isnan(intervals.with_interval(values[:1, None], lambda s: s)[1]).all()
+    groups, count = intervals.groups_of(["a", "b", "a", *map(str, range(20))])
+    assert groups[:3] == [0, 1, 0] and count == 16 and max(groups) == 15
+
+
+def test_what_the_sae_sees_by_hand():
+    """Two tokens, an SAE of the two axes with a threshold of 0.5: it misses the 0.4 of the reference's second token."""
+    one = torch.eye(2)
+    sae = SAE(one, torch.zeros(2), one, torch.zeros(2), torch.full((2,), 0.5))
+    compared = trust.Compared(sae, [0], groups=2)
+    before, after = torch.tensor([[1.0, 0.0], [0.4, 2.0]]), torch.tensor([[2.0, 0.0], [1.0, 2.0]])
+    compared.add(torch.tensor([0, 1]), before, after)
+    nothing: Any = SimpleNamespace(words=lambda _: ([], []))
+    read: Any = SimpleNamespace(completions={"chosen": 2})
+    found = trust.summary(read, "chosen", [0], *compared.over_ranks(), nothing)
+    assert found.tokens == 2
+    assert [own.value for own in found.fvu] == pytest.approx([0.16 / (5.16 - (1.4**2 + 2**2) / 2), 0.0])
+    assert [own.value for own in found.l0] == [1.0, 1.5]
+    assert found.outside.value == pytest.approx(0.16 / 1.36)  # the change (1, 0), (0.6, 0); the SAE's (1, 0), (1, 0)
+    # f of both models together is 3, then 1; the direction's part of the vectors 1, then 0.4, and 2, then 1
+    assert found.scaling[0].value == pytest.approx((3 * 2 + 1 * 1) / (3 * 1 + 1 * 0.4), rel=1e-5)
+    assert found.scaling[0].error == pytest.approx(
+        12.706 / 2 * abs(2 - 1 / 0.4), rel=1e-4
+    )  # of two tokens, without one
+
+
+@pytest.mark.parametrize(("hook", "first"), [("residual", 0), ("mlp", 0), ("residual", 48)])
+@torch.no_grad()
+def test_what_goes_away_and_the_words_by_hand(hook, first):
+    """Of an SAE at the last layer, which may be the second of two."""
+    start, policy = tiny_gemma(), tiny_gemma()
+    policy.model.layers[1].load_state_dict(tiny_gemma(seed=1).model.layers[1].state_dict())
+    own, latents, places = random_sae(), [3, 7], [(2, hook)]
+    sae = JointSAE([random_sae(seed=1), own], [1.0, 1.0]) if first else own
+    shown, read = [first + latent for latent in latents], [(0, "residual"), *places] if first else places
+    texts = [dataclasses.replace(text, kind="sampled") for text in texts_of(6)]
+    readers = [reader(m, sae, texts, read) for m in (start, policy)]
+    remembered = trust.remember(readers[0])
+    seen = trust.compare(readers[1], remembered, {"sampled": shown})["sampled"][-1]
+    found = trust.causes(readers[1], remembered, shown)
+    assert list(seen.scaling) == shown
+
+    total, left, changed, tokens = 0.0, np.zeros(2), torch.zeros(32), 0
+    for text in texts:
+        ids = torch.tensor([[*text.prompt_ids, *text.completion_ids]])
+        outputs = [m(ids, output_hidden_states=True) for m in (start, policy)]
+        streams, last = [], torch.empty(0)
+        for m in (start, policy):
+            tap, after = models.make_tap(m, places), models.make_tap(m, [(2, "residual")])
+            with tap.reading(), after.reading():
+                m(ids)
+            streams.append(tap.take()[0])
+            last = after.take()[0]
+        predict = slice(len(text.prompt_ids) - 1, -1)
+        reference = outputs[0].logits[0, predict].log_softmax(1)
+
+        def kl(logits, reference=reference, predict=predict):
+            logp = logits[predict].log_softmax(1)
+            return float((logp.exp() * (logp - reference)).sum())
+
+        total += kl(outputs[1].logits[0])
+        risen = [own.encode(x)[:, latents] for x in streams]
+        for place, latent in enumerate(latents):
+            h = last - (risen[1] - risen[0])[:, place : place + 1] * own.W_dec[latent]
+            logits = 30 * torch.tanh(policy.lm_head(policy.model.norm(h)) / 30)
+            left[place] += kl(logits)
+        content = torch.tensor(text.completion_ids) != EOS_ID
+        changed += (streams[1] - streams[0])[len(text.prompt_ids) :][content].sum(0)
+        tokens += int(content.sum())
+    assert found.tokens == sum(len(text.completion_ids) for text in texts) and found.completions == len(texts)
+    assert found.kl.value == pytest.approx(total / found.tokens, rel=1e-3)
+    assert [found.features[latent].value for latent in shown] == pytest.approx((1 - left / total).tolist(), abs=1e-3)
+    assert len(found.together) == 3 * len(sae.members) and found.kl.error > 0
+    if hook == "residual":  # at the last layer nothing is left of the change
+        assert found.together[-1][1].value == pytest.approx(1, abs=1e-4)
+
+    assert seen.tokens == tokens
+    scores = policy.lm_head.weight @ policy.model.norm(changed / tokens)
+    scores = (scores - scores.mean()) / scores.std()
+    for listed, way in ((seen.words_for, 1), (seen.words_against, -1)):
+        best = (way * scores).topk(10).indices.tolist()
+        assert [word for word, _ in listed] == list(map(str, best))
+        assert [score.value for _, score in listed] == pytest.approx(scores[best].tolist(), rel=1e-3)
+
+
+def test_what_did_not_change_has_no_share():
+    texts = [dataclasses.replace(text, kind="sampled") for text in texts_of(3)]
+    one = reader(tiny_gemma(), random_sae(), texts, [(1, "residual")], divergence="kl", k=5)
+    remembered = trust.remember(one)
+    (seen,) = trust.compare(one, remembered, {"sampled": []})["sampled"]
+    assert np.isnan(seen.outside.value) and seen.words_for == [] and seen.fvu[0] == seen.fvu[1]
+    found = trust.causes(one, remembered, [])
+    assert found.kl.value == 0 and all(np.isnan(share.value) for _, share in found.together)
+
+
+def test_few_completions_are_spread_and_of_pairs_both(monkeypatch):
+    monkeypatch.setattr(measure, "COMPARED", 4)
+    few = measure.spread([*texts_of(10), Text(measure.SAMPLED_BY_OTHER, [1], [5])])
+    chosen, rejected = ([t.prompt_ids for t in few if t.kind == kind] for kind in ("chosen", "rejected"))
+    prompts = [text.prompt_ids for text in texts_of(10)[::2]]
+    assert chosen == rejected == [prompts[place] for place in (0, 2, 5, 7)] and len(few) == 8
 
 
 # -------------------------------------------------------------------------------------------------------- neuronpedia
@@ -222,7 +336,8 @@ def test_a_run_with_checkpoints(runs):
     assert data["examples"] == [0, 32, 64, 96]
     for kind in data["kinds"]:
         total = frame[frame.text == kind["name"]].drift.sum()
-        assert kind["training"][0] == 0 < kind["training"][1] and kind["training"][-1] == pytest.approx(total)
+        training = [value for value, _ in kind["training"]]
+        assert training[0] == 0 < training[1] and training[-1] == pytest.approx(total, rel=1e-3)
     evaluated = json.loads((runs["fpo"] / "metrics.jsonl").read_text().splitlines()[-1])
     for kind in ("chosen", "rejected"):  # the drift that training itself reports on the same 12 records
         assert frame[frame.text == kind].drift.sum() == pytest.approx(evaluated[f"feature_drift_eval/{kind}"], rel=1e-3)
@@ -240,15 +355,17 @@ def test_two_runs_side_by_side(runs):
         assert beside.drift.to_numpy() == pytest.approx(own.drift.to_numpy(), rel=1e-3, abs=1e-6)
     data = data_of(runs["dpo"])
     assert data["runs"] == ["dpo", "fpo"]
-    assert all(-1 <= kind["correlation"] <= 1 and kind["points"] and kind["apart"] for kind in data["kinds"])
+    assert all(-1 <= kind["correlation"][0] <= 1 and kind["points"] and kind["apart"] for kind in data["kinds"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["fpo", "dpo"])
 def test_the_page_in_a_browser(runs, run, browser, tmp_path):
-    dom, console = look_at(browser, runs[run] / "features/report.html", tmp_path / "profile")
-    assert console == []
+    for width in (500, 1300):
+        dom, console = look_at(browser, runs[run] / "features/report.html", tmp_path / f"profile{width}", width=width)
+        assert console == []
     assert dom.count("<article") == len(data_of(runs[run])["kinds"][-1]["shown"]) > 8
+    assert "all that the SAE rebuilds" in dom and "of the KL goes away" in dom and "NaN" not in dom
     for title in ["How few features hold the drift", "What rose and what fell"]:
         assert title in dom
     assert ("<h2>Drift over training</h2>" in dom.replace(' class=""', "")) == (run == "fpo")
@@ -298,8 +415,11 @@ def test_what_cannot_be_measured_is_refused(runs, tmp_path):
 def small_report(text: str) -> Report:
     """A report on three features in which every text is `text`."""
     context = Context(text, [text, "b"], [0.0, 1.0], [2.0, 0.5], starts=True, ends=False)
-    before = Figures(np.array([1.0, 1.0, 0.0]), np.array([0.5, 0.5, 0.0]), np.zeros(3))
-    after = Figures(np.array([2.0, 0.5, 0.0]), np.array([0.5, 0.5, 0.0]), np.array([0.3, 0.1, 0.0]))
+    before = Figures(np.array([[[4.0, 4, 0], [4, 4, 4], [2, 2, 0], [0, 0, 0], [1, 1, 1]]]))
+    after = Figures(np.array([[[8.0, 2, 0], [4, 4, 4], [2, 2, 0], [0.3, 0.1, 0], [1, 1, 1]]]))
+    sure, words = Estimate(0.6, 0.1), [(text, Estimate(3.0, float("nan")))]
+    seen = Trust(1, 4, [sure, sure], [sure, sure], sure, {0: sure, 1: sure}, words, words)
+    seen = [seen, dataclasses.replace(seen, scaling={})]
     run: Any = TrainedRun(text, text, None)  # type: ignore[arg-type]
     return Report(
         model=text,
@@ -312,6 +432,8 @@ def small_report(text: str) -> Report:
         runs=[Measured(run, {"sampled": before}, {"sampled": after})],
         checkpoints={},
         contexts={"sampled": {0: [context], 1: [context]}},
+        trust={"sampled": seen},
+        causes=Causes(1, 4, sure, {0: sure, 1: sure}, [(text, sure)]),
     )
 
 
@@ -330,7 +452,9 @@ def test_several_saes_count_their_own_features():
     assert table["feature"].to_pylist() == [0, 1, 0]
     about = json.loads(table.schema.metadata[b"features"])
     assert about["k"] == 2 and about["divergence"] == "kl"
-    assert "first 0 rose most and first 1 fell most" in report.finding(small_report("first")).replace("feature ", "")
+    found = report.finding(small_report("first")).replace("feature ", "")
+    assert "first 0 rose most and first 1 fell most" in found
+    assert "Careful: 60% of the change of the residual stream on the policy's own samples is outside" in found
 
 
 def test_nothing_on_the_page_comes_from_a_network():

@@ -7,13 +7,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REPO, look_at
+from conftest import REPO, look_at, random_sae, tiny_gemma
+from test_features import reader, residuals, texts_of
 
 from data import toy
-from features import pairs
+from features import outcome, pairs
 from features.pairs import Differences, groups
 from launch import settings
-from launch.policies import read_config
+from launch.policies import Policy, read_config
 from training import reference
 from utils import UserError
 
@@ -133,6 +134,128 @@ def test_a_runs_reference_cache_is_enough(plain_run, monkeypatch, capsys):
     folder = pairs.write_data_features(settings.check_config(raw, modes=["features"])[0])
     assert folder.parent.parent == run
     assert "reference cache: found 24 records" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- what training did, beside
+
+
+def summed(groups, values):
+    """Sums [G, ...] of values [S, ...] by the group of each text."""
+    found = torch.zeros(max(groups) + 1, *values.shape[1:], dtype=torch.float64)
+    return found.index_add_(0, torch.tensor(groups), values.double()).numpy()
+
+
+@torch.no_grad()
+def test_samples_are_read_and_reweighted_as_by_plain_computation():
+    """Each kind of sample is the same six texts; the policy is another model."""
+    start, policy, sae = tiny_gemma(), tiny_gemma(), random_sae()
+    policy.model.layers[1].load_state_dict(tiny_gemma(seed=1).model.layers[1].state_dict())
+    own = [text for text in texts_of(6) if text.kind == "chosen"]
+    texts = [outcome.Text(kind, text.prompt_ids, text.completion_ids) for kind in outcome.KINDS for text in own]
+    readers = [reader(model, sae, texts, [(1, "residual")]) for model in (start, policy)]
+    sums, pooled, before = outcome.read_by_start(readers[0])
+    after = outcome.scored(readers[0], "again")
+    _, effective = outcome.reweighted(readers[0], pooled, before, after)
+    assert effective == pytest.approx(1)  # of the same model
+
+    acts = torch.stack([sae.encode(x).mean(0) if len(x := residuals(start, t, 1)) else torch.zeros(48) for t in own])
+    expected = torch.cat([acts, torch.tensor([[float(len(t.completion_ids))] for t in own])], 1)
+    each = list(range(6))  # each prompt is a group
+    for kind in range(3):
+        np.testing.assert_allclose(sums[:, 3 * kind], summed(each, expected), rtol=1e-3, atol=1e-5)
+        assert (sums[:, 3 * kind + 1] == 1).all()
+        np.testing.assert_array_equal(sums[:, 3 * kind + 2], summed(each, (expected > 0).float()))
+
+    def logp(model, text):
+        ids = torch.tensor([[*text.prompt_ids, *text.completion_ids]])
+        logps = model(ids).logits[0, len(text.prompt_ids) - 1 : -1].log_softmax(1)
+        return logps.gather(1, torch.tensor(text.completion_ids)[:, None]).sum()
+
+    ratios = torch.stack([logp(policy, t) - logp(start, t) for t in own]).double()
+    weights = (ratios - ratios.max()).exp()
+    after = outcome.scored(readers[1], "by the policy")
+    found, effective = outcome.reweighted(readers[1], pooled, before, after)
+    np.testing.assert_allclose(found[:, 0], 2 * summed(each, weights[:, None] * expected), rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(found[:, 1], 2 * summed(each, weights[:, None].expand(6, 49)), rtol=2e-3)
+    assert effective == pytest.approx(float(weights.sum() ** 2 / weights.square().sum() / 6), rel=2e-3)
+
+
+def test_the_outcome_beside_the_pairs_by_hand():
+    generator = np.random.default_rng(0)
+    groups, width = 4, 6
+    policy, start, again = generator.random((3, groups, width))  # one sample a group
+    weights = np.array([0.5, 1.0, 2.0, 0.25])[:, None]
+    one, some = np.ones((groups, width)), np.ones((groups, width))
+    some[:, 4] = 0  # no sample has this feature, the last quantity is the length
+    rows = [policy, one, some, start, one, some, again, one, some]
+    rows += [weights * (start + again), np.broadcast_to(2 * weights, (groups, width))]
+    delta = np.array([1.0, 3.0, -2.0, 0.5, 9.0, 4.0])
+    figures = {"delta": delta, "delta_first": delta + 0.1, "delta_second": 2 * delta}
+    found = outcome.outcome_of(np.stack(rows, 1), figures, 0.4, "", 4, 4)
+    assert found.features == 4 and [fit.name for fit in found.fits] == ["drawn", "reweighted", "null"]
+    changes = {
+        "drawn": policy.mean(0) - start.mean(0),
+        "reweighted": (weights * (start + again)).sum(0) / (2 * weights.sum()) - (start + again).mean(0) / 2,
+        "null": again.mean(0) - start.mean(0),
+    }
+    for fit in found.fits:
+        change = changes[fit.name]
+        np.testing.assert_allclose(found.columns[f"outcome_{fit.name}"], change)
+        assert fit.r2.value == pytest.approx(np.corrcoef(delta[:4], change[:4])[0, 1] ** 2)
+        order, expected = delta[:4].argsort().argsort(), change[:4].argsort().argsort()
+        assert fit.rank.value == pytest.approx(np.corrcoef(order, expected)[0, 1])
+        assert fit.r2_features[0] <= fit.r2.value <= fit.r2_features[1]
+    error = 3.182 / 2 * (policy - start).std(0, ddof=1)
+    np.testing.assert_allclose(found.columns["outcome_drawn_error"], error)
+    alone = outcome.outcome_of(np.stack(rows, 1), figures, 0.05, "too few", 4, 4)
+    assert [fit.name for fit in alone.fits] == ["drawn", "null"] and "outcome_reweighted" not in alone.columns
+    assert alone.shown == "drawn"
+
+
+def test_the_noise_ceiling_by_hand():
+    assert outcome.reliability([0.5]) == pytest.approx(2 * 0.5 / 1.5)  # Spearman and Brown
+    assert outcome.reliability([-0.5, 0.1]) == 0 and np.isnan(outcome.reliability([]))
+    assert outcome.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
+    same = np.ones((2, 11, 3)) * np.array([1.0, 2.0, 4.0])  # two groups that agree: the change is 2 x, less 1
+    same[:, 0], same[:, 1], same[:, 4] = 3 * same[:, 0], 1, 1
+    assert outcome.reliability(outcome.halves("drawn", same)) == pytest.approx(1)
+
+
+def test_a_run_that_changed_nothing(tmp_path):
+    """The policy is the start: with the same random numbers it draws the same, and all weights are 1."""
+    file, _ = planted(tmp_path, count=12)
+    own = [*SAE, "++mode=features", f"++data=[{file}]", f"++eval_datasets=[{file}]", f"++cache_dir={tmp_path}"]
+    own += ["++n_samples=6", "++max_new_tokens=8", "++exp_name=tiny"]
+    config, _ = settings.check_config(read_config(REPO / "assets/tiny", own), modes=["features"])
+    records = outcome.samples.records_to_sample(config)
+    tiny = REPO / "assets/tiny"
+    run = outcome.Finished(config, Policy(tiny, tiny, None, tmp_path), records)
+    table = pq.read_table(pairs.write_data_features(config, run) / "data_features.parquet")
+    about = json.loads(table.schema.metadata[b"data_features"])["outcome"]
+    assert about["effective"] == pytest.approx(1) and about["left_out"] == "" and about["prompts"] == 6
+    columns = table.to_pydict()
+    assert not any(columns["outcome_drawn"]) and any(columns["outcome_null"])
+    assert columns["outcome_reweighted"] == pytest.approx([0] * 1025, abs=1e-4)
+    assert about["fits"][0]["r2"] == [None, None]  # nothing to account for
+    assert not list(tmp_path.glob("*.partial.jsonl"))
+
+
+def test_what_training_did_beside_the_pairs(plain_run, browser, tmp_path):
+    run = plain_run("fpo")
+    own = ["++mode=features", "++n_samples=16", "++max_new_tokens=8"]
+    raw = read_config(run, own)
+    raw = read_config(run, [*own, f"++data={raw.datasets}", f"++cache_dir={tmp_path}"])
+    config, _ = settings.check_config(raw, modes=["features"])
+    folder = pairs.write_data_features(config, outcome.finished(config, run, own))
+    table = pq.read_table(folder / "data_features.parquet")
+    about = json.loads(table.schema.metadata[b"data_features"])["outcome"]
+    assert about["features"] > 50 and about["samples"] == about["prompts"] == 8  # all that are held out
+    assert {"start_mean", "outcome_drawn", "outcome_drawn_error", "outcome_null"} <= set(table.column_names)
+    for width in (500, 1300):
+        page, said = look_at(browser, folder / "report.html", tmp_path / f"browser{width}", width=width)
+        assert not said and "NaN" not in page
+    assert page.count("<circle") > 50 and "delta accounts for" in page and '<section id="outcome">' in page
+    assert outcome.finished(config, REPO / "assets/tiny", []) is None  # a model is no run
 
 
 def test_what_cannot_be_read_is_told(tmp_path):
