@@ -248,9 +248,9 @@ def take_steps(place: Place, tell: Tell) -> None:
 
 def training(place: Place, accumulation: int, compiled: bool = False) -> Row:
     """What throughput.py is given. A step has as many micro-batches as `accumulation` says."""
-    given: Row = {"device": "cuda", "size": "cuda", "batch": 32, "steps": 3, "lengths": "ultrafeedback"}
+    given: Row = {"device": "cuda", "size": "cuda", "batch": 32, "steps": 4, "lengths": "ultrafeedback"}
     if place.is_dry:
-        given = {"device": "cpu", "size": "smallest", "batch": 4, "steps": 3, "lengths": "20:10"}
+        given = {"device": "cpu", "size": "smallest", "batch": 4, "steps": 4, "lengths": "20:10"}
     own = {"accumulation": accumulation, "compile": compiled, "out": f"{place.folder}/throughput/runs"}
     return {**given, **own, "threads": torch.get_num_threads(), "model": None}
 
@@ -266,8 +266,8 @@ def built(place: Place) -> tuple[Path, Row]:
 
 
 def figures(given: Row, known: Row, found: Row) -> Row:
-    """Of the measured step whose rate is the middle one: another may have compiled for a new length. MFU: 6 operations
-    for each parameter and token that is no padding, beside the device's peak. It counts each prompt once, as it is
+    """Of the measured step whose rate is the middle one, the better of two: others may have compiled for new lengths.
+    MFU: 6 operations for each parameter and token that is no padding, beside the device's peak. It counts each prompt once, as it is
     computed here; peers compute it for each completion, and count it twice."""
     work, steps = throughput.Work.of(known["shape"]), []
     for number, seconds in enumerate(found["each"], 1):  # step 0 warms up
