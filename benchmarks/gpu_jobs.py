@@ -267,15 +267,14 @@ def built(place: Place) -> tuple[Path, Row]:
 
 def figures(given: Row, known: Row, found: Row) -> Row:
     """Of the measured step whose rate is the middle one, the better of two: others may have compiled for new lengths.
-    MFU: 6 operations for each parameter and token that is no padding, beside the device's peak. It counts each prompt once, as it is
-    computed here; peers compute it for each completion, and count it twice."""
+    MFU: 6 operations for each parameter and token that is no padding, beside the device's peak. It counts each prompt
+    once, as it is computed here; peers compute it for each completion, and count it twice."""
     work, steps = throughput.Work.of(known["shape"]), []
     for number, seconds in enumerate(found["each"], 1):  # step 0 warms up
         pairs = known["pairs"][number * given["batch"] : (number + 1) * given["batch"]]
         once = sum(prompt + sum(completions) for prompt, completions in pairs)
-        steps.append(
-            (once / seconds, (once + sum(prompt for prompt, _ in pairs)) / seconds, 1000 * seconds / len(pairs))
-        )
+        twice = once + sum(prompt for prompt, _ in pairs)
+        steps.append((once / seconds, twice / seconds, 1000 * seconds / len(pairs)))
     once, twice, milliseconds = sorted(steps)[len(steps) // 2]
     mfu = 6 * (work.layers + work.head) / known["rate"]
     row = {"ms a pair": milliseconds, "tokens/s": twice, "MFU": mfu * once, "MFU, prompts twice": mfu * twice}
