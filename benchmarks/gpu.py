@@ -63,9 +63,7 @@ JOBS = [
         "A run that is killed and goes on, and one with weights in host memory, against an undisturbed one.",
         45,
     ),
-    Job(
-        "study", "The jobs of study.py on a real model, as many as the time allows; its figures are in study.jsonl.", 5
-    ),
+    Job("study", "The jobs of study.py on a real model, as many as the time allows; figures are in study.jsonl.", 10),
 ]
 
 

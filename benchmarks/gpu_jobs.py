@@ -248,9 +248,9 @@ def take_steps(place: Place, tell: Tell) -> None:
 
 def training(place: Place, accumulation: int, compiled: bool = False) -> Row:
     """What throughput.py is given. A step has as many micro-batches as `accumulation` says."""
-    given: Row = {"device": "cuda", "size": "cuda", "batch": 32, "steps": 3, "lengths": "ultrafeedback"}
+    given: Row = {"device": "cuda", "size": "cuda", "batch": 32, "steps": 4, "lengths": "ultrafeedback"}
     if place.is_dry:
-        given = {"device": "cpu", "size": "smallest", "batch": 4, "steps": 3, "lengths": "20:10"}
+        given = {"device": "cpu", "size": "smallest", "batch": 4, "steps": 4, "lengths": "20:10"}
     own = {"accumulation": accumulation, "compile": compiled, "out": f"{place.folder}/throughput/runs"}
     return {**given, **own, "threads": torch.get_num_threads(), "model": None}
 
@@ -266,16 +266,15 @@ def built(place: Place) -> tuple[Path, Row]:
 
 
 def figures(given: Row, known: Row, found: Row) -> Row:
-    """Of the measured step whose rate is the middle one, since some step may compile for a new length. MFU: 6 operations
-    for each parameter and token that is no padding, beside the device's peak. It counts each prompt once, as it is
-    computed here; peers compute it for each completion, and count it twice."""
+    """Of the measured step whose rate is the middle one, the better of two: others may have compiled for new lengths.
+    MFU: 6 operations for each parameter and token that is no padding, beside the device's peak. It counts each prompt
+    once, as it is computed here; peers compute it for each completion, and count it twice."""
     work, steps = throughput.Work.of(known["shape"]), []
     for number, seconds in enumerate(found["each"], 1):  # step 0 warms up
         pairs = known["pairs"][number * given["batch"] : (number + 1) * given["batch"]]
         once = sum(prompt + sum(completions) for prompt, completions in pairs)
-        steps.append(
-            (once / seconds, (once + sum(prompt for prompt, _ in pairs)) / seconds, 1000 * seconds / len(pairs))
-        )
+        twice = once + sum(prompt for prompt, _ in pairs)
+        steps.append((once / seconds, twice / seconds, 1000 * seconds / len(pairs)))
     once, twice, milliseconds = sorted(steps)[len(steps) // 2]
     mfu = 6 * (work.layers + work.head) / known["rate"]
     row = {"ms a pair": milliseconds, "tokens/s": twice, "MFU": mfu * once, "MFU, prompts twice": mfu * twice}
@@ -299,19 +298,21 @@ def time_losses(place: Place, tell: Tell) -> None:
             rows[loss] = attempt({"loss": loss, "compiled": compiled}, partial(run, loss, compiled))
             tell(rows[loss])
         if "failed" not in rows["simpo"] | rows["fpo"]:
-            ratios = {key: rows["fpo"][key] / rows["simpo"][key] for key in ("ms a pair", "peak GB")}
-            tell({"loss": "fpo / simpo; wanted: 1.03, 1.01", "compiled": compiled, **ratios})
+            time = rows["simpo"]["tokens/s"] / rows["fpo"]["tokens/s"]
+            peak = rows["fpo"]["peak GB"] / rows["simpo"]["peak GB"]
+            row: Row = {"loss": "fpo / simpo", "compiled": compiled}
+            tell(row | {"time; wanted: 1.03": time, "memory; wanted: 1.01": peak})
 
 
 def time_trl(place: Place, tell: Tell) -> None:
     """The same with half as many pairs at once follows where memory ran out."""
     folder, known = built(place)
-    ours = min((row["ms a pair"] for row in found_before(place, "speed") if row["loss"] == "dpo"), default=None)
+    ours = max((row["tokens/s"] for row in found_before(place, "speed") if row["loss"] == "dpo"), default=None)
 
     def run(contender: throughput.Contender, accumulation: int) -> Row:
         given = training(place, accumulation)
         row = figures(given, known, throughput.run_trl(folder, given, contender))
-        return row | ({"times ours; wanted: 1.5": row["ms a pair"] / ours} if ours else {})
+        return row | ({"times our time; wanted: 1.5": ours / row["tokens/s"]} if ours else {})
 
     contenders = [own for own in throughput.contenders(place.device.type) if own.loss == "dpo" and not own.forced]
     for contender in reversed([own for own in contenders if own.reference == "precomputed"]):  # the fastest comes last

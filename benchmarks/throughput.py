@@ -326,8 +326,8 @@ class Watch:
             raise Done
 
     def read(self) -> dict[str, Any]:
-        """Seconds of the measured steps, by the clock and of CPU, those of each, and the peak in MB: of a GPU's tensors while it
-        watched, of the process since that began."""
+        """Seconds of the measured steps, by the clock and of CPU, and of each by the clock; and the peak in MB: of a
+        GPU's tensors while it watched, of the process since that began."""
         (wall, cpu), (wall_end, cpu_end) = self.stamps[0], self.stamps[-1]
         each = [end - start for (start, _), (end, _) in pairwise(self.stamps)]
         return {"seconds": wall_end - wall, "cpu": cpu_end - cpu, "each": each, "peak": self.peak()}

@@ -92,7 +92,7 @@ def test_the_arguments_of_its_runs_are_those_of_the_commands(place, loss):
 
 
 def test_mfu_by_hand():
-    """One pair a step. The middle one of the measured rates is 15 tokens in half a second; the peak is 6,000 a second."""
+    """One pair a step. The middle one of the rates is 15 tokens in half a second; the peak is 6,000 a second."""
     shape = {"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
     shape |= {"intermediate_size": 3, "vocab_size": 5}
     parameters = 2 * 2 * 2 + 2 * 2 * 2 + 3 * 2 * 3 + 5 * 2
