@@ -36,7 +36,7 @@ from distributed.sharding import DTYPES
 from launch.settings import Config, RunClasses
 from modeling import adapters
 from modeling.attention import FUSED
-from modeling.head import CHUNK_ELEMENTS
+from modeling.head import chunk_rows
 from modeling.settings import ModelSettings
 from models import decoder_layers, final_hidden_states
 from sae import ENCODE_ELEMENTS
@@ -138,7 +138,8 @@ def make(config: Config, classes: RunClasses, ranks: int) -> Plan:
     plan.passing["activations"], plan.passing["a layer in the backward pass"] = activations(model, own, batch)
     head = model.get_output_embeddings()
     if head is not None:
-        logits = 3 * 4 * min(CHUNK_ELEMENTS, len(batch.target) * len(head.weight))
+        words = len(head.weight)
+        logits = 3 * 4 * min(chunk_rows(words, device), len(batch.target)) * words
         plan.passing["logits, a chunk at a time, and the head's gradient"] = logits + 4 * count_trained(head)
     if "live_reference" in classes.binding.needs and not own.use_peft:
         plan.held["live reference"] = (whole / shards + (rest if is_split else 0)) * computes.itemsize
