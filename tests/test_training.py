@@ -34,7 +34,8 @@ from training.reference import LiveReference
 from utils import UserError
 
 PAIRS = {split: toy.preferences(split, seed=0, count=count) for split, count in (("train", 24), ("test", 8))}
-LOSSES = sorted({path.stem for path in (REPO / "config/loss").glob("*.yaml")} - {"paired", "unpaired"})
+WITH_MORE = {"paired", "unpaired", "sae-finetune", "sae-difference"}  # need code, an SAE or a model beside the policy's
+LOSSES = sorted({path.stem for path in (REPO / "config/loss").glob("*.yaml")} - WITH_MORE)
 SMALL = [
     "model=tiny",
     "++model.batch_size=8",
