@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for each other
 
@@ -28,6 +29,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from data import batch as batches
 from data.batch import Batch
 from distributed import parallel
+from modeling import head
 from sae import SAE
 
 REPO = Path(__file__).resolve().parent.parent
@@ -131,6 +133,12 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 @pytest.fixture
 def gemma() -> Gemma2ForCausalLM:
     return tiny_gemma()
+
+
+def replace_compile(monkeypatch: pytest.MonkeyPatch, replacement: Callable[..., Any]) -> None:
+    """Another torch.compile for a test, and for what else is compiled once in a process."""
+    monkeypatch.setattr(torch, "compile", replacement)
+    monkeypatch.setattr(head, "compiled_passes", functools.cache(head.compiled_passes.__wrapped__))
 
 
 Done = subprocess.CompletedProcess[str]

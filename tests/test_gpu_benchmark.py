@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, replace_compile
 
 sys.path.append(str(REPO / "benchmarks"))  # not first: it has a sae.py of its own
 
@@ -75,7 +75,7 @@ def test_a_part_that_fails_has_its_error_in_its_row():
 
 
 def test_heads_are_compared_with_autograd(place, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # which takes a minute
+    replace_compile(monkeypatch, lambda function, **_: function)  # which takes a minute
     rows = rows_of(gpu_jobs.compare_heads, place)
     assert {"head.py, 32 at a time", "Liger", "cut-cross-entropy"} <= {row["way"] for row in rows}
     for row in rows:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, collate, pairs, tiny_gemma
+from conftest import REPO, collate, pairs, replace_compile, tiny_gemma
 from safetensors.torch import load_file
 from test_plan import plan_of
 from test_training import assembled, run, settle
@@ -50,7 +50,7 @@ def built(tmp_path, *overrides, folder=REPO / "assets/tiny"):
 def traced(monkeypatch):
     """torch.compile traces, and then runs the graph as it is: nothing is translated into machine code."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend="eager", dynamic=False))
+    replace_compile(monkeypatch, lambda function, **_: real(function, backend="eager", dynamic=False))
     torch._dynamo.reset()
 
 
@@ -76,7 +76,7 @@ def test_selective_checkpointing_of_fused_operations_is_refused(tmp_path):
 def test_layers_with_a_tap_inside_are_not_compiled(tmp_path, monkeypatch, hook, compiled):
     """Compiled code calls no hook that was added later."""
     found = []
-    monkeypatch.setattr(torch, "compile", lambda function, **_: found.append(function) or function)
+    replace_compile(monkeypatch, lambda function, **_: found.append(function) or function)
     trainer = assembled(tmp_path, "loss=fpo", f"sae.hook={hook}", "model.compile=true")
     layers = models.decoder_layers(trainer.policy)
     assert [layers.index(own.__self__) for own in found if hasattr(own, "__self__")] == compiled
@@ -86,7 +86,7 @@ def test_layers_with_a_tap_inside_are_not_compiled(tmp_path, monkeypatch, hook, 
 def graphs(monkeypatch):
     """Counts the graphs of compiled functions, which run as they are, on a CPU too."""
     counter, real = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=counter, **options))
+    replace_compile(monkeypatch, lambda function, **options: real(function, backend=counter, **options))
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # for its gradients
     compiled_flex = attention.compiled_flex
     compiled_flex.cache_clear()
