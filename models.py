@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from data.batch import Batch, collate, sum_by_sequence
@@ -257,7 +258,7 @@ def make_tap(model: PreTrainedModel, places: Sequence[tuple[int, str]], block_na
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device: its structure, without memory for weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -366,7 +367,7 @@ def load_model(
     auto_class: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     if reward:
         config.num_labels = 1
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
         if new_tokens:
             tokens = model.get_input_embeddings().num_embeddings + new_tokens

@@ -392,7 +392,9 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
     """
     values = plain(raw)
     if values["mode"] == "plan":  # which is for GPUs, also where it is made on a machine without one
-        values["model"] |= {key: "bfloat16" for key, dtype in values["model"].items() if dtype == "auto" and "dtype" in key}
+        values["model"] |= {
+            key: "bfloat16" for key, dtype in values["model"].items() if dtype == "auto" and "dtype" in key
+        }
     return check_values(values, modes)
 
 
