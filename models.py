@@ -260,7 +260,9 @@ def make_tap(model: PreTrainedModel, places: Sequence[tuple[int, str]], block_na
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device: its structure, without memory for weights."""
     with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------- loading

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPO, checked, command, metrics, on_ranks, start_ranks
+from conftest import REPO, command, metrics, on_ranks, start_ranks
 from forks import Fork
 from safetensors.torch import load_file, save_file
 
