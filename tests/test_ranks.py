@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from data import toy
 from distributed import parallel
 
+MANY_RUNS = REPO / "tests/many_runs.py"
 SMALL = [
     "model=tiny",
     "++model.batch_size=8",
@@ -73,8 +74,8 @@ def overrides(data, folder, *own):
     return [*SMALL, *files, *(value.format(data=data) for value in own)]
 
 
-def train_on(ranks, runs):
-    on_ranks(ranks, REPO / "tests/many_runs.py", json.dumps(runs))
+def train_on(ranks, runs, nodes=1):
+    return on_ranks(ranks, MANY_RUNS, json.dumps(runs), nodes=nodes)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def wait_for(condition, started):
 
 
 # Long enough to be stopped on the way; the learning rate is so low that rounding errors do not grow.
-LONG = ["exp_name=long", "loss=dpo", "lr=1e-5", "++n_epochs=10", "++save_every=16", "++n_eval_examples=4"]
+LONG = ["exp_name=long", "loss=dpo", "lr=1e-5", "++n_epochs=6", "++save_every=16", "++n_eval_examples=4"]
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +153,9 @@ def assert_same_run(lines, expected):
 def stopped(data):
     """The folder of a run on two ranks that a SIGTERM stopped, as SLURM sends it to all; and how they ended."""
     folder = data / "cut"
-    ranks, _store = start_ranks(2, REPO / "train.py", *overrides(data, folder, *LONG))
+    ranks, _store = start_ranks(2, MANY_RUNS, json.dumps([overrides(data, folder, *LONG)]))
     log = folder / "long/metrics.jsonl"
-    wait_for(lambda: log.is_file() and log.read_text().count("loss/train") > 7, ranks[0])
+    wait_for(lambda: log.is_file() and log.read_text().count("loss/train") > 3, ranks[0])
     for rank in ranks:
         os.kill(rank.process.pid, signal.SIGTERM)
     return folder, [rank.result(120) for rank in ranks]
@@ -175,7 +176,7 @@ def test_stopped_and_resumed_on_other_ranks(data, undisturbed, stopped, tmp_path
     folder, _ = stopped
     run = shutil.copytree(folder, tmp_path / "copy", symlinks=True) / "long"
     last = metrics(run)[-1]["step"]
-    resumed = on_ranks(ranks, REPO / "train.py", *overrides(data, run.parent, *LONG))
+    resumed = train_on(ranks, [overrides(data, run.parent, *LONG)])
     assert f"resuming after {last} of" in resumed
     assert_same_run(metrics(run), undisturbed)
 
@@ -386,5 +387,5 @@ def test_two_nodes_with_hybrid_sharding(trained, tmp_path):
     a step, of which the last sums over the nodes. KTO exchanges completions between the ranks."""
     hybrid = ["++model.hybrid_sharding=true", "++model.gradient_accumulation_steps=2"]
     own = overrides(trained, tmp_path, "exp_name=kto", *RUNS["kto"], *hybrid)
-    on_ranks(4, REPO / "train.py", *own, nodes=2)
+    train_on(4, [own], nodes=2)
     assert_same_training(tmp_path / "kto", trained / "1/kto", rel=1e-5)

@@ -535,7 +535,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("loss", sorted({*LOSSES} - {"sae"}))
 def test_a_step_waits_for_nothing(tmp_path, monkeypatch, loss):
     """What was found of it is read when a line is logged, in one piece."""
-    trainer = assembled(tmp_path, f"loss={loss}", "model.gradient_accumulation_steps=2")
+    few = ["model.gradient_accumulation_steps=2", "n_examples=8", "n_eval_examples=4"]
+    trainer = assembled(tmp_path, f"loss={loss}", *few)
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)  # on a CPU it reads its own counters, which lie there
     monkeypatch.setattr(trainer.schedule, "step", lambda: None)
     trainer.module.train()
