@@ -28,7 +28,7 @@ from utils import (
     UserError,
     fingerprint,
     json_lines,
-    open_json_lines,
+    json_lines_file,
     progress_bar,
     valid_unicode,
     write_json_lines,
@@ -194,13 +194,13 @@ def reward_log(path: Path) -> Iterator[RewardLog]:
     """The log in a file, which rank 0 alone reads and writes. Raises UserError where another process writes it, or this
     one cannot."""
     files: list[IO[bytes]] = []
-
-    def begin() -> None:
-        try:
-            files.append(open_json_lines(path))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-    parallel.from_rank_zero(begin)
     with contextlib.ExitStack() as stack:
-        yield RewardLog(stack.enter_context(files[0]) if files else None)
+
+        def begin() -> None:
+            try:
+                files.append(stack.enter_context(json_lines_file(path)))
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+        parallel.from_rank_zero(begin)
+        yield RewardLog(files[0] if files else None)

@@ -199,12 +199,13 @@ def open_weights(directory: Path, load_from: str | None = None) -> Weights:
 
 
 def weights_digest(directory: Path, load_from: str | None) -> str:
-    """A digest of the files that `open_weights` would read. It does not depend on the number of ranks.
+    """A digest of the architecture, and of the files that `open_weights` would read. It does not depend on the number
+    of ranks.
 
     Raises UserError where a run has exported them and they are not what it wrote.
     """
     source = source_of(directory, load_from)
-    files = [source] if source.is_file() else [source / "config.json", *weight_files(source)]
+    files = [directory / "config.json", *([source] if source.is_file() else weight_files(source))]
     return parallel.from_rank_zero(lambda: fingerprint([sound_digest(file) for file in files]))
 
 

@@ -27,8 +27,10 @@ from utils import (
     file_digest,
     fingerprint,
     json_lines,
+    missing_folders,
     open_json_lines,
     progress_bar,
+    remove_empty,
     write_json_lines,
     write_text,
 )
@@ -104,6 +106,20 @@ class Conversation:
             **({"followups": followups, "turns": texts} if followups else {}),
             **({} if self.failed is None else {"failed": self.failed}),
         }
+
+
+def require_own_file(target: Path, identity: dict[str, Any], source: str) -> None:
+    """Raises UserError where the target holds samples from another `source`, a run, a model or a server: models in two
+    directories may have one name."""
+    try:
+        content = json.loads(target.read_text(encoding="utf-8"))
+        other, drawn = Path(content["sampled_from"]), content["sampling"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if drawn != identity and other.resolve() != Path(source).resolve():
+        raise UserError(
+            f"{target} holds samples from {other}, not from {source}; ++exp_name=NAME names a file for these"
+        )
 
 
 class SampleLog:
@@ -210,6 +226,7 @@ def sample_log(path: Path, identity: dict[str, Any], writes: bool = True) -> Ite
     Raises UserError where another process writes it.
     """
     try:
+        made = missing_folders(path.parent)
         log = SampleLog(path, identity, writes)
     except OSError as error:
         raise UserError(f"cannot write to {path.parent} ({error}); samples_dir= names another place") from error
@@ -221,6 +238,7 @@ def sample_log(path: Path, identity: dict[str, Any], writes: bool = True) -> Ite
         finally:
             if writes and (all_went_well or log.is_empty):
                 log.path.unlink(missing_ok=True)
+                remove_empty(made)
 
 
 def identity_of(

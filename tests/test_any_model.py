@@ -1,11 +1,19 @@
 """Any model by its place, and the defaults that depend on it."""
 
+import json
+import random
+import shutil
+
 import pytest
-from conftest import REPO, metrics
+from conftest import REPO, fuzzed, metrics
+from hypothesis import given
+from hypothesis import settings as chosen
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_training import run, settle
 from transformers import AutoTokenizer
 
+import models
 from launch import assembly, settings, summary
 from utils import UserError
 
@@ -104,3 +112,47 @@ def evaluations(*losses, accuracy=(0.5, 0.5), rewards=0.5):
 )
 def test_a_run_that_learnt_next_to_nothing(lines, little):
     assert summary.learnt_little(lines, 100) is little
+
+
+def weightless(folder):
+    """A copy of the built-in model, without its weights."""
+    shutil.copytree(REPO / "assets/tiny", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+ODD = [None, "x", -1, 0, 0.5, True, [], ["a"], {}, {"a": 1}, 10**9]
+
+
+@chosen(fuzzed, max_examples=max(1, fuzzed.max_examples // 20))
+@given(st.integers(0, 2**40))
+def test_any_configuration_is_a_models_or_refused(tmp_path_factory, seed):
+    draw = random.Random(seed)
+    folder = tmp_path_factory.getbasetemp() / "odd"
+    if not folder.exists():
+        weightless(folder)
+    values = json.loads((REPO / "assets/tiny/config.json").read_text())
+    values |= {key: draw.choice(ODD) for key in draw.sample([*values], draw.choice([1, 1, 2]))}
+    if isinstance(values["vocab_size"], int):
+        values["vocab_size"] = min(values["vocab_size"], 1000)  # no skeleton of a large one is made without memory
+    (folder / "config.json").write_text(json.dumps(values))
+    try:
+        config = models.load_config(folder)
+        models.require_positions(config, folder, {"model.max_length": 8})
+        models.skeleton(config)
+    except UserError as error:
+        assert str(error).startswith((str(folder), "model.max_length")) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", '{"a":', "[" * 100_000, "\ufeff{}"])
+def test_damaged_files_of_a_model_are_named(tmp_path, text):
+    reading = {
+        "config.json": (models.load_config, "no usable config.json"),
+        "tokenizer.json": (models.load_tokenizer, "no usable tokenizer"),
+        "tokenizer_config.json": (models.load_tokenizer, "no usable tokenizer"),
+        "generation_config.json": (models.load_generation_config, "generation_config.json: cannot be used"),
+    }
+    for name, (read, message) in reading.items():
+        folder = weightless(tmp_path / name)
+        (folder / name).write_text(text)
+        with pytest.raises(UserError, match=message):
+            read(folder)

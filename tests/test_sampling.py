@@ -215,7 +215,7 @@ def test_never_is_never_drawn():
 
 def test_the_file_and_its_settings(tmp_path):
     content = write(tmp_path, "++temperature=0.5", "++top_k=7", "++stop=[xyz]", "seed=5")
-    assert content.keys() == {"sampled_at", "config", "sampling", "samples"}
+    assert content.keys() == {"sampled_at", "sampled_from", "config", "sampling", "samples"}
     assert content["config"]["model"]["name_or_path"] == str(TINY)
     wanted = {"temperature": 0.5, "top_k": 7, "top_p": 0.95, "stop": ["xyz"], "seed": 5, "max_new_tokens": 8}
     assert wanted.items() <= content["sampling"].items()
@@ -238,6 +238,22 @@ def test_a_finished_file_is_found(tmp_path, capsys):
     assert write(tmp_path, "++model.eval_batch_size=5") == first
     assert "there already" in capsys.readouterr().out
     assert write(tmp_path, "++temperature=0.3")["samples"] != first["samples"]
+
+
+def test_two_models_of_one_name_do_not_share_a_file(tmp_path, monkeypatch):
+    """Refused before a weight is loaded; the same samples from a copy of the model are found."""
+    ours = {"sampled_at": "now", "sampling": {"policy": "another"}, "samples": []}
+    (tmp_path / "tiny.json").write_text(json.dumps(ours | {"sampled_from": str(tmp_path / "a" / "tiny")}))
+    monkeypatch.setattr(evaluation, "local_backend", lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(
+        UserError, match=r"tiny.json holds samples from .*a/tiny, not from .*assets/tiny; \+\+exp_name="
+    ):
+        write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+    samples.require_own_file(tmp_path / "tiny.json", ours["sampling"], "b/tiny")
+    for earlier in ("no JSON", json.dumps(ours)):
+        (tmp_path / "tiny.json").write_text(earlier)
+        samples.require_own_file(tmp_path / "tiny.json", {}, "b/tiny")
 
 
 EVAL = """
@@ -347,11 +363,11 @@ def test_a_finished_file_does_not_touch_the_log_of_another_setting(tmp_path):
 
 
 def test_a_command_that_draws_nothing_leaves_nothing(tmp_path):
-    opened(tmp_path / "a.json", {})
+    opened(tmp_path / "folder" / "a.json", {})
     with samples.sample_log(tmp_path / "b", {}) as log:  # of which no file is made
         log.add(ONE)
     with pytest.raises(UserError, match="vLLM is not installed"):
-        write(tmp_path, "++backend=vllm")
+        write(tmp_path / "new" / "folder", "++backend=vllm")
     assert not list(tmp_path.iterdir())
 
 

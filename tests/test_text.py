@@ -1,5 +1,6 @@
 """Text that meets a terminal or a file: it is shown and written as it is, whatever it holds."""
 
+import contextlib
 import io
 import json
 import math
@@ -26,6 +27,7 @@ from utils import (
     atomic_write,
     fingerprint,
     json_lines,
+    json_lines_file,
     open_json_lines,
     progress_bar,
     require_writable,
@@ -256,12 +258,28 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
     left = tmp_path / "new" / ".file.x.fpo.part"  # by a killed process
     left.mkdir(parents=True)
-    require_writable(tmp_path / "new" / "file")
+    require_writable(tmp_path / "new" / "file", tmp_path / "a" / "b" / "file")
     assert not left.exists()
-    assert not list((tmp_path / "new").iterdir())
-    for path, reason in [("file/below", "Not a directory|File exists"), ("folder", "Is a directory")]:
+    assert not list((tmp_path / "new").iterdir()) and not (tmp_path / "a").exists()
+    (tmp_path / "nowhere").symlink_to("gone")
+    long = "a" * 240  # what is written beside it has a longer name
+    for path, reason in [
+        ("file/below", "Not a directory|File exists"),
+        ("folder", "Is a directory"),
+        ("nowhere/below", "No such file"),
+        (long, "File name too long"),
+    ]:
         with pytest.raises(UserError, match=f"cannot write {tmp_path / path}: ({reason})"):
             require_writable(tmp_path / path)
+
+
+@pytest.mark.parametrize("lines", [[], [{"a": 1}]])
+def test_a_file_of_no_lines_leaves_nothing(tmp_path, lines):
+    with contextlib.suppress(UserError), json_lines_file(tmp_path / "a" / "b" / "log.jsonl") as file:
+        write_json_lines(file, *lines)
+        raise UserError("refused later")
+    left = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))]
+    assert left == (["a", "a/b", "a/b/log.jsonl"] if lines else [])
 
 
 def test_the_home_directory(monkeypatch):

@@ -48,7 +48,9 @@ from utils import (
     flush_to_disk,
     is_file_name,
     lock,
+    missing_folders,
     open_in_place,
+    remove_empty,
     remove_litter,
     seal,
     write_json,
@@ -114,7 +116,7 @@ class Run:
         path = self.folder / ".lock"
         try:
             while True:  # until it is there when it is locked: the other process may have removed it
-                self.made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+                self.made = missing_folders(self.folder)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):
                     held = open_in_place(path)
@@ -134,9 +136,7 @@ class Run:
         """Remove the directories that were made for a run of which nothing came."""
         if self.made and [path.name for path in self.folder.iterdir()] == [".lock"]:
             (self.folder / ".lock").unlink()
-            with contextlib.suppress(OSError):  # something else came into one
-                for folder in self.made:
-                    folder.rmdir()
+            remove_empty(self.made)
 
     def manifest(self) -> dict[str, Any] | None:
         """The run's `id` and its `files`: names in the directory. None where there is no run.
