@@ -474,6 +474,27 @@ def write_json_lines(file: IO[bytes], *values: Any) -> None:
     file.flush()
 
 
+def log_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
+    """What `write_log_lines` wrote, a line each; None for one that is damaged, or half a line. (Lines of an earlier
+    version have no digest.)"""
+    for _, value in json_lines(lines):
+        is_sound = isinstance(value, dict) and value.pop("digest", None) in (None, _line_digest(value))
+        yield value if is_sound else None
+
+
+def write_log_lines(file: IO[bytes], *values: dict[str, Any]) -> None:
+    """As `write_json_lines`, each line with a digest of the rest of it."""
+    as_read = [json.loads(as_json(value)) for value in values]
+    write_json_lines(file, *({**value, "digest": _line_digest(value)} for value in as_read))
+
+
+def _line_digest(value: dict[str, Any]) -> str:
+    try:
+        return fingerprint(value)
+    except RecursionError:
+        return ""
+
+
 def open_json_lines(path: Path, *, wait: bool = False) -> IO[bytes]:
     """Open a JSON Lines file to read it and add lines, for this process alone until it is closed.
 

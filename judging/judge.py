@@ -17,10 +17,10 @@ from utils import (
     UserError,
     console,
     fingerprint,
-    json_lines,
     json_lines_file,
+    log_lines,
     progress_bar,
-    write_json_lines,
+    write_log_lines,
 )
 
 Judge = Callable[[JudgeInput], JudgeOutput]  # may raise NoAnswer
@@ -120,9 +120,9 @@ def toy_judge(judge_input: JudgeInput) -> JudgeOutput:
 class VerdictLog:
     """The file of replies so far, one JSON line each: key, model, messages, reply, refused, alternatives, cut, tokens.
 
-    An incomplete line, left by a killed run, is reported and its request is sent again. Who `writes` has the file alone
-    until the end of `with`, so that no reply is paid for twice: for another, UserError is raised. A file without a
-    reply does not stay.
+    A line that is damaged, or left incomplete by a killed run, is reported and its request is sent again. Who `writes`
+    has the file alone until the end of `with`, so that no reply is paid for twice: for another, UserError is raised. A
+    file without a reply does not stay.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
@@ -133,14 +133,14 @@ class VerdictLog:
         self._until_the_end = contextlib.ExitStack()
         self._file = self._until_the_end.enter_context(json_lines_file(path) if writes else readable.open("rb"))
         damaged = 0
-        for _, record in json_lines(self._file):
+        for record in log_lines(self._file):
             match record:
                 case {"key": str(key), "reply": str(text), "refused": bool(refused), "cut": bool(cut)}:
                     self.replies[key] = Reply(text, refused, record.get("alternatives"), cut)
                 case _:
                     damaged += 1
         if damaged:
-            console.print(f"{path}: ignored {damaged} incomplete line(s); sending those requests again")
+            console.print(f"{path}: ignored {damaged} damaged or incomplete line(s); sending those requests again")
 
     def __enter__(self) -> "VerdictLog":
         return self
@@ -154,7 +154,7 @@ class VerdictLog:
         record |= {"refused": reply.refused, "alternatives": reply.alternatives, "cut": reply.cut}
         record["tokens"] = list(used)
         with self._lock:
-            write_json_lines(self._file, record)
+            write_log_lines(self._file, record)
             os.fsync(self._file.fileno())
             self.replies[key] = reply
 

@@ -24,14 +24,15 @@ from utils import (
     Message,
     UserError,
     as_json,
+    console,
     file_digest,
     fingerprint,
-    json_lines,
+    log_lines,
     missing_folders,
     open_json_lines,
     progress_bar,
     remove_empty,
-    write_json_lines,
+    write_log_lines,
     write_text,
 )
 
@@ -144,8 +145,13 @@ class SampleLog:
             raise
 
     def _open(self, identity: dict[str, Any]) -> None:
-        lines = [line for _, line in json_lines(self.file) if isinstance(line, dict)]
-        self.is_empty = not any("key" in line for line in lines) or self._is_published(lines[-1])
+        found = list(log_lines(self.file))
+        lines = [line for line in found if line is not None]
+        if len(lines) < len(found):
+            told = f"{self.path}: {len(found) - len(lines)} damaged or incomplete line(s), drawn again"
+            console.print(told, style="yellow")
+        is_known = any("identity" in line for line in lines)  # else nothing says what the samples depend on
+        self.is_empty = not (is_known and any("key" in line for line in lines)) or self._is_published(lines[-1])
         self.samples = self._read_target(identity)
         if self.finished:
             return
@@ -170,7 +176,7 @@ class SampleLog:
             self.finished = not any("failed" in entry for entry in content["samples"])
             self.sampled_at = content["sampled_at"]
             return samples_in(content["samples"], identity["samples"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
 
     def _read(self, line: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -180,7 +186,7 @@ class SampleLog:
             case {"identity": dict(), "sampled_at": str()}:
                 self.sampled_at = line["sampled_at"]
         known = line.get("identity", identity)
-        if known != identity:
+        if isinstance(known, dict) and known != identity:
             differing = [k for k in {**known, **identity} if known.get(k) != identity.get(k)]
             lines = "\n".join(f"  {k}: {known.get(k)!r} there, {identity.get(k)!r} now" for k in differing)
             raise UserError(
@@ -196,7 +202,7 @@ class SampleLog:
 
     def _write(self, *lines: dict[str, Any]) -> None:
         if self.writes:
-            write_json_lines(self.file, *lines)
+            write_log_lines(self.file, *lines)
 
     def publish(self, content: Any) -> None:
         """Write the target, a JSON file, and remove the log."""

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 import models
 from launch import assembly, settings, summary
+from modeling.weights import weights_digest
 from utils import UserError
 
 
@@ -156,3 +157,12 @@ def test_damaged_files_of_a_model_are_named(tmp_path, text):
         (folder / name).write_text(text)
         with pytest.raises(UserError, match=message):
             read(folder)
+
+
+def test_the_digest_of_other_weights_covers_the_architecture_too(tmp_path):
+    """What a cached reference says depends on both, and so does a run that goes on."""
+    folder, weights = weightless(tmp_path / "model"), str(REPO / "assets/tiny")
+    before = weights_digest(folder, weights)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    assert weights_digest(folder, weights) != before

@@ -159,7 +159,7 @@ def test_killed_in_the_middle_of_a_line(tmp_path: Path, server: FakeServer, caps
     log.write_bytes(b"".join(lines[:6]) + lines[6][:-20])
     assert same(run(samples, server), whole)
     assert len(server.requests) == 14
-    assert "ignored 1 incomplete line" in capsys.readouterr().out
+    assert "ignored 1 damaged or incomplete line" in capsys.readouterr().out
     run(samples, server)
     assert len(server.requests) == 14  # lines after the incomplete one are read
 

@@ -352,6 +352,24 @@ def test_killed_before_the_file(tmp_path, monkeypatch):
     assert opened(target, {"a": 0} | {"a": 1}).samples == ONE  # the refusal changed nothing
 
 
+def test_damaged_lines_are_named_and_drawn_again(tmp_path, capsys):
+    """Without the line that says what they depend on, none of the samples is used."""
+    target, partial = tmp_path / "a.json", tmp_path / "a.json.partial.jsonl"
+
+    def begin():
+        with contextlib.suppress(KeyboardInterrupt), samples.sample_log(target, {"a": 1}) as log:
+            log.add(ONE | {(1, 0, 0): samples.Sample("word", [2], "stop")})
+            raise KeyboardInterrupt
+
+    for old, new, left in (("word", "wort", ONE), ('"a": 1', '"a": 2', {})):
+        begin()
+        assert partial.read_text().count(old) == 1
+        partial.write_text(partial.read_text().replace(old, new))
+        assert opened(target, {"a": 1}).samples == left
+        assert "1 damaged or incomplete line(s), drawn again" in capsys.readouterr().out
+        partial.unlink(missing_ok=True)
+
+
 def test_a_finished_file_does_not_touch_the_log_of_another_setting(tmp_path):
     target = tmp_path / "a.json"
     with pytest.raises(KeyboardInterrupt), samples.sample_log(target, {"a": 2}) as log:

@@ -324,7 +324,7 @@ def test_any_saved_configuration_is_read_or_refused(tmp_path_factory, seed):
     file.write_text(text[:cut], encoding="utf-8")
     overrides = draw.sample(["++model.batch_size=2", "~loss.beta", "~wandb", "++loss.a.b=1", "~sae.parts.a", "lr=1"], 2)
     try:
-        settings.typed(read_config(file, overrides))
+        settings.check_config(read_config(file, overrides))
     except UserError as error:
         assert str(error)
 

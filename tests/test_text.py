@@ -28,12 +28,14 @@ from utils import (
     fingerprint,
     json_lines,
     json_lines_file,
+    log_lines,
     open_json_lines,
     progress_bar,
     require_writable,
     valid_unicode,
     write_json,
     write_json_lines,
+    write_log_lines,
 )
 
 PIECES = [
@@ -271,6 +273,20 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     ]:
         with pytest.raises(UserError, match=f"cannot write {tmp_path / path}: ({reason})"):
             require_writable(tmp_path / path)
+
+
+def test_a_damaged_line_of_a_log_is_none():
+    """Whichever of its bytes is another one, and whatever that makes of it."""
+    value = {"key": [3, 0, 0], "text": "half \ud83d, \u2028", "x": 0.1, "deep": {"b": None, "a": [True, 10**30]}}
+    write_log_lines(file := io.BytesIO(), value)
+    line = file.getvalue()
+    assert list(log_lines([line, b'{"a": 1}\n', b'{"a": 1, "digest": "x"}', b"[]"])) == [value, {"a": 1}, None, None]
+    for place in range(len(line)):
+        for change in (1, 2, 32, 128):
+            (found,) = log_lines([line[:place] + bytes([line[place] ^ change]) + line[place + 1 :]])
+            assert found is None or value.items() <= found.items()  # the word "digest" itself
+    deep = b'{"a": ' + b"[" * 900 + b"]" * 900 + b', "digest": "x"}'
+    assert list(log_lines([deep])) == [None]
 
 
 @pytest.mark.parametrize("lines", [[], [{"a": 1}]])
