@@ -136,6 +136,7 @@ class VerdictLog:
         for record in log_lines(self._file):
             match record:
                 case {"key": str(key), "reply": str(text), "refused": bool(refused), "cut": bool(cut)}:
+                    assert record is not None
                     self.replies[key] = Reply(text, refused, record.get("alternatives"), cut)
                 case _:
                     damaged += 1

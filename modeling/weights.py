@@ -6,7 +6,6 @@ have other names, or fewer and larger tensors, on disk than in memory; transform
 
 import copy
 import json
-import pickle
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,8 +81,11 @@ class PolicyFile:
         self.source = path
         try:
             self.state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-        except (RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, EOFError) as error:
+            self.shapes = {str(name): tuple(tensor.shape) for name, tensor in self.state.items()}
+            for name, tensor in self.state.items():
+                if tensor.layout != torch.strided or tensor.is_complex() or not isinstance(name, str):
+                    raise TypeError(f"{name!r} is none")
+        except Exception as error:  # of a damaged file torch raises many kinds
             reason = str(error).partition(".")[0]  # without torch's advice to load it unsafely
             raise UserError(f"{path}: not a policy.pt of plain tensors ({reason})") from error
 

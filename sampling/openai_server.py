@@ -81,7 +81,7 @@ def key_from_environment() -> str:
     return key
 
 
-class BoundedBody(httpx.SyncByteStream):  # type: ignore[misc]
+class BoundedBody(httpx.SyncByteStream):
     """What a server sends after its headers, which has to end: httpx's time-outs are for each piece of it."""
 
     def __init__(self, body: Any, seconds: float) -> None:
