@@ -401,7 +401,7 @@ def require_writable(*paths: Path) -> None:
         try:
             folder = next(place for place in path.absolute().parents if os.path.lexists(place))
             remove_litter(folder)
-            part_beside(path, folder).rmdir()
+            shutil.rmtree(part_beside(path, folder), ignore_errors=True)
             if path.exists():
                 path.open("ab").close()
         except OSError as error:

@@ -49,7 +49,7 @@ class Policy:
 
     def source(self) -> str:
         """The run or the model, as messages name it."""
-        return str(self.load_from or self.run or self.folder)
+        return str(self.run or self.load_from or self.folder)
 
     def writes_text(self) -> bool:
         """Whether it is a language model: not so for a reward model, or an SAE."""
