@@ -72,8 +72,8 @@ def test_a_model_computes_in_what_the_machine_multiplies_fast(monkeypatch, units
         return settings.check_config(composed([*base, *own]), modes=["train", "plan"])[0].model.policy_dtype
 
     assert (chosen(), chosen("mode=plan")) == (dtype, "bfloat16")
-    for given in ("float32", "bfloat16"):
-        assert chosen(f"model.policy_dtype={given}") == chosen(f"model.policy_dtype={given}", "mode=plan") == given
+    for named in ("float32", "bfloat16"):
+        assert chosen(f"model.policy_dtype={named}") == chosen(f"model.policy_dtype={named}", "mode=plan") == named
 
 
 def prepared(tmp_path, *overrides):
