@@ -203,8 +203,9 @@ def get_shp(split: str, *, data_dir: str | None = None) -> Dataset:
             row = collapse(row)
             for name in ("history", "human_ref_A", "human_ref_B"):
                 text_of(row, name)
-            for name in ("score_A", "score_B", "labels"):
-                number_of(row, name)
+            row |= {name: number_of(row, name) for name in ("score_A", "score_B", "labels")}
+            if row["labels"] not in (0, 1):
+                raise BadRow("'labels' is neither 0 nor 1")
             if split != "train" or number_of(row, "score_ratio") >= 2:
                 pairs.setdefault(row["history"], []).append((row, place))
     rng = random.Random(0)
@@ -282,26 +283,37 @@ def get_oasst(split: str, *, data_dir: str | None = None) -> Dataset:
         with data.bad.at(place):
             if value_of(row, "lang") != "en":
                 continue
-            if value_of(row, "role") not in roles:
+            if text_of(row, "role") not in roles:
                 raise BadRow("'role' is neither prompter nor assistant")
-            row = {**row, "text": collapse(text_of(row, "text")), "place": place}
+            row = {
+                **row,
+                "text": collapse(text_of(row, "text")),
+                "rank": optional_number_of(row, "rank"),
+                "place": place,
+            }
+            row["parent_id"] = None if row.get("parent_id") is None else text_of(row, "parent_id")
             messages[text_of(row, "message_id")] = row
-            if row.get("rank") is not None and row["role"] == "assistant":
+            if row["rank"] is not None and row["role"] == "assistant":
                 answers.setdefault(text_of(row, "parent_id"), []).append(row)
 
     parent: str | None
     for parent, ranked in answers.items():
         path: list[Message] = []
-        while parent in messages:
+        passed = set()
+        while parent in messages and parent not in passed:
+            passed.add(parent)
             path.insert(0, {"role": roles[messages[parent]["role"]], "content": messages[parent]["text"]})
             parent = messages[parent]["parent_id"]
-        if parent is not None:
+        if parent is not None and parent not in passed:
             continue  # a message on the way is not in English
         for better, worse in pairwise(sorted(ranked, key=lambda row: row["rank"])):
-            if worse["rank"] == better["rank"] + 1:
-                example = data[path]
-                example.add_pair(better["text"], worse["text"], source=worse["place"])
-                example.sft_targets = [example.pairs[0][0]]  # the best one
+            with data.bad.caught(worse["place"]):
+                if parent in passed:
+                    raise BadRow("the message answers itself")
+                if worse["rank"] == better["rank"] + 1:
+                    example = data[path]
+                    example.add_pair(better["text"], worse["text"], source=worse["place"])
+                    example.sft_targets = [example.pairs[0][0]]  # the best one
     return data
 
 
@@ -347,7 +359,7 @@ def get_arenahard(split: str, *, data_dir: str | None = None) -> Dataset:
     files = hub_files("lmarena-ai/arena-hard-auto", patterns, split, data_dir, "arena_hard")
     for place, row in read_rows(files, data.bad):
         with data.bad.at(place):
-            data[text_of(row, "prompt")].benchmark = {"uid": value_of(row, "uid")}
+            data[text_of(row, "prompt")].benchmark = {"uid": text_of(row, "uid")}
     return data
 
 
@@ -360,10 +372,14 @@ def get_mtbench(split: str, *, data_dir: str | None = None) -> Dataset:
     for place, row in read_rows(files, data.bad):
         with data.bad.at(place):
             turns = row.get("turns") or value_of(row, "prompt")  # the authors' name for it, and the hub's
+            if not isinstance(turns, list) or not turns:
+                raise BadRow("its turns are not a list of texts")
             first, *later = [checked_text(turn, "a turn") for turn in turns]
-            data[first].followups = later
-            number = row["question_id"] if "question_id" in row else value_of(row, "prompt_id")
-            data[first].benchmark = {"question_id": number, "category": text_of(row, "category")}
+            number = value_of(row, "question_id" if "question_id" in row else "prompt_id")
+            if not isinstance(number, int):
+                raise BadRow("its number is not a whole number")
+            benchmark = {"question_id": number, "category": text_of(row, "category")}
+            data[first].followups, data[first].benchmark = later, benchmark
     return data
 
 

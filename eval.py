@@ -66,12 +66,14 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     server = backends.ServerBackend(config, len(records)) if config.backend == "openai" else None
     if server:
         weights, template = f"{server.model} at {config.base_url}", str(config.template or "chat")
+        source = weights
     else:
         policy = find_policy(path, config, overrides)
         require_language_model(config, policy)
         require_room(config, policy, records)
         tokenizer = models.load_tokenizer(policy.tokenizer)
         weights, template = policy.digest(), tokenise.template_name(config, tokenizer)
+        source = policy.source()
     name = config.exp_name if config.mode == "sample" else f"{config.exp_name}-{config.mode}"
     target = Path(config.samples_dir) / f"{name}.json"
     handed = benchmark_files.path_of(config.mode, config.exp_name, target.parent)
@@ -80,6 +82,7 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     identity = samples.identity_of(config, decoding, records, weights, template)
     if config.sae.steer:
         identity["steer"] = [own.model_dump() for own in config.sae.steer]
+    samples.require_own_file(target, identity, source)
     with samples.sample_log(target, identity, writes) as log:
         if log.finished:
             console.print(f"{target}: these samples are there already; delete the file to draw them again")
@@ -92,6 +95,7 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
         log.publish(
             {
                 "sampled_at": log.sampled_at,
+                "sampled_from": source,
                 "config": config.model_dump(),
                 "sampling": identity,
                 **refused,
@@ -213,7 +217,7 @@ def write_reward_figures(raw: DictConfig, path: Path, overrides: list[str]) -> N
     model = reward_model(config, path, overrides)
     target = Path(config.samples_dir) / f"{config.exp_name}-rewards.json"
     parallel.from_rank_zero(lambda: labels.require_no_link(target, target.with_suffix(".jsonl")))
-    parallel.from_rank_zero(lambda: labels.require_made_here(target, "accuracy"))
+    parallel.from_rank_zero(lambda: labels.require_made_here(target, "accuracy", model.identity))
     parallel.from_rank_zero(lambda: require_writable(target, target.with_suffix(".jsonl")))
     pairs, talks = reward_figures.held_out_pairs(config) if config.files is None else [], {}
     for file in files_of(config):

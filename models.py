@@ -5,8 +5,8 @@ Shape letters: R rows, T positions, S sequences, N completion tokens, M those of
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +52,7 @@ COSTLY = (
 )
 CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]  # everything that a model needs except its weights
 WEIGHT_FILES = [WEIGHTS]
+MOST_WORDS = 300  # characters of what a library says is wrong
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
@@ -258,10 +259,11 @@ def make_tap(model: PreTrainedModel, places: Sequence[tuple[int, str]], block_na
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: its structure, without memory for weights."""
-    with torch.device("meta"), no_init_weights():
+    """The model on the meta device: its structure, without memory for weights. Raises UserError where it is of none."""
+    what = f"{config.name_or_path}: its config.json makes no language model"
+    with torch.device("meta"), no_init_weights(), refused(what):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
+        model.tie_weights()
     return model
 
 
@@ -305,12 +307,19 @@ def choose_attention(
     return choose(settings.attn_implementation, settings.layout, architecture, on, settings.policy_dtype, pairs=pairs)
 
 
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Whatever transformers raises of a model's files becomes a UserError that begins with `what`."""
+    try:
+        yield
+    except Exception as error:  # files can hold anything, and it has many kinds
+        raise UserError(f"{what} ({' '.join(str(error).split())[:MOST_WORDS] or type(error).__name__})") from error
+
+
 def load_config(directory: Path) -> PretrainedConfig:
     """The model's configuration. Raises UserError if config.json cannot be used."""
-    try:
+    with refused(f"{directory}: no usable config.json"):
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no usable config.json ({str(error).splitlines()[0]})") from error
 
 
 def load_generation_config(directory: Path) -> GenerationConfig | None:
@@ -319,11 +328,9 @@ def load_generation_config(directory: Path) -> GenerationConfig | None:
     file = directory / "generation_config.json"
     if not file.is_file():
         return None
-    try:
+    with refused(f"{file}: cannot be used"):
         found = GenerationConfig.from_pretrained(directory)
         found.validate(strict=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: cannot be used ({' '.join(str(error).split())})") from error
     return found
 
 
@@ -332,11 +339,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     Raises UserError if it cannot be loaded or has no end-of-sequence token.
     """
-    try:
+    with refused(f"{directory}: no usable tokenizer"):
         # What it is saved as says whether only local files were allowed, and so has to be the same without a network.
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no usable tokenizer ({str(error).splitlines()[0]})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: the tokenizer has no end-of-sequence token, which completions need")
     if tokenizer.pad_token_id is None:
@@ -370,7 +375,8 @@ def load_model(
     auto_class: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     if reward:
         config.num_labels = 1
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    what = f"{directory}: its config.json makes no model"
+    with init_empty_weights(include_buffers=False), no_init_weights(), refused(what):
         model = auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
         if new_tokens:
             tokens = model.get_input_embeddings().num_embeddings + new_tokens

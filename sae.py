@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from utils import UserError, resolve_path
+from utils import MOST, UserError, resolve_path
 
 ENCODE_ELEMENTS = 1 << 24  # feature activations in memory at once while encoding: 64 MiB in fp32
 OTHER_FEATURES = "others"  # an index in feature weights that stands for all features that are not listed
@@ -521,8 +521,8 @@ def listed_features(source: Any, d_sae: int, where: str) -> tuple[dict[int, floa
             raise UserError(
                 f"{where}: {entry!r} is not {{index: a feature or {OTHER_FEATURES}, weight: a number}}"
             ) from error
-        if (index is not None and not 0 <= index < d_sae) or not 0 <= weight < float("inf"):
-            raise UserError(f"{where}: {entry!r} needs an index in [0, {d_sae}) and a weight of 0 or more")
+        if (index is not None and not 0 <= index < d_sae) or not 0 <= weight <= MOST:
+            raise UserError(f"{where}: {entry!r} needs an index in [0, {d_sae}) and a weight from 0 to {MOST:g}")
         if index is None:
             others = weight
         else:

@@ -29,7 +29,7 @@ from training.metrics import MetricAccumulator
 from training.quantities import QUANTITIES, Binding, LossContext, MismatchedMeans
 from training.reference import Reference
 from training.settings import TrainingSettings
-from utils import Count, NonNegative, Positive, Share, UserError
+from utils import MOST, Count, NonNegative, Positive, Share, UserError
 
 UnderHalf = Annotated[float, Field(ge=0, lt=0.5)]
 
@@ -225,8 +225,8 @@ class HumanlineTrainer(PairedPreferenceTrainer):
         chosen_lengths,
         *,
         beta: Positive,
-        lowest: float,
-        highest: float,
+        lowest: Annotated[float, Field(ge=-MOST, le=0)],
+        highest: NonNegative,
     ):
         def reward(logratios: Tensor, pair: Tensor) -> Tensor:
             return beta * sum_by_sequence(logratios.clamp(lowest, highest), pair, len(chosen_lengths))
@@ -292,7 +292,7 @@ class IPOTrainer(PairedPreferenceTrainer):
         chosen_lengths,
         rejected_lengths,
         *,
-        tau: Positive,
+        tau: Annotated[float, Field(ge=1 / MOST, le=MOST)],
         average: bool,
     ):
         chosen_logratios = (chosen_mean_logps - ref_chosen_mean_logps) * (1 if average else chosen_lengths)
@@ -694,7 +694,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         returns,
         values,
         *,
-        cliprange: Share,
+        cliprange: Annotated[float, Field(ge=1 / MOST, le=1)],
         critic_coef: NonNegative,
         KL_coef: NonNegative,
     ):

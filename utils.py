@@ -228,7 +228,7 @@ class Part:
         remove_litter(target.parent)
         self.target, self.lock = target, -1
         while self.lock < 0:  # until it is locked, another process may take it for litter
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PART, dir=target.parent))
+            self.folder = part_beside(target, target.parent)
             self.lock = locked(self.folder, wait=True)
         self.path = self.folder / target.name
 
@@ -243,6 +243,11 @@ class Part:
         """Remove what is left beside the target."""
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self.lock)
+
+
+def part_beside(target: Path, folder: Path) -> Path:
+    """A new directory to write a file in, before it is moved to its `target`."""
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PART, dir=folder))
 
 
 def locked(folder: Path, *, wait: bool) -> int:
@@ -270,6 +275,18 @@ def remove_litter(folder: Path) -> None:
         if (lock := locked(left, wait=False)) >= 0:
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The directories that would be made for this one, the inner first."""
+    return [place for place in (folder, *folder.parents) if not place.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the directories that hold nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # something is in it, or it was not made
+            folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -378,13 +395,13 @@ def lock(file: IO[bytes], path: Path, *, wait: bool) -> None:
 
 
 def require_writable(*paths: Path) -> None:
-    """Raises UserError for a path that no file can be written to. Directories above are made; no file is. What killed
-    processes were writing beside it goes."""
+    """Raises UserError for a path that no file can be written to. Nothing is made; what killed processes were writing
+    beside it goes."""
     for path in paths:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove_litter(path.parent)
-            tempfile.TemporaryFile(dir=path.parent).close()
+            folder = next(place for place in path.absolute().parents if os.path.lexists(place))
+            remove_litter(folder)
+            shutil.rmtree(part_beside(path, folder), ignore_errors=True)
             if path.exists():
                 path.open("ab").close()
         except OSError as error:
@@ -457,6 +474,27 @@ def write_json_lines(file: IO[bytes], *values: Any) -> None:
     file.flush()
 
 
+def log_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
+    """What `write_log_lines` wrote, a line each; None for one that is damaged, or half a line. (Lines of an earlier
+    version have no digest.)"""
+    for _, value in json_lines(lines):
+        is_sound = isinstance(value, dict) and value.pop("digest", None) in (None, _line_digest(value))
+        yield value if is_sound else None
+
+
+def write_log_lines(file: IO[bytes], *values: dict[str, Any]) -> None:
+    """As `write_json_lines`, each line with a digest of the rest of it."""
+    as_read = [json.loads(as_json(value)) for value in values]
+    write_json_lines(file, *({**value, "digest": _line_digest(value)} for value in as_read))
+
+
+def _line_digest(value: dict[str, Any]) -> str:
+    try:
+        return fingerprint(value)
+    except RecursionError:
+        return ""
+
+
 def open_json_lines(path: Path, *, wait: bool = False) -> IO[bytes]:
     """Open a JSON Lines file to read it and add lines, for this process alone until it is closed.
 
@@ -483,6 +521,20 @@ def open_json_lines(path: Path, *, wait: bool = False) -> IO[bytes]:
     return file
 
 
+@contextlib.contextmanager
+def json_lines_file(path: Path, *, wait: bool = False) -> Iterator[IO[bytes]]:
+    """A file that `open_json_lines` opens, closed in the end. If there is nothing in it then, it goes, with the
+    directories that were made for it."""
+    made = missing_folders(path.parent)
+    with open_json_lines(path, wait=wait) as file:
+        try:
+            yield file
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                path.unlink(missing_ok=True)
+                remove_empty(made)
+
+
 def append_json_line(path: Path, value: dict[str, Any], but_for: Iterable[str] = ()) -> bool:
     """Append one line to a JSON Lines file, on the disk itself when this returns; unless a line says the same, but for
     some keys. Whether it was appended."""
@@ -490,7 +542,7 @@ def append_json_line(path: Path, value: dict[str, Any], but_for: Iterable[str] =
     def essence(line: Any) -> Any:
         return {key: own for key, own in line.items() if key not in but_for} if isinstance(line, dict) else None
 
-    with open_json_lines(path.resolve(), wait=True) as file:
+    with json_lines_file(path.resolve(), wait=True) as file:
         wanted = essence(json.loads(as_json(value)))
         if any(essence(line) == wanted for _, line in json_lines(file)):
             return False
@@ -554,7 +606,8 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
 
 # ---------------------------------------------------------------------------------------------------- settings
 
-MOST = 10**9  # of anything that is counted: what is computed from two such numbers still fits into 64 bits
+# Of anything that is counted, and the largest weight: what is computed from two such numbers fits into 64 bits.
+MOST = 10**9
 
 
 def as_name(value: Any) -> Any:
@@ -580,8 +633,8 @@ def name_below(text: str) -> str:
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=MOST)]
+NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 PathName = Annotated[str, AfterValidator(possible_path)]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from utils import Name, Natural, PathName, Positive, Settings
+from utils import MOST, Name, Natural, PathName, Positive, Settings
 
 
 class SAESettings(Settings):
@@ -22,7 +22,7 @@ class Steering(Settings):
     """How much of a feature is added."""
 
     index: Natural
-    weight: Annotated[float, Field(allow_inf_nan=False)]
+    weight: Annotated[float, Field(ge=-MOST, le=MOST)]
 
 
 class SAESection(SAESettings):

@@ -156,6 +156,8 @@ def _parse(file: Path, bad: BadRows, columns: Sequence[str] | None) -> Iterator[
     if kind == ".parquet":
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError(f"several columns are called {Counter(names).most_common(1)[0][0]!r}")
             used = [name for name in names if columns is None or name in columns]
             bad.leave(name for name in names if name not in used)
             read = chain.from_iterable(map(_table_rows, _bounded(file, table.iter_batches(PARQUET_ROWS, columns=used))))

@@ -282,7 +282,7 @@ def write_data_features(config: Config, run: Finished | None = None) -> Path:
     classes = settings.classes_of_loss("fpo")  # so that its reference cache is used
     paths = settings.find_required_paths(config)
     folder = Path(config.cache_dir) / config.exp_name / "data_features" / "+".join(short_names(data_sets).values())
-    parallel.from_rank_zero(lambda: require_own_folder(folder, data_sets))
+    parallel.from_rank_zero(lambda: require_own_folder(folder, data_sets, config.model.name_or_path))
     reading = assembly.read_saes(config, paths)
     if config.score_by is not None:
         require_different(config.score_by, "score_by")
@@ -311,6 +311,7 @@ def write_data_features(config: Config, run: Finished | None = None) -> Path:
     if parallel.rank() == 0:
         about = {
             "model": config.model.name,
+            "source": config.model.name_or_path,
             "data": data_sets,
             "pairs": int(found.pairs),
             "prompts": int(found.prompts),
@@ -335,8 +336,8 @@ def write_data_features(config: Config, run: Finished | None = None) -> Path:
     return folder
 
 
-def require_own_folder(folder: Path, data: list[str]) -> None:
-    """Raises UserError where the report cannot be written, or would replace one on other data."""
+def require_own_folder(folder: Path, data: list[str], model: str) -> None:
+    """Raises UserError where the report cannot be written, or would replace one on other data, or on another model."""
     for place in (folder, folder.parent):
         if place.is_symlink() or (place.exists() and not place.is_dir()):
             raise UserError(f"{place}: a link or a file, where a directory for the report has to be")
@@ -345,8 +346,9 @@ def require_own_folder(folder: Path, data: list[str]) -> None:
             about = json.loads((pq.read_schema(folder / TABLE).metadata or {})[b"data_features"])
         except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
             raise UserError(f"{folder / TABLE} is there already, and not of this command; move it") from error
-        if about.get("data") != data:
-            raise UserError(f"{folder} is on {about.get('data')}, not on {data}; ++exp_name= names another place")
+        for other, own in ((about.get("data"), data), (about.get("source", model), model)):
+            if other != own:
+                raise UserError(f"{folder} is on {other}, not on {own}; ++exp_name= names another place")
     require_writable(folder / TABLE)
 
 

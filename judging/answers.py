@@ -66,6 +66,8 @@ class Comparison(NamedTuple):
 
 def read_json(path: Path) -> Any:
     """The content of a .json or .jsonl file (a list of its lines), also with .gz. Raises UserError."""
+    if path.is_char_device() or path.is_block_device():  # which may have no end
+        raise UserError(f"cannot read {path}: a device, not a file")
     try:
         with unpacked(path) if path.suffix == ".gz" else path.open("rb") as file:
             if ".jsonl" not in path.suffixes:

@@ -1,5 +1,6 @@
 """Judge pairs of answers: draw which one the judge sees first, send requests in parallel, and save every reply."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +17,10 @@ from utils import (
     UserError,
     console,
     fingerprint,
-    json_lines,
-    open_json_lines,
+    json_lines_file,
+    log_lines,
     progress_bar,
-    write_json_lines,
+    write_log_lines,
 )
 
 Judge = Callable[[JudgeInput], JudgeOutput]  # may raise NoAnswer
@@ -119,30 +120,34 @@ def toy_judge(judge_input: JudgeInput) -> JudgeOutput:
 class VerdictLog:
     """The file of replies so far, one JSON line each: key, model, messages, reply, refused, alternatives, cut, tokens.
 
-    An incomplete line, left by a killed run, is reported and its request is sent again. Who `writes` has the file alone
-    until the end of `with`, so that no reply is paid for twice: for another, UserError is raised.
+    A line that is damaged, or left incomplete by a killed run, is reported and its request is sent again. Who `writes`
+    has the file alone until the end of `with`, so that no reply is paid for twice: for another, UserError is raised. A
+    file without a reply does not stay.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
         self.replies: dict[str, Reply] = {}
         self._lock = Lock()
-        self._file = open_json_lines(path) if writes else (path if path.exists() else Path(os.devnull)).open("rb")
+        readable = path if path.exists() else Path(os.devnull)
+        self._until_the_end = contextlib.ExitStack()
+        self._file = self._until_the_end.enter_context(json_lines_file(path) if writes else readable.open("rb"))
         damaged = 0
-        for _, record in json_lines(self._file):
+        for record in log_lines(self._file):
             match record:
                 case {"key": str(key), "reply": str(text), "refused": bool(refused), "cut": bool(cut)}:
+                    assert record is not None
                     self.replies[key] = Reply(text, refused, record.get("alternatives"), cut)
                 case _:
                     damaged += 1
         if damaged:
-            console.print(f"{path}: ignored {damaged} incomplete line(s); sending those requests again")
+            console.print(f"{path}: ignored {damaged} damaged or incomplete line(s); sending those requests again")
 
     def __enter__(self) -> "VerdictLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._until_the_end.close()
 
     def add(self, key: str, model: str, messages: list[Message], reply: Reply, used: TokenUsage) -> None:
         """Save a reply to disk, then keep it in memory."""
@@ -150,7 +155,7 @@ class VerdictLog:
         record |= {"refused": reply.refused, "alternatives": reply.alternatives, "cut": reply.cut}
         record["tokens"] = list(used)
         with self._lock:
-            write_json_lines(self._file, record)
+            write_log_lines(self._file, record)
             os.fsync(self._file.fileno())
             self.replies[key] = reply
 

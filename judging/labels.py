@@ -300,16 +300,20 @@ def require_no_link(*paths: Path) -> None:
             raise UserError(f"{path} is a link to {path.readlink()}; move it, or write to another place")
 
 
-def require_made_here(path: Path, key: str) -> None:
-    """Raises UserError where a file would replace one that is no JSON object with that key."""
+def require_made_here(path: Path, key: str, identity: dict[str, Any] | None = None) -> None:
+    """Raises UserError where a file would replace one that is no JSON object with that key; or, given the reward
+    model's `identity`, one that another reward model made: two directories may have one name."""
     if not path.exists():
         return
     try:
-        known = key in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        known = False
-    if not known:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or key not in found:
         raise UserError(f"{path} is there already, and not of this command; move it, or write to another place")
+    own, other = ((identity or {}).get("reward_model"), found.get("reward_model"))
+    if identity is not None and other != own and found.get("weights") != identity["weights"]:
+        raise UserError(f"{path} is of {other}, not of {own}; ++exp_name=NAME names a file for these figures")
 
 
 def publish(path: Path, labels: Labels, how: dict[str, Any]) -> None:

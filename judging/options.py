@@ -1,6 +1,7 @@
 """The command line of compare.py: its flags, and the settings that follow from them."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,18 @@ from judging import protocols
 from judging.labels import require_place
 from judging.protocols import PROTOCOLS, PromptTemplate
 from sampling.openai_server import TIMEOUT
-from utils import UserError, load_class, require_different_files, require_writable, suggest, user_path
+from utils import MOST, UserError, load_class, require_different_files, require_writable, suggest, user_path
 
 OFFLINE_JUDGES = ("toy", "recorded")  # they send no requests
-A_FILE: dict[str, Any] = {"type": user_path, "metavar": "FILE"}
+
+
+def file_path(text: str) -> Path:
+    if not (path := user_path(text)).name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file")
+    return path
+
+
+A_FILE: dict[str, Any] = {"type": file_path, "metavar": "FILE"}
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -98,7 +107,7 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--timeout",
         metavar="SECONDS",
-        type=float,
+        type=above_0,
         default=TIMEOUT,
         help="longest wait for a reply (default: %(default)g)",
     )
@@ -135,7 +144,7 @@ def add_cost_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--prices",
-        type=float,
+        type=from_0,
         nargs=2,
         metavar=("IN", "OUT"),
         help="dollars per million tokens (default: a short list)",
@@ -144,7 +153,7 @@ def add_cost_flags(parser: argparse.ArgumentParser) -> None:
         "--max_cost",
         "--max-cost",
         metavar="DOLLARS",
-        type=float,
+        type=from_0,
         help="stop before the cost exceeds this (default: no limit)",
     )
     add("--concurrency", metavar="N", type=positive, default=8, help="requests at a time (default: %(default)s)")
@@ -152,7 +161,7 @@ def add_cost_flags(parser: argparse.ArgumentParser) -> None:
         "-st",
         "--sleep_time",
         metavar="SECONDS",
-        type=float,
+        type=from_0,
         default=0,
         help="time between the starts of two requests (default: %(default)s)",
     )
@@ -188,7 +197,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--threshold",
         metavar="GRADE",
-        type=float,
+        type=number,
         help="grades above it are good, below it bad (default: their mean)",
     )
     add(
@@ -213,6 +222,28 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or beyond {MOST:g}")
+    return value
+
+
+def from_0(text: str) -> float:
+    if number(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is below 0")
+    return number(text)
+
+
+def above_0(text: str) -> float:
+    if number(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return number(text)
 
 
 def true_or_false(text: str) -> bool:

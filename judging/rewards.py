@@ -26,12 +26,13 @@ from judging.settings import LabelSettings
 from modeling import attention
 from utils import (
     UserError,
+    console,
     fingerprint,
-    json_lines,
-    open_json_lines,
+    json_lines_file,
+    log_lines,
     progress_bar,
     valid_unicode,
-    write_json_lines,
+    write_log_lines,
 )
 
 
@@ -175,17 +176,22 @@ class RewardLog:
     def __init__(self, file: IO[bytes] | None) -> None:
         self.file = file
         self.rewards: dict[str, float] = {}
-        for _, line in json_lines(file or []):
+        damaged = 0
+        for line in log_lines(file or []):
             match line:
                 case {"key": str(key), "reward": float(reward)} if math.isfinite(reward):
                     self.rewards[key] = reward
+                case _:
+                    damaged += 1
+        if damaged:
+            console.print(f"{damaged} damaged or incomplete line(s) in the log of rewards: computed again")
 
     def add(self, rewards: Mapping[str, float]) -> None:
         """Keep rewards, on disk first. Raises UserError for one that is no number."""
         if not all(map(math.isfinite, rewards.values())):
             raise UserError("a reward is not a number (NaN): the model's weights, or model.policy_dtype, are at fault")
         if self.file is not None:
-            write_json_lines(self.file, *({"key": key, "reward": reward} for key, reward in rewards.items()))
+            write_log_lines(self.file, *({"key": key, "reward": reward} for key, reward in rewards.items()))
         self.rewards |= rewards
 
 
@@ -194,13 +200,13 @@ def reward_log(path: Path) -> Iterator[RewardLog]:
     """The log in a file, which rank 0 alone reads and writes. Raises UserError where another process writes it, or this
     one cannot."""
     files: list[IO[bytes]] = []
-
-    def begin() -> None:
-        try:
-            files.append(open_json_lines(path))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-    parallel.from_rank_zero(begin)
     with contextlib.ExitStack() as stack:
-        yield RewardLog(stack.enter_context(files[0]) if files else None)
+
+        def begin() -> None:
+            try:
+                files.append(stack.enter_context(json_lines_file(path)))
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+        parallel.from_rank_zero(begin)
+        yield RewardLog(files[0] if files else None)

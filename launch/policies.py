@@ -47,6 +47,10 @@ class Policy:
         """Changes when the weights do."""
         return weights_digest(self.folder, self.load_from)
 
+    def source(self) -> str:
+        """The run or the model, as messages name it."""
+        return str(self.run or self.load_from or self.folder)
+
     def writes_text(self) -> bool:
         """Whether it is a language model: not so for a reward model, or an SAE."""
         if not (self.folder / "config.json").is_file():

@@ -405,7 +405,7 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
     with problems.collected():
         config = checked(Config, values)
     with problems.collected():
-        classes = run_classes(checked(LossSettings, values["loss"], "loss"), terms_of(values))
+        classes = run_classes(checked(LossSettings, values.get("loss", {}), "loss"), terms_of(values))
     with problems.collected():
         training = part_of(TrainingSettings, values)
         loop.check_optimizer(training)

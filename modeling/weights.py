@@ -6,7 +6,6 @@ have other names, or fewer and larger tensors, on disk than in memory; transform
 
 import copy
 import json
-import pickle
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,8 +81,11 @@ class PolicyFile:
         self.source = path
         try:
             self.state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-        except (RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, EOFError) as error:
+            self.shapes = {str(name): tuple(tensor.shape) for name, tensor in self.state.items()}
+            for name, tensor in self.state.items():
+                if tensor.layout != torch.strided or tensor.is_complex() or not isinstance(name, str):
+                    raise TypeError(f"{name!r} is none")
+        except Exception as error:  # of a damaged file torch raises many kinds
             reason = str(error).partition(".")[0]  # without torch's advice to load it unsafely
             raise UserError(f"{path}: not a policy.pt of plain tensors ({reason})") from error
 
@@ -199,12 +201,13 @@ def open_weights(directory: Path, load_from: str | None = None) -> Weights:
 
 
 def weights_digest(directory: Path, load_from: str | None) -> str:
-    """A digest of the files that `open_weights` would read. It does not depend on the number of ranks.
+    """A digest of the architecture, and of the files that `open_weights` would read. It does not depend on the number
+    of ranks.
 
     Raises UserError where a run has exported them and they are not what it wrote.
     """
     source = source_of(directory, load_from)
-    files = [source] if source.is_file() else [source / "config.json", *weight_files(source)]
+    files = [directory / "config.json", *([source] if source.is_file() else weight_files(source))]
     return parallel.from_rank_zero(lambda: fingerprint([sound_digest(file) for file in files]))
 
 

@@ -4,6 +4,7 @@ A request that the server may still be working on is never sent a second time: a
 it has failed, and only a later command asks again. All other failures that may pass are tried again after a while.
 """
 
+import importlib
 import json
 import math
 import os
@@ -17,8 +18,9 @@ from urllib.parse import urlsplit
 
 import openai
 
-from utils import UserError, as_json, console, valid_unicode
+from utils import MOST, UserError, as_json, console, valid_unicode
 
+httpx: Any = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__)  # or httpx2, by its version
 GIVE_UP_AFTER = 20  # failed requests in a row: then the server or the key is wrong, not the requests
 TIMEOUT = 600.0  # seconds for an answer; most of them are spent in the server's queue
 CONNECT_TIMEOUT = 10.0
@@ -26,6 +28,7 @@ TRIES, TRIES_OF_INVALID = 6, 3  # requests for one answer; while the server send
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before it is asked again; twice as long each time, or as it says
 SECONDS_BETWEEN_NOTES = 10.0
 BEAT = 5.0  # seconds
+MOST_BYTES = 64 << 20  # of an answer
 
 TIMED_OUT = (408, 504, 524)  # a gateway no longer waits for the server, which may still be working
 WORDS = ("error", "errors", "message", "detail", "msg", "metadata", "raw")  # where a server says what is wrong
@@ -78,6 +81,26 @@ def key_from_environment() -> str:
     return key
 
 
+class BoundedBody(httpx.SyncByteStream):
+    """What a server sends after its headers, which has to end: httpx's time-outs are for each piece of it."""
+
+    def __init__(self, body: Any, seconds: float) -> None:
+        self.body, self.seconds = body, seconds
+
+    def __iter__(self) -> Iterator[bytes]:
+        end, size = time.monotonic() + self.seconds, 0
+        for piece in self.body:
+            size += len(piece)
+            if size > MOST_BYTES:
+                raise httpx.RemoteProtocolError(f"its answer is longer than {MOST_BYTES >> 20} MiB")
+            if time.monotonic() > end:
+                raise httpx.ReadTimeout("its answer does not end")
+            yield piece
+
+    def close(self) -> None:
+        self.body.close()
+
+
 def is_address(base_url: str) -> bool:
     """Whether it is an HTTP address that holds neither a password nor a query."""
     try:
@@ -102,7 +125,13 @@ class Server:
                 "put the key into OPENAI_API_KEY"
             )
         limits = openai.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT))
-        self.client = openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=limits)
+
+        def bound(response: Any) -> None:
+            response.stream = BoundedBody(response.stream, timeout)
+
+        http = openai.DefaultHttpxClient(timeout=limits, event_hooks={"response": [bound]})
+        own = {"api_key": key or "none", "base_url": base_url, "max_retries": 0, "timeout": limits}
+        self.client = openai.OpenAI(**own, http_client=http)  # type: ignore[arg-type]
         self.refused_parameters: list[str] = []  # parameters of requests that the model does not take
         self._key, self._timeout, self._pause, self._next_start = key, timeout, pause, 0.0
         self._unsaid, self._next_note = 0, 0.0
@@ -192,7 +221,8 @@ class Server:
                 alternatives = likely_tokens(likeliest)
         match content.get("usage"):
             case {"prompt_tokens": int(tokens_in), "completion_tokens": int(tokens_out)}:
-                usage = (tokens_in, tokens_out)
+                counted = 0 <= min(tokens_in, tokens_out) <= max(tokens_in, tokens_out) <= MOST
+                usage = (tokens_in, tokens_out) if counted else None
         text, refusal = (one if one is None else self.redact(str(one)) for one in (text, refusal))
         return Answer(text, reason in CUT, refusal, alternatives, usage)
 
@@ -259,7 +289,10 @@ def words_of(content: Any, depth: int = 0) -> str:
     if isinstance(content, list):
         return "; ".join(words_of(item, depth + 1) for item in content[:10])[:MOST_WORDS]
     if not isinstance(content, dict) or not any(content.get(key) for key in WORDS):
-        return as_json(content)[:MOST_WORDS]
+        try:
+            return as_json(content)[:MOST_WORDS]
+        except RecursionError:
+            return "..."
     said = "; ".join(dict.fromkeys(words_of(content[key], depth + 1) for key in WORDS if content.get(key)))
     if isinstance(content.get("loc"), list):  # as FastAPI names a parameter
         said = f"{'.'.join(map(str, content['loc']))}: {said}"

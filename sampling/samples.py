@@ -24,12 +24,15 @@ from utils import (
     Message,
     UserError,
     as_json,
+    console,
     file_digest,
     fingerprint,
-    json_lines,
+    log_lines,
+    missing_folders,
     open_json_lines,
     progress_bar,
-    write_json_lines,
+    remove_empty,
+    write_log_lines,
     write_text,
 )
 
@@ -106,6 +109,20 @@ class Conversation:
         }
 
 
+def require_own_file(target: Path, identity: dict[str, Any], source: str) -> None:
+    """Raises UserError where the target holds samples from another `source`, a run, a model or a server: models in two
+    directories may have one name."""
+    try:
+        content = json.loads(target.read_text(encoding="utf-8"))
+        other, drawn = Path(content["sampled_from"]), content["sampling"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if drawn != identity and other.resolve() != Path(source).resolve():
+        raise UserError(
+            f"{target} holds samples from {other}, not from {source}; ++exp_name=NAME names a file for these"
+        )
+
+
 class SampleLog:
     """The samples so far, on disk, and the file `target` that all of them are published in."""
 
@@ -128,8 +145,13 @@ class SampleLog:
             raise
 
     def _open(self, identity: dict[str, Any]) -> None:
-        lines = [line for _, line in json_lines(self.file) if isinstance(line, dict)]
-        self.is_empty = not any("key" in line for line in lines) or self._is_published(lines[-1])
+        found = list(log_lines(self.file))
+        lines = [line for line in found if line is not None]
+        if len(lines) < len(found):
+            told = f"{self.path}: {len(found) - len(lines)} damaged or incomplete line(s), drawn again"
+            console.print(told, style="yellow")
+        is_known = any("identity" in line for line in lines)  # else nothing says what the samples depend on
+        self.is_empty = not (is_known and any("key" in line for line in lines)) or self._is_published(lines[-1])
         self.samples = self._read_target(identity)
         if self.finished:
             return
@@ -154,7 +176,7 @@ class SampleLog:
             self.finished = not any("failed" in entry for entry in content["samples"])
             self.sampled_at = content["sampled_at"]
             return samples_in(content["samples"], identity["samples"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
 
     def _read(self, line: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -164,7 +186,7 @@ class SampleLog:
             case {"identity": dict(), "sampled_at": str()}:
                 self.sampled_at = line["sampled_at"]
         known = line.get("identity", identity)
-        if known != identity:
+        if isinstance(known, dict) and known != identity:
             differing = [k for k in {**known, **identity} if known.get(k) != identity.get(k)]
             lines = "\n".join(f"  {k}: {known.get(k)!r} there, {identity.get(k)!r} now" for k in differing)
             raise UserError(
@@ -180,7 +202,7 @@ class SampleLog:
 
     def _write(self, *lines: dict[str, Any]) -> None:
         if self.writes:
-            write_json_lines(self.file, *lines)
+            write_log_lines(self.file, *lines)
 
     def publish(self, content: Any) -> None:
         """Write the target, a JSON file, and remove the log."""
@@ -210,6 +232,7 @@ def sample_log(path: Path, identity: dict[str, Any], writes: bool = True) -> Ite
     Raises UserError where another process writes it.
     """
     try:
+        made = missing_folders(path.parent)
         log = SampleLog(path, identity, writes)
     except OSError as error:
         raise UserError(f"cannot write to {path.parent} ({error}); samples_dir= names another place") from error
@@ -221,6 +244,7 @@ def sample_log(path: Path, identity: dict[str, Any], writes: bool = True) -> Ite
         finally:
             if writes and (all_went_well or log.is_empty):
                 log.path.unlink(missing_ok=True)
+                remove_empty(made)
 
 
 def identity_of(

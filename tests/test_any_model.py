@@ -1,14 +1,23 @@
 """Any model by its place, and the defaults that depend on it."""
 
+import json
+import random
+import shutil
+
 import pytest
 import torch
 from composition import composed
-from conftest import REPO, metrics
+from conftest import REPO, fuzzed, metrics
+from hypothesis import given
+from hypothesis import settings as chosen
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_training import run, settle
 from transformers import AutoTokenizer
 
+import models
 from launch import assembly, settings, summary
+from modeling.weights import weights_digest
 from utils import UserError
 
 
@@ -63,8 +72,8 @@ def test_a_model_computes_in_what_the_machine_multiplies_fast(monkeypatch, units
         return settings.check_config(composed([*base, *own]), modes=["train", "plan"])[0].model.policy_dtype
 
     assert (chosen(), chosen("mode=plan")) == (dtype, "bfloat16")
-    for given in ("float32", "bfloat16"):
-        assert chosen(f"model.policy_dtype={given}") == chosen(f"model.policy_dtype={given}", "mode=plan") == given
+    for named in ("float32", "bfloat16"):
+        assert chosen(f"model.policy_dtype={named}") == chosen(f"model.policy_dtype={named}", "mode=plan") == named
 
 
 def prepared(tmp_path, *overrides):
@@ -129,3 +138,56 @@ def evaluations(*losses, accuracy=(0.5, 0.5), rewards=0.5):
 )
 def test_a_run_that_learnt_next_to_nothing(lines, little):
     assert summary.learnt_little(lines, 100) is little
+
+
+def weightless(folder):
+    """A copy of the built-in model, without its weights."""
+    shutil.copytree(REPO / "assets/tiny", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+ODD = [None, "x", -1, 0, 0.5, True, [], ["a"], {}, {"a": 1}, 10**9]
+
+
+@chosen(fuzzed, max_examples=max(1, fuzzed.max_examples // 20))
+@given(st.integers(0, 2**40))
+def test_any_configuration_is_a_models_or_refused(tmp_path_factory, seed):
+    draw = random.Random(seed)
+    folder = tmp_path_factory.getbasetemp() / "odd"
+    if not folder.exists():
+        weightless(folder)
+    values = json.loads((REPO / "assets/tiny/config.json").read_text())
+    values |= {key: draw.choice(ODD) for key in draw.sample([*values], draw.choice([1, 1, 2]))}
+    if isinstance(values["vocab_size"], int):
+        values["vocab_size"] = min(values["vocab_size"], 1000)  # no skeleton of a large one is made without memory
+    (folder / "config.json").write_text(json.dumps(values))
+    try:
+        config = models.load_config(folder)
+        models.require_positions(config, folder, {"model.max_length": 8})
+        models.skeleton(config)
+    except UserError as error:
+        assert str(error).startswith((str(folder), "model.max_length")) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", '{"a":', "[" * 100_000, "\ufeff{}"])
+def test_damaged_files_of_a_model_are_named(tmp_path, text):
+    reading = {
+        "config.json": (models.load_config, "no usable config.json"),
+        "tokenizer.json": (models.load_tokenizer, "no usable tokenizer"),
+        "tokenizer_config.json": (models.load_tokenizer, "no usable tokenizer"),
+        "generation_config.json": (models.load_generation_config, "generation_config.json: cannot be used"),
+    }
+    for name, (read, message) in reading.items():
+        folder = weightless(tmp_path / name)
+        (folder / name).write_text(text)
+        with pytest.raises(UserError, match=message):
+            read(folder)
+
+
+def test_the_digest_of_other_weights_covers_the_architecture_too(tmp_path):
+    """What a cached reference says depends on both, and so does a run that goes on."""
+    folder, weights = weightless(tmp_path / "model"), str(REPO / "assets/tiny")
+    before = weights_digest(folder, weights)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    assert weights_digest(folder, weights) != before

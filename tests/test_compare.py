@@ -28,6 +28,7 @@ from judge_server import CONFIG, KEY, FakeServer, body, completion, items, prefe
 import compare
 from judging import alpaca_eval_official, answers
 from judging.judge import VerdictLog
+from judging.options import build_parser
 from utils import REPO, UserError, fingerprint
 
 ANNOTATIONS = DATA / "alpaca_eval/annotations"
@@ -159,7 +160,7 @@ def test_killed_in_the_middle_of_a_line(tmp_path: Path, server: FakeServer, caps
     log.write_bytes(b"".join(lines[:6]) + lines[6][:-20])
     assert same(run(samples, server), whole)
     assert len(server.requests) == 14
-    assert "ignored 1 incomplete line" in capsys.readouterr().out
+    assert "ignored 1 damaged or incomplete line" in capsys.readouterr().out
     run(samples, server)
     assert len(server.requests) == 14  # lines after the incomplete one are read
 
@@ -1080,3 +1081,20 @@ def test_any_file_of_answers_is_compared_or_named(tmp_path_factory: pytest.TempP
         compare.main([*flags, *more, "--questions", str(questions)])
     except SystemExit as stopped:
         assert stopped.code == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--timeout 0", "--timeout nan", "--sleep_time -1", "--sleep_time nan", "--prices -1 1", "--prices nan 1",
+     "--prices 1e308 1", "--max_cost -1", "--max_cost inf", "--threshold nan", "-r .", "--page /", "--concurrency 0"],
+)  # fmt: skip
+def test_numbers_and_names_that_are_none(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A price below 0, for one, would let no cost reach its limit."""
+    with pytest.raises(SystemExit):
+        build_parser(None).parse_args(["-f", "a.json", *flags.split()])
+    assert re.search(r"is not|is below 0", capsys.readouterr().err)
+
+
+def test_a_device_is_no_file_of_answers() -> None:
+    with pytest.raises(UserError, match=r"/dev/zero: a device, not a file"):
+        answers.read_answers(Path("/dev/zero"))

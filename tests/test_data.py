@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -710,6 +711,59 @@ def expect_rows_accounted_for(file: Path) -> None:
         labelled = sum(label is not None for example in data for label in example.desirable)
         used = labelled + sum(len(example.pairs) + len(example.sft_targets) for example in data)
         assert used and used + data.bad.counts.total() == data.bad.total
+
+
+TALK = [user("q"), assistant("a")]
+NAMED = {  # a row of each data set of the Hub
+    "shp": {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "score_A": 9, "score_B": 2, "labels": 1,
+            "score_ratio": 4.5},
+    "hh": {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    "oasst": {"lang": "en", "role": "assistant", "text": "a", "message_id": "m1", "parent_id": "m0", "rank": 0},
+    "ultrabin": {"prompt": "q", "chosen": TALK, "rejected": [user("q"), assistant("b")]},
+    "ultrachat": {"prompt": "q", "messages": TALK},
+    "alpacaeval": {"instruction": "q", "output": "a"},
+    "arenahard": {"uid": "1", "prompt": "q"},
+    "mtbench": {"question_id": 81, "category": "math", "turns": ["q", "r"]},
+}  # fmt: skip
+OTHERS = {"oasst": [{"role": "prompter", "parent_id": None}, {"message_id": "m2", "rank": 1}, {"message_id": "m0"}]}
+
+
+@given(st.integers(0, 2**40))
+@fuzzed
+def test_whatever_a_data_set_of_the_hub_holds_it_is_read(seed: int) -> None:
+    """Rows of a known one, with some values replaced: by each other's, by those of other rows, by anything."""
+    draw = random.Random(seed)
+    name = draw.choice([*NAMED])
+    content = [NAMED[name] | draw.choice([{}, *OTHERS.get(name, [])]) for _ in range(draw.randrange(1, 6))]
+    for row in draw.choices(content, k=draw.randrange(4)):
+        row[draw.choice([*row])] = draw.choice([random_value(draw), *draw.choice(content).values()])
+    replacing = {"HH_PARTS": ["train"], "hub_files": mock.DEFAULT, "read_rows": mock.DEFAULT}
+    with mock.patch.multiple(dataloader, **replacing) as replaced:
+        replaced["hub_files"].return_value = [Path("train/a.json")]
+        replaced["read_rows"].return_value = ((f"row {n}", row) for n, row in enumerate(content))
+        data = dataloader.named_loaders()[name]("test")
+    for example in data:
+        assert rows.parse_conversation(example.prompt, "the prompt")[-1]["role"] == "user"
+        texts = [*example.generations, *example.followups]
+        assert all(rows.checked_text(text, "a completion") for text in texts)
+        assert all(score is None or isinstance(score, float) for score in example.scores)
+        assert not example.benchmark or isinstance(example.benchmark.get("uid", ""), str)
+    assert data.bad.counts.total() <= data.bad.total == len(content)
+
+
+def test_messages_that_answer_each_other_in_a_circle(tmp_path: Path) -> None:
+    tree = [NAMED["oasst"] | {"parent_id": "m2", "rank": rank} for rank in (0, 1)]
+    tree.append({"lang": "en", "role": "prompter", "text": "q", "message_id": "m2", "parent_id": "m1", "rank": None})
+    write_parquet(tmp_path / "oasst/data/train-0.parquet", tree)
+    data = dataloader.get_oasst("train", data_dir=str(tmp_path))
+    assert not len(data) and data.bad.counts == {"the message answers itself": 1}
+
+
+def test_two_columns_of_one_name_in_a_table(tmp_path: Path) -> None:
+    names = ["prompt", "chosen", "chosen", "rejected"]
+    parquet.write_table(pa.Table.from_arrays([pa.array(["a"])] * 4, names=names), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read: several columns are called 'chosen'"):
+        dataloader.read_file(tmp_path / "a.parquet")
 
 
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.null())]))

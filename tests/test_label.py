@@ -353,3 +353,13 @@ def test_rewards_that_are_no_numbers_are_not_taken_from_the_log(plain_run, tmp_p
         lines = [json.loads(line) for line in log.read_text().splitlines()][:9]
         log.write_text("".join(f'{{"key": "{line["key"]}", "reward": {value}}}\n' for line in lines))
         assert write(run, samples, tmp_path / "y.jsonl")[0] == whole
+
+
+def test_figures_of_another_reward_model_are_not_replaced(tmp_path):
+    """Its directory may have the same name. One that was moved, or trained further, is the same."""
+    file = tmp_path / "model-rewards.json"
+    file.write_text(json.dumps({"accuracy": 1, "reward_model": "/a/model", "weights": "1"}))
+    with pytest.raises(UserError, match=r"model-rewards.json is of /a/model, not of /b/model; \+\+exp_name=NAME"):
+        labels.require_made_here(file, "accuracy", {"reward_model": "/b/model", "weights": "2"})
+    for same in ({"reward_model": "/b/model", "weights": "1"}, {"reward_model": "/a/model", "weights": "2"}):
+        labels.require_made_here(file, "accuracy", same)

@@ -60,6 +60,13 @@ def test_texts(server, content, text):
     assert (answer.text, answer.is_cut, answer.refusal, answer.usage) == (text, False, None, (100, 10))
 
 
+@pytest.mark.parametrize("tokens", [-5, 10**400, 1.5, "7", None])
+def test_tokens_that_cannot_be_counted_are_not(server, tokens):
+    """They would lower the cost so far, or end the command."""
+    server.rule = lambda _: completion("fine") | {"usage": {"prompt_tokens": 1, "completion_tokens": tokens}}
+    assert ask(server)[0::4] == ("fine", None)
+
+
 @pytest.mark.parametrize(
     ("reason", "is_cut", "is_refused"),
     [
@@ -164,6 +171,33 @@ def test_waits_grow_or_are_the_servers(monkeypatch):
         None,
     ]
     assert openai_server.wait_in({"retry-after-ms": "50", "retry-after": "7"}) == 0.05
+
+
+@pytest.mark.parametrize("where", ["choices", "error", "other"])
+def test_an_answer_that_is_nested_deeply(where):
+    """json reads it, and a function that calls itself does not get to its bottom."""
+    deep = json.loads("[" * 900 + "]" * 900)
+    found = Server("http://127.0.0.1:9/v1", KEY)
+    found._receive = lambda *_, **__: {where: deep}
+    assert "..." in found._send("/chat/completions", {}).reason
+
+
+def dripping(handler):
+    """Spaces without an end, as some gateways send them to keep a connection."""
+    handler.answer(200, b" ", length=10**6)
+    for _ in range(200):
+        handler.wfile.write(b" ")
+        time.sleep(0.02)
+
+
+def test_an_answer_that_does_not_end_is_not_waited_for(server, monkeypatch):
+    server.faults = [dripping]
+    with pytest.raises(NoAnswer, match=r"nothing came for 0.2 s; it may still be working on it"):
+        ask(server, timeout=0.2)
+    assert len(server.requests) == 1
+    monkeypatch.setattr(openai_server, "MOST_BYTES", 20)
+    with pytest.raises(NoAnswer, match=r"longer than 0 MiB"):
+        ask(server)
 
 
 def test_a_time_out_says_that_the_server_may_go_on(server):

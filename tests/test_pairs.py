@@ -286,6 +286,8 @@ def test_nothing_of_others_is_replaced(tmp_path):
     other = file.rename(tmp_path / "other" / "planted.jsonl")
     with pytest.raises(UserError, match=r"planted is on .*, not on .*other"):
         read(tmp_path, tiny, other)
+    with pytest.raises(UserError, match=r"planted is on .*assets/tiny, not on elsewhere/tiny"):
+        pairs.require_own_folder(folder, [str(file)], "elsewhere/tiny")
     (folder / pairs.TABLE).write_text("no table")
     with pytest.raises(UserError, match="is there already, and not of this command"):
         read(tmp_path, tiny, other)

@@ -450,6 +450,27 @@ def test_starting_over_removes_what_the_run_wrote_and_nothing_else(copied, folde
     assert sorted(export.name for export in path.glob("step-*")) == ["step-24", "step-99", "step-by-step"]
 
 
+def test_a_copy_of_a_state_stays(copied, folder):
+    """And a run that goes on does not take it for its own."""
+    path = copied(finished=False)
+    (newest, *_) = Run(path).saved()
+    copy = newest.with_name(f"{newest.name}.bak")
+    shutil.copytree(newest, copy)
+    (path / "state" / "step-notes").write_text("mine")
+    assert Run(path).saved()[0] == newest
+    assert again(path) == metrics(folder / "whole")
+    assert copy.is_dir() and (path / "state" / "step-notes").is_file()
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", ["state/b", "LATEST/b", "step-24/b/c", "features"])
+def test_a_run_inside_of_what_another_one_writes(copied, name):
+    path = copied()
+    with pytest.raises(UserError, match=rf"belongs to the run .*{path.name}; use another exp_name"):
+        run(path.parent, "loss=sft", f"exp_name={path.name}/{name}", "resume=never")
+    assert not list(path.rglob("b"))
+
+
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("resume", ["auto", "never"])
 @pytest.mark.parametrize("there", ["features/mine.txt", "step-8/mine.txt", "config.yaml"])

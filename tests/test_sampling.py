@@ -215,7 +215,7 @@ def test_never_is_never_drawn():
 
 def test_the_file_and_its_settings(tmp_path):
     content = write(tmp_path, "++temperature=0.5", "++top_k=7", "++stop=[xyz]", "seed=5")
-    assert content.keys() == {"sampled_at", "config", "sampling", "samples"}
+    assert content.keys() == {"sampled_at", "sampled_from", "config", "sampling", "samples"}
     assert content["config"]["model"]["name_or_path"] == str(TINY)
     wanted = {"temperature": 0.5, "top_k": 7, "top_p": 0.95, "stop": ["xyz"], "seed": 5, "max_new_tokens": 8}
     assert wanted.items() <= content["sampling"].items()
@@ -238,6 +238,22 @@ def test_a_finished_file_is_found(tmp_path, capsys):
     assert write(tmp_path, "++model.eval_batch_size=5") == first
     assert "there already" in capsys.readouterr().out
     assert write(tmp_path, "++temperature=0.3")["samples"] != first["samples"]
+
+
+def test_two_models_of_one_name_do_not_share_a_file(tmp_path, monkeypatch):
+    """Refused before a weight is loaded; the same samples from a copy of the model are found."""
+    ours = {"sampled_at": "now", "sampling": {"policy": "another"}, "samples": []}
+    (tmp_path / "tiny.json").write_text(json.dumps(ours | {"sampled_from": str(tmp_path / "a" / "tiny")}))
+    monkeypatch.setattr(evaluation, "local_backend", lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(
+        UserError, match=r"tiny.json holds samples from .*a/tiny, not from .*assets/tiny; \+\+exp_name="
+    ):
+        write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+    samples.require_own_file(tmp_path / "tiny.json", ours["sampling"], "b/tiny")
+    for earlier in ("no JSON", json.dumps(ours)):
+        (tmp_path / "tiny.json").write_text(earlier)
+        samples.require_own_file(tmp_path / "tiny.json", {}, "b/tiny")
 
 
 EVAL = """
@@ -336,6 +352,24 @@ def test_killed_before_the_file(tmp_path, monkeypatch):
     assert opened(target, {"a": 0} | {"a": 1}).samples == ONE  # the refusal changed nothing
 
 
+def test_damaged_lines_are_named_and_drawn_again(tmp_path, capsys):
+    """Without the line that says what they depend on, none of the samples is used."""
+    target, partial = tmp_path / "a.json", tmp_path / "a.json.partial.jsonl"
+
+    def begin():
+        with contextlib.suppress(KeyboardInterrupt), samples.sample_log(target, {"a": 1}) as log:
+            log.add(ONE | {(1, 0, 0): samples.Sample("word", [2], "stop")})
+            raise KeyboardInterrupt
+
+    for old, new, left in (("word", "wort", ONE), ('"a": 1', '"a": 2', {})):
+        begin()
+        assert partial.read_text().count(old) == 1
+        partial.write_text(partial.read_text().replace(old, new))
+        assert opened(target, {"a": 1}).samples == left
+        assert "1 damaged or incomplete line(s), drawn again" in capsys.readouterr().out
+        partial.unlink(missing_ok=True)
+
+
 def test_a_finished_file_does_not_touch_the_log_of_another_setting(tmp_path):
     target = tmp_path / "a.json"
     with pytest.raises(KeyboardInterrupt), samples.sample_log(target, {"a": 2}) as log:
@@ -347,11 +381,11 @@ def test_a_finished_file_does_not_touch_the_log_of_another_setting(tmp_path):
 
 
 def test_a_command_that_draws_nothing_leaves_nothing(tmp_path):
-    opened(tmp_path / "a.json", {})
+    opened(tmp_path / "folder" / "a.json", {})
     with samples.sample_log(tmp_path / "b", {}) as log:  # of which no file is made
         log.add(ONE)
     with pytest.raises(UserError, match="vLLM is not installed"):
-        write(tmp_path, "++backend=vllm")
+        write(tmp_path / "new" / "folder", "++backend=vllm")
     assert not list(tmp_path.iterdir())
 
 

@@ -21,7 +21,8 @@ from launch.policies import read_config
 from launch.schema import EVERYWHERE, READ, Config
 from modeling import adapters
 from modeling.settings import ModelSettings
-from utils import UserError, checked, flat, known_keys
+from training.settings import LossSettings
+from utils import MOST, UserError, checked, flat, known_keys
 
 LOSSES = ("dpo", "fpo", "kto", "ppo", "sae", "csft")  # between them every kind of hyper-parameter
 
@@ -32,6 +33,11 @@ def base(loss):
     with initialize_config_dir(str(REPO / "config"), version_base=None):
         raw = compose("config", overrides=[f"loss={loss}", "model=tiny", "datasets=[toy]"])
     return settings.plain(raw)
+
+
+def base_of(loss):
+    """The keys of a loss's YAML."""
+    return settings.default_values("loss", loss)
 
 
 def changed(values, **changes):
@@ -52,6 +58,8 @@ WRONG = {  # a value, and what the message says
     "gradient": ("model__max_grad_norm", -1, "model.max_grad_norm=-1: has to be above 0"),
     "kept": ("keep_checkpoints", -1, "keep_checkpoints=-1: has to be at least 0"),
     "beta": ("loss__beta", -1, "loss.beta=-1: has to be above 0"),
+    "endless": ("loss__beta", 1e300, r"loss.beta=1e\+300: has to be at most 1e\+09"),
+    "weight": ("optimizer_options", {"weight_decay": 1e300}, "optimizer=RMSprop, .*: value cannot be converted"),
     "bool": ("model__batch_size", True, "model.batch_size=true: has to be a whole number"),
     "held out": ("held_out", -0.5, "held_out=-0.5: has to be above 0"),
     "lr": ("lr", "fast", "lr=fast: has to be a number"),
@@ -81,6 +89,28 @@ def test_a_wrong_value_is_named(name):
     key, value, message = WRONG[name]
     with pytest.raises(UserError, match=message):
         settings.check_values(changed(base("dpo"), **{key: value}))
+
+
+@pytest.mark.parametrize("loss", settings.choices_of("loss"))
+def test_every_number_of_a_loss_has_an_end(loss):
+    """1e300 is finite, and nothing that is computed from it is."""
+    if base_of(loss)["trainer"] is None:  # the user's own
+        return
+    classes = settings.classes_of_loss(loss)
+    values = checked(LossSettings, base_of(loss), "loss").hyperparameters
+    for key, value in values.items():
+        if isinstance(value, float):
+            for wrong in (1e300, -1e300):
+                with pytest.raises(UserError, match=rf"^loss\.{key}={wrong}".replace("+", r"\+")):
+                    checked(classes.binding.settings, values | {key: wrong}, "loss")
+
+
+@pytest.mark.parametrize(("loss", "key"), [("ipo", "tau"), ("ppo", "cliprange")])
+def test_what_is_divided_by_is_not_next_to_0(loss, key):
+    binding = settings.classes_of_loss(loss).binding
+    values = checked(LossSettings, base_of(loss), "loss").hyperparameters
+    with pytest.raises(UserError, match=rf"loss\.{key}=.*: has to be at least 1e-09"):
+        checked(binding.settings, values | {key: 1e-300}, "loss")
 
 
 def test_what_is_no_unicode_is_named():
@@ -228,7 +258,8 @@ def is_kept_in_kind(default, value):
     if isinstance(value, float) and not math.isfinite(value):
         return False
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return isinstance(default, int | float | str | None) and not isinstance(default, bool) and 0 <= value < 1e308
+        known = isinstance(default, int | float | str | None) and not isinstance(default, bool)
+        return known and (0 <= value <= MOST or isinstance(default, str))
     if isinstance(value, bool):
         return isinstance(default, bool)
     return not isinstance(value, str | list | dict) or not isinstance(default, bool | int | float)
@@ -293,7 +324,7 @@ def test_any_saved_configuration_is_read_or_refused(tmp_path_factory, seed):
     file.write_text(text[:cut], encoding="utf-8")
     overrides = draw.sample(["++model.batch_size=2", "~loss.beta", "~wandb", "++loss.a.b=1", "~sae.parts.a", "lr=1"], 2)
     try:
-        settings.typed(read_config(file, overrides))
+        settings.check_config(read_config(file, overrides))
     except UserError as error:
         assert str(error)
 

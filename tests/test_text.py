@@ -1,5 +1,6 @@
 """Text that meets a terminal or a file: it is shown and written as it is, whatever it holds."""
 
+import contextlib
 import io
 import json
 import math
@@ -26,12 +27,15 @@ from utils import (
     atomic_write,
     fingerprint,
     json_lines,
+    json_lines_file,
+    log_lines,
     open_json_lines,
     progress_bar,
     require_writable,
     valid_unicode,
     write_json,
     write_json_lines,
+    write_log_lines,
 )
 
 PIECES = [
@@ -256,12 +260,42 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
     left = tmp_path / "new" / ".file.x.fpo.part"  # by a killed process
     left.mkdir(parents=True)
-    require_writable(tmp_path / "new" / "file")
+    require_writable(tmp_path / "new" / "file", tmp_path / "a" / "b" / "file")
     assert not left.exists()
-    assert not list((tmp_path / "new").iterdir())
-    for path, reason in [("file/below", "Not a directory|File exists"), ("folder", "Is a directory")]:
+    assert not list((tmp_path / "new").iterdir()) and not (tmp_path / "a").exists()
+    (tmp_path / "nowhere").symlink_to("gone")
+    long = "a" * 240  # what is written beside it has a longer name
+    for path, reason in [
+        ("file/below", "Not a directory|File exists"),
+        ("folder", "Is a directory"),
+        ("nowhere/below", "No such file"),
+        (long, "File name too long"),
+    ]:
         with pytest.raises(UserError, match=f"cannot write {tmp_path / path}: ({reason})"):
             require_writable(tmp_path / path)
+
+
+def test_a_damaged_line_of_a_log_is_none():
+    """Whichever of its bytes is another one, and whatever that makes of it."""
+    value = {"key": [3, 0, 0], "text": "half \ud83d, \u2028", "x": 0.1, "deep": {"b": None, "a": [True, 10**30]}}
+    write_log_lines(file := io.BytesIO(), value)
+    line = file.getvalue()
+    assert list(log_lines([line, b'{"a": 1}\n', b'{"a": 1, "digest": "x"}', b"[]"])) == [value, {"a": 1}, None, None]
+    for place in range(len(line)):
+        for change in (1, 2, 32, 128):
+            (found,) = log_lines([line[:place] + bytes([line[place] ^ change]) + line[place + 1 :]])
+            assert found is None or value.items() <= found.items()  # the word "digest" itself
+    deep = b'{"a": ' + b"[" * 900 + b"]" * 900 + b', "digest": "x"}'
+    assert list(log_lines([deep])) == [None]
+
+
+@pytest.mark.parametrize("lines", [[], [{"a": 1}]])
+def test_a_file_of_no_lines_leaves_nothing(tmp_path, lines):
+    with contextlib.suppress(UserError), json_lines_file(tmp_path / "a" / "b" / "log.jsonl") as file:
+        write_json_lines(file, *lines)
+        raise UserError("refused later")
+    left = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))]
+    assert left == (["a", "a/b", "a/b/log.jsonl"] if lines else [])
 
 
 def test_the_home_directory(monkeypatch):

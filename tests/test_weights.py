@@ -1,15 +1,21 @@
 """Weights of other architectures: read as transformers reads them, written as it writes them."""
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from conftest import fuzzed
+from hypothesis import given
+from hypothesis import settings as chosen
+from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import models
-from modeling.weights import write_weights
+from modeling.weights import PolicyFile, open_weights, write_weights
+from utils import UserError
 
 SIZES = {
     "vocab_size": 96,
@@ -80,3 +86,29 @@ def test_read_and_written_as_transformers_does(kind, tmp_path):
         assert torch.equal(again(input_ids=ids).logits, expected)
         ours_again = models.load_model(tmp_path / "ours", "eager", torch.device("cpu"))
         assert torch.equal(ours_again(input_ids=ids).logits, expected)
+
+
+@chosen(fuzzed, max_examples=max(1, fuzzed.max_examples // 10))
+@given(st.integers(0, 2**40))
+def test_a_damaged_policy_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    draw, file = random.Random(seed), tmp_path_factory.getbasetemp() / "policy.pt"
+    torch.save({"state": {"a": torch.ones(3, 4), "b": torch.zeros(5)}, "step_idx": 1}, file)
+    content = bytearray(file.read_bytes())
+    for _ in range(draw.choice([1, 1, 3, 30])):
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(bytes(content)[: draw.choice([None, None, None, draw.randrange(len(content))])])
+    try:
+        weights = open_weights(file.parent, str(file))
+        for name in weights.shapes:
+            weights.read(name, ())
+    except UserError as error:
+        assert str(error).startswith(f"{file}: not a policy.pt of plain tensors")
+
+
+@pytest.mark.parametrize(
+    "state", [[], {"a": 5}, {1: torch.ones(2)}, {"a": torch.eye(2).to_sparse()}, {"a": torch.ones(2) + 1j}]
+)
+def test_what_is_no_plain_tensor_is_refused(tmp_path: Path, state: object) -> None:
+    torch.save({"state": state}, tmp_path / "policy.pt")
+    with pytest.raises(UserError, match=r"not a policy\.pt of plain tensors"):
+        PolicyFile(tmp_path / "policy.pt")

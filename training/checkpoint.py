@@ -14,6 +14,7 @@ be trusted: safetensors, JSON, and a policy.pt of plain tensors that `torch.load
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -48,7 +49,9 @@ from utils import (
     flush_to_disk,
     is_file_name,
     lock,
+    missing_folders,
     open_in_place,
+    remove_empty,
     remove_litter,
     seal,
     write_json,
@@ -74,6 +77,7 @@ FILES = (
 LINKS = ("LATEST", "BEST")  # to exports
 DIRECTORIES = ("features", "tensorboard", "wandb", "state")
 EXPORT = re.compile(r"step-\d+")
+STATE = re.compile(r"step-\d{9}")  # any other name there is somebody's copy
 PLACE = "trainer.json"  # of a state: where the run stood
 LOG = "metrics.jsonl"  # of the run, and of a state: as it was then
 
@@ -114,7 +118,7 @@ class Run:
         path = self.folder / ".lock"
         try:
             while True:  # until it is there when it is locked: the other process may have removed it
-                self.made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+                self.made = missing_folders(self.folder)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):
                     held = open_in_place(path)
@@ -134,9 +138,7 @@ class Run:
         """Remove the directories that were made for a run of which nothing came."""
         if self.made and [path.name for path in self.folder.iterdir()] == [".lock"]:
             (self.folder / ".lock").unlink()
-            with contextlib.suppress(OSError):  # something else came into one
-                for folder in self.made:
-                    folder.rmdir()
+            remove_empty(self.made)
 
     def manifest(self) -> dict[str, Any] | None:
         """The run's `id` and its `files`: names in the directory. None where there is no run.
@@ -155,7 +157,11 @@ class Run:
         raise UserError(f"{path}: does not list the files of a run; move {self.folder} away, or use another exp_name")
 
     def require_own(self) -> None:
-        """On rank 0: raises UserError where files of other origin have the names that a run gives."""
+        """On rank 0: raises UserError where files of other origin have the names that a run gives, and inside of what
+        another run writes."""
+        for inner, outer in itertools.pairwise((self.folder, *self.folder.parents)):
+            if (inner.name in FILES or EXPORT.fullmatch(inner.name)) and (outer / MANIFEST).is_file():
+                raise UserError(f"{self.folder}: {inner} belongs to the run {outer}; use another exp_name")
         if self.manifest() is not None:
             return
         there = sorted(path.name for path in self.folder.iterdir())
@@ -211,7 +217,7 @@ class Run:
 
     def saved(self) -> list[Path]:
         """The states on disk, the newest first."""
-        return sorted(self.states.glob("step-*"), reverse=True)
+        return sorted((own for own in self.states.glob("step-*") if STATE.fullmatch(own.name)), reverse=True)
 
     def find_state(self, fits: Callable[[dict[str, Any]], bool] = lambda _place: True) -> None:
         """Choose the newest state that is as it was written, and whose place fits; damaged ones are named. For all
