@@ -51,7 +51,7 @@ class Rounds:
         """Samples of the policy after so many rounds; gives their file."""
         folder = self.home / "samples"
         own = [f"++datasets={written(self.config.datasets)}", f"++exp_name={name}", f"++samples_dir={folder}"]
-        own += [f"++seed={self.config.seed}", f"++max_new_tokens={self.config.max_new_tokens}"]
+        own += [f"++{key}={getattr(self.config, key)}" for key in ("seed", "max_new_tokens", "backend")]
         do("eval.py", *self.policy(number), *own, "++temperature=1", f"++cache_dir={self.home}", *arguments)
         return folder / f"{name}.json"
 
@@ -73,6 +73,8 @@ def run(config: Config, binding: Binding, arguments: Sequence[str]) -> None:
     """All rounds, and a table of them. Raises UserError for what no step could do."""
     if config.resume == "never":
         raise UserError(f"resume=never: to begin again, remove {Path(config.cache_dir) / config.exp_name}")
+    if config.backend == "openai":
+        raise UserError("backend=openai: a server has one policy, and each round has its own; transformers or vllm")
     find_paths(config, binding.needs)
     given = [own for own in arguments if (key := own.lstrip("+").partition("=")[0]) not in OWN and is_of_training(key)]
     rounds, own = Rounds(config), config.online
