@@ -18,6 +18,7 @@ from typing import Any
 from rich.table import Table
 
 import models
+from distributed import parallel
 from launch.schema import READ, Config
 from launch.settings import find_paths
 from training.quantities import Binding
@@ -62,9 +63,15 @@ def is_of_training(key: str) -> bool:
 
 
 def do(program: str, *arguments: str) -> None:
-    """Run one of this repo's commands. Ends this one, with its status, where it fails."""
+    """Run one of this repo's commands. Ends this one, with its status, where it fails.
+
+    Signals are passed on to it, so that a run saves its state and stops.
+    """
     console.print(f"\npython {program} {' '.join(arguments)}", markup=False, highlight=False)
-    status = subprocess.run([sys.executable, REPO / program, *arguments], check=False).returncode
+    command = [sys.executable, REPO / program, *arguments]
+    step = subprocess.Popen(command, process_group=0, preexec_fn=parallel.end_with_parent)
+    with parallel.passing_on_signals([step]):
+        status = step.wait()
     if status:
         sys.exit(status if status > 0 else 128 - status)
 
