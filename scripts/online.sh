@@ -13,9 +13,9 @@
 # the job is queued again, to go on where it was.
 set -u
 
+trap 'kill -USR1 "$rounds"' USR1
 python train.py experiment=online "$@" &
 rounds=$!
-trap 'kill -USR1 "$rounds"' USR1
 wait "$rounds"
 status=$?
 while kill -0 "$rounds" 2> /dev/null; do # the signal ended the wait, not the rounds

@@ -79,7 +79,7 @@ def test_the_job_of_rounds_is_queued_again_before_its_limit(tmp_path):
     """scripts/online.sh, with a shell for Python and for SLURM."""
     ready = tmp_path / "ready"
     says = f'echo "$*" > {tmp_path}'
-    waits = f"trap 'sleep 0.2; exit 138' USR1; echo $PPID > {ready}; while :; do sleep 0.05; done"
+    waits = f"trap 'sleep 0.2; exit 138' USR1; sleep 0.3; echo $PPID > {ready}; while :; do sleep 0.05; done"
     for name, does in {"python": f"{says}/asked; {waits}", "scontrol": f"{says}/told"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
