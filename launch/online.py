@@ -68,7 +68,7 @@ def do(program: str, *arguments: str) -> None:
     Signals are passed on to it, so that a run saves its state and stops.
     """
     console.print(f"\npython {program} {' '.join(arguments)}", markup=False, highlight=False)
-    command = [sys.executable, REPO / program, *arguments]
+    command = [sys.executable, str(REPO / program), *arguments]
     step = subprocess.Popen(command, process_group=0, preexec_fn=parallel.end_with_parent)
     with parallel.passing_on_signals([step]):
         status = step.wait()
