@@ -25,7 +25,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON, reason="FPO_VLLM names no Python with vLLM; scripts/vllm_cpu makes one"),
 ]
-SMALL = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+# 1 GiB of keys and values; nothing compiled, which takes longer than these few tokens.
+SMALL = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 DATA = ["datasets=[hh]", f"data_dir={HH_100}"]
 SHORT = ["++model.max_prompt_length=64", "++max_new_tokens=16", "++model.policy_dtype=float32", "++n_samples=4"]
 GREEDY = ["++temperature=0", "++top_p=1.0"]
