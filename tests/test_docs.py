@@ -138,7 +138,19 @@ PATHS = {
 }
 LISTS = ("datasets", "eval_datasets", "probe", "files")
 FLAGS = ("-f", "--file", "--against", "--questions", "--references", "-p")
-TOOLS = {"pip", "conda", "hf", ".", "python3.11", "accelerate", "transformers", "chromium", "rm", "scripts/check", "scripts/vllm_cpu"}
+TOOLS = {
+    "pip",
+    "conda",
+    "hf",
+    ".",
+    "python3.11",
+    "accelerate",
+    "transformers",
+    "chromium",
+    "rm",
+    "scripts/check",
+    "scripts/vllm_cpu",
+}
 
 
 def paths_of(command: Command) -> Iterator[tuple[str, bool]]:
