@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from data.batch import Batch, collate, sum_by_sequence
@@ -246,18 +247,21 @@ def find_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
 
 def make_tap(model: PreTrainedModel, places: Sequence[tuple[int, str]], block_name: str | None = None) -> ResidualTap:
     """A tap that reads at each (layer, "residual" or "mlp"); a JointTap if there are several."""
-    layers = decoder_layers(model, block_name)
-    taps = [
-        MLPTap(layers[layer], find_mlp(model, layers[layer])) if hook == "mlp" else ResidualTap(layers[layer])
-        for layer, hook in places
-    ]
+    layers, taps = decoder_layers(model, block_name), list[ResidualTap]()
+    # In Gemma 4 the last layers read keys and values of earlier ones, so these have to run.
+    apart = not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+    for number, hook in places:
+        layer, until = layers[number], layers[: number + 1] if apart else ()
+        taps.append(MLPTap(layer, find_mlp(model, layer), until) if hook == "mlp" else ResidualTap(layer, until))
     return taps[0] if len(taps) == 1 else JointTap(taps)
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device: its structure, without memory for weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -365,7 +369,7 @@ def load_model(
     auto_class: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     if reward:
         config.num_labels = 1
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
         if new_tokens:
             tokens = model.get_input_embeddings().num_embeddings + new_tokens
