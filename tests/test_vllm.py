@@ -83,7 +83,8 @@ def test_greedy_completions_are_those_of_transformers(smollm2, adapted, tmp_path
 
 def test_draws_are_the_seeds_own_and_end_at_stops(smollm2):
     """Several completions of a prompt; the same in other company; greedy ones end where transformers' do."""
-    drawn = json.loads(with_vllm(REPO / "tests/vllm_draws.py", smollm2, *DATA, *SHORT).splitlines()[-1])
+    said = with_vllm(REPO / "tests/vllm_draws.py", smollm2, *DATA, *SHORT)
+    drawn = json.loads(next(line for line in said.splitlines() if line.startswith('{"together"')))
     assert drawn["alone"] == drawn["together"][::-1][:3]
     assert drawn["other seed"] != drawn["together"]
     first, second = drawn["together"][:4], drawn["together"][4:]
