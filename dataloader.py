@@ -50,7 +50,7 @@ from data.rows import (
     text_of,
     value_of,
 )
-from data.settings import DataSettings
+from data.settings import DataSettings, ReadAt
 from utils import (
     MOST,
     Message,
@@ -755,6 +755,7 @@ class DataLoader:
         pad_id: int,
         eos_id: int,
         layout: str = "padded",
+        read_at: ReadAt = "text",
         accumulation: int = 1,
         max_tokens: int | None = None,
         n_epochs: int | None = 1,
@@ -783,7 +784,8 @@ class DataLoader:
         self.per_epoch = self.mixture.total if self.mixture else len(self.rows)  # records
         self.batch_size = batch_size
         self.pad_id, self.eos_id = pad_id, eos_id
-        self.layout, self.accumulation, self.max_tokens = layout, accumulation, max_tokens
+        self.layout, self.read_at = layout, read_at
+        self.accumulation, self.max_tokens = accumulation, max_tokens
         self.seed = seed
         self.shuffle = shuffle
         self.rank, self.world_size = rank, world_size
@@ -890,7 +892,7 @@ class DataLoader:
             {"prompt_ids": prompt, "completion_ids": own, "index": key}
             for prompt, own, key in zip(prompts, completions, index, strict=True)
         ]
-        return collate(records, self.layout, pad_id=self.pad_id, eos_id=self.eos_id)
+        return collate(records, self.layout, pad_id=self.pad_id, eos_id=self.eos_id, read_at=self.read_at)
 
     @lru_cache(maxsize=1)  # noqa: B019 (one loader lives as long as its run)
     def _order(self, epoch: int) -> np.ndarray:

@@ -80,6 +80,8 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     if writes:
         require_writable(*filter(None, (target, handed)))
     identity = samples.identity_of(config, decoding, records, weights, template)
+    if config.backend == "vllm":  # its random numbers are others
+        identity["backend"] = config.backend
     if config.sae.steer:
         identity["steer"] = [own.model_dump() for own in config.sae.steer]
     samples.require_own_file(target, identity, source)
@@ -120,12 +122,16 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
 def local_backend(config: Config, policy: Policy, tokenizer: Tokenizer, control: tuple[str, ...]) -> backends.Backend:
     """The back-end that has the policy's weights in this process. Raises UserError where it cannot have them."""
     if config.backend == "vllm":
-        if policy.load_from:
+        if policy.load_from and not policy.adapter:
             raise UserError(
-                f"backend=vllm reads a directory in the Hub's format, not weights beside one ({policy.load_from}): "
+                f"backend=vllm reads a directory in the Hub's format, or an adapter, not {policy.load_from}: "
                 "++export=[hub] lets a run write one, and --config-path= names it"
             )
-        return backends.VLLMBackend(config, policy.folder, tokenizer, control)
+        return backends.VLLMBackend(config, policy.folder, tokenizer, control, policy.adapter)
+    if policy.adapter:
+        raise UserError(
+            f"model.load_from={policy.load_from}: an adapter, which backend=vllm reads; LATEST is the merged model"
+        )
     reading = None
     if config.sae.steer:
         reading = assembly.read_saes(config, settings.find_required_paths(config), policy.folder)

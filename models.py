@@ -1,6 +1,6 @@
 """Load models, and score batches: from a batch's rows to the log-probability of each completion token.
 
-Shape letters: R rows, T positions, S sequences, N completion tokens, M those of them that are text, D hidden width.
+Shape letters: R rows, T positions, S sequences, N completion tokens, M positions that an SAE reads, D hidden width.
 """
 
 import functools
@@ -66,7 +66,7 @@ class Scores:
     hidden: Tensor  # [N, D] final hidden states at the positions that predict the tokens
     batch: Batch
     token_kl: Tensor | None = None  # [N] KL(reference || model) over the vocabulary; None without a live reference
-    residual: Tensor | None = None  # [M, D] residual stream at the completions' text tokens; None without a tap
+    residual: Tensor | None = None  # [M, D] residual stream at `batch.read`; None without a tap
     token_log_squares: Tensor | None = None  # [N] log of the sum over the vocabulary of p^2, without gradient
 
     @cached_property
@@ -86,7 +86,7 @@ class Scores:
 
 
 def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None, *, log_squares: bool = False) -> Scores:
-    """Log-probabilities of the completion tokens; with a tap, the residual stream at the text tokens; and
+    """Log-probabilities of the completion tokens; with a tap, the residual stream where an SAE reads it; and
     `token_log_squares` where they are asked for.
 
     Only the N completion positions are projected onto the vocabulary, a chunk at a time (modeling/head.py).
@@ -97,21 +97,20 @@ def score(model: PreTrainedModel, batch: Batch, tap: ResidualTap | None = None, 
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     other = (batch.reference["hidden"], batch.reference["head"]) if "head" in batch.reference else None
     token_logps, token_kl, squares = token_statistics(hidden, batch.target, head, softcap, other, log_squares)
-    residual = at_text(tap, batch) if tap else None
+    residual = take(tap, batch) if tap else None
     return Scores(token_logps, hidden, batch, token_kl, residual, squares)
 
 
 def read_residual(model: PreTrainedModel, batch: Batch, tap: ResidualTap) -> Tensor:
-    """The residual stream [M, D] at the text tokens of the completions, where the tap reads it. Nothing is projected
-    onto the vocabulary."""
+    """The residual stream [M, D] where an SAE reads it, at the tap. Nothing is projected onto the vocabulary."""
     with tap.reading():
         final_hidden_states(model, batch)
-    return at_text(tap, batch)
+    return take(tap, batch)
 
 
-def at_text(tap: ResidualTap, batch: Batch) -> Tensor:
-    """What a tap has just read [R, T, D], at the text tokens of the completions: [M, D]."""
-    return tap.take().flatten(0, 1)[batch.position[batch.content]]
+def take(tap: ResidualTap, batch: Batch) -> Tensor:
+    """What a tap has just read [R, T, D], at the positions that an SAE reads: [M, D]."""
+    return tap.take().flatten(0, 1)[batch.read]
 
 
 def final_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -1,6 +1,6 @@
 """Sparse autoencoders (SAEs), taps that read the model's vectors, pooled features, and feature drift.
 
-autoencoders/formats.py reads SAE files. Shape letters: R rows, T positions, N tokens, M text tokens of completions,
+autoencoders/formats.py reads SAE files. Shape letters: R rows, T positions, N tokens, M positions that an SAE reads,
 S sequences, D width of the vectors that an SAE reads (`d_in`), F its features, also called latents (`d_sae`),
 K features on which one sequence is compared.
 """

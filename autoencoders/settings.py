@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from data.settings import ReadAt
 from utils import MOST, Name, Natural, PathName, Positive, Settings
 
 
@@ -29,6 +30,7 @@ class SAESection(SAESettings):
     """`sae` of the configuration: one SAE, or `parts`, several by names of the user's; and what is done to features."""
 
     parts: dict[str, SAESettings] = Field(default_factory=dict)
+    at: ReadAt = "text"
     ablate: list[Natural] | PathName | None = None
     ablate_to: Literal["zero", "mean"] = "zero"
     steer: list[Steering] | None = None

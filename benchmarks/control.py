@@ -32,6 +32,7 @@ import models  # noqa: E402
 from autoencoders.formats import load_sae, save_sae  # noqa: E402
 from data import tokenise, toy  # noqa: E402
 from data.batch import collate  # noqa: E402
+from data.settings import ReadAt  # noqa: E402
 from sae import SAE, pooled_features  # noqa: E402
 from sampling.generate import Decoding, Request, sample  # noqa: E402
 
@@ -53,13 +54,19 @@ PUSHED: dict[str, list[tuple[str, str, int]]] = {  # beside tone; and the losses
         ("both sides", "moved format", 10_000),
         ("zero", "left out format", 0),
         ("mean", "left out format", 0),
+        ("fpo predicting", "", 0),
+        ("fpo predicting", "moved there format", 100_000),
     ],
     "language": [
         ("fpo", "probe language", 100_000),
         ("zero", "left out language", 0),
         ("mean", "left out language", 0),
+        ("fpo", "moved language", 100_000),
+        ("fpo predicting", "", 0),
+        ("fpo predicting", "moved there language", 100_000),
     ],
 }
+PLACES: dict[str, ReadAt] = {"moved": "text", "moved there": "predicting"}  # where features move
 TOKENIZER = models.load_tokenizer(START)
 WHY = [  # the head of a table
     "attribute",
@@ -76,12 +83,13 @@ WHY = [  # the head of a table
 class Case:
     """One run: the attribute that is pushed beside tone, the loss, and what FPO's weights hold, by which weight.
 
-    The losses "zero" and "mean" are DPO that leaves features out (`sae.ablate`) and sets them to that.
+    The losses "zero" and "mean" are DPO that leaves features out (`sae.ablate`) and sets them to that; "fpo predicting"
+    is FPO with `sae.at=predicting`.
     """
 
     pushed: str
     loss: str
-    held: str = ""  # "probe", "moved" or "left out", and an attribute
+    held: str = ""  # "probe", "moved", "moved there" or "left out", and an attribute
     weight: int = 0
     seed: int = 1
 
@@ -95,8 +103,9 @@ class Case:
         kind, _, attribute = self.held.rpartition(" ")
         if kind == "left out":
             return f"`dpo`, {attribute}'s features of the layer before left out, set to {self.loss}"
-        which = {"probe": "the probe's features", "moved": "the features that move"}.get(kind, "")
-        loss = "FPO on both sides" if self.loss == "both sides" else f"`{self.loss}`"
+        which = {"probe": "the probe's features", "moved": "the features that move"}.get(kind, "those that move there")
+        words = {"both sides": "FPO on both sides", "fpo predicting": "`fpo` at predicting positions"}
+        loss = words.get(self.loss, f"`{self.loss}`")
         return loss + (f", {attribute} held by {which}" if self.held else "")
 
     @property
@@ -107,6 +116,8 @@ class Case:
             return ["loss=dpo", *EARLIER, f"++sae.ablate={file}", f"++sae.ablate_to={self.loss}"]
         if self.loss == "both sides":
             found = ["loss=dpo-norm", "+term=features", "++term.features.weight=0.5"]
+        if self.loss == "fpo predicting":
+            found = ["loss=fpo", "++sae.at=predicting"]
         if self.loss not in ("dpo", "simpo", "tdpo2"):  # beta: of a mean over about eight tokens, where dpo has the sum
             found += ["loss.beta=2", f"++sae.path={SAE_FILE}", f"++sae.layer={LAYER}"]
         if self.held:
@@ -236,9 +247,11 @@ def find_features() -> dict[str, list[int]]:
         listed = json.loads((OUTPUT / "tiny" / "features" / f"probe-{attribute}.json").read_text())
         found[f"probe {attribute}"] = [entry["index"] for entry in listed]
         train(f"alone-{attribute}", f"alone-{attribute}", PAIRS, *Case("", "fpo").options)
-        before, after = (pooled(weights, alone(attribute, "test", 256)) for weights in (START, latest(attribute)))
-        moved = (after - before).abs().mean(0).topk(len(found[f"probe {attribute}"]))
-        found[f"moved {attribute}"] = sorted(moved.indices.tolist())
+        pairs = alone(attribute, "test", 256)
+        for name, at in PLACES.items():
+            before, after = (pooled(weights, pairs, at) for weights in (START, latest(attribute)))
+            moved = (after - before).abs().mean(0).topk(len(found[f"probe {attribute}"]))
+            found[f"{name} {attribute}"] = sorted(moved.indices.tolist())
     for name, features in found.items():
         for weight in WEIGHTS:
             listed = [{"index": feature, "weight": weight} for feature in features]
@@ -264,10 +277,10 @@ def sae() -> SAE:
 
 
 @torch.no_grad()
-def read(weights: Path, rows: list[dict[str, str]]) -> tuple[Any, Tensor]:
+def read(weights: Path, rows: list[dict[str, str]], at: ReadAt = "text") -> tuple[Any, Tensor]:
     """The batch of both sides of some pairs, and the residual stream [R * T, D] where the SAE reads it."""
     own = {"pad_id": TOKENIZER.pad_token_id, "eos_id": TOKENIZER.eos_token_id}
-    batch = collate(records(rows, "chosen", "rejected"), "padded", **own)
+    batch = collate(records(rows, "chosen", "rejected"), "padded", **own, read_at=at)
     model = models.load_model(weights, "eager", torch.device("cpu"))
     tap = models.make_tap(model, [(LAYER, "residual")])
     with tap.reading():
@@ -275,10 +288,10 @@ def read(weights: Path, rows: list[dict[str, str]]) -> tuple[Any, Tensor]:
     return batch, tap.take().flatten(0, 1)
 
 
-def pooled(weights: Path, rows: list[dict[str, str]]) -> Tensor:
+def pooled(weights: Path, rows: list[dict[str, str]], at: ReadAt) -> Tensor:
     """Pooled features [S, F] of both sides of some pairs."""
-    batch, residual = read(weights, rows)
-    return pooled_features(sae(), residual[batch.position[batch.content]], batch.content_lengths)
+    batch, residual = read(weights, rows, at)
+    return pooled_features(sae(), residual[batch.read], batch.read_lengths)
 
 
 def where_it_is_decided(attribute: str, found: dict[str, list[int]]) -> list[str]:
@@ -349,7 +362,20 @@ def row(label: str, curves: list[list[dict[str, float]]], start: dict[str, float
     return [label, *cells, f"{other:.2f}", f"{tone:.2f}", f"{other / tone:.2f}" if tone else ""]
 
 
-COLOURS = ("#888888", "#b8a000", "#0a8a5a", "#1f4fd0", "#e07000", "#c0143c", "#8a2be2", "#00a0c0", "#804000", "#ff69b4")
+COLOURS = (
+    "#888888",
+    "#b8a000",
+    "#0a8a5a",
+    "#1f4fd0",
+    "#e07000",
+    "#c0143c",
+    "#8a2be2",
+    "#00a0c0",
+    "#804000",
+    "#ff69b4",
+    "#000000",
+    "#7aa8ff",
+)
 
 
 def picture(panels: dict[str, dict[str, list[tuple[float, float]]]]) -> str:

@@ -168,8 +168,8 @@ def measure(study: "Study", file: Path, run: Path | None, reward_model: Path | N
             scale.layers, rebuilt, scores.residual.split(widths, 1), batch.reference["features"].split(latents, 1)
         )
         for layer, own, x, before in parts:
-            own.add(x[~attention_sinks(x, batch.content_lengths)])
-            pooled = pooled_features(own.sae, x, batch.content_lengths)
+            own.add(x[~attention_sinks(x, batch.read_lengths)])
+            pooled = pooled_features(own.sae, x, batch.read_lengths)
             drift = drift_by_feature(own.sae, pooled, before, **DRIFT).sum(1).unflatten(0, (2, -1))
             figures |= {f"drift_{layer}_{side}": value for side, value in zip(("chosen", "rejected"), drift)}
         found |= gathered(batch, figures)

@@ -4,7 +4,7 @@ Three layouts give the same numbers. `padded`: one sequence a row. `packed`: all
 other. `shared_prefix`: like `packed`, but each prompt is there once, however many completions it has.
 
 Shape letters: R rows, T positions a row, S sequences (a prompt with one completion), N completion tokens of the batch,
-M those of them that are text, B records (a record of paired data holds two sequences).
+M positions that an SAE reads, B records (a record of paired data holds two sequences).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from data.settings import ReadAt
 
 PAD = -1  # value of `document` at padding
 BATCH_LAYOUTS = ("padded", "packed", "shared_prefix")
@@ -34,9 +36,9 @@ class Batch:
     position: Tensor  # [N] index into R * T of the token itself
     target: Tensor  # [N] the token
     sequence: Tensor  # [N] the sequence that the token belongs to, ascending
-    content: Tensor  # [M] index into N of the tokens that are text, so not the end-of-sequence token
+    read: Tensor  # [M] index into R * T of the positions at which an SAE reads, by sequence; see `collate`
     lengths: list[int]  # [S] number of completion tokens of each sequence
-    content_lengths: list[int]  # [S] number of text tokens of each sequence; sums to M
+    read_lengths: list[int]  # [S] number of these positions of each sequence; sums to M
     segments: list[tuple[int, int | None]] | None  # of the one row of a packed batch, see `collate`; None if padded
     index: list[Any]  # [B] the records' row numbers in the tokenised data set
     record: dict[str, Tensor] = field(default_factory=dict)  # [B] or [S] labels, scores; indices of sides
@@ -79,13 +81,18 @@ def sum_by_sequence(values: Tensor, sequence: Tensor, count: int) -> Tensor:
     return values.new_zeros(count).index_add(0, sequence, values)
 
 
-def collate(records: Sequence[dict[str, Any]], layout: str, *, pad_id: int, eos_id: int) -> Batch:
+def collate(
+    records: Sequence[dict[str, Any]], layout: str, *, pad_id: int, eos_id: int, read_at: ReadAt = "text"
+) -> Batch:
     """The batch of some records in one of BATCH_LAYOUTS.
 
     A record has `prompt_ids` (list of ints, never empty: it starts with BOS, or with the template's prefix),
     `completion_ids` (for each completion a list of ints, never empty) and `index`. In `shared_prefix`, records with the
     same prompt share it. Without records the batch has one prompt token and no completion: a rank that has no records
     can run it, and it adds nothing to the loss.
+
+    SAEs read a completion at its `text`, the tokens but the end of sequence, or at the positions `predicting` its
+    tokens: the last one of the prompt, and each token that another one follows.
 
     `packed` and `shared_prefix` make one row, which is a list of segments: (tokens, None) for a prompt or a whole
     sequence, (tokens, index of the prompt's segment) for a completion of a shared prompt.
@@ -97,7 +104,7 @@ def collate(records: Sequence[dict[str, Any]], layout: str, *, pad_id: int, eos_
     lengths = [len(completion) for _, completion in sequences]
     predictor, position, sequence = _token_indices(lengths, rows.before, rows.start)
     target = torch.tensor(rows.input_ids)[position]
-    content = (target != eos_id).nonzero().flatten()
+    kept = slice(None) if read_at == "predicting" else target != eos_id
     shape = (len(documents), -1) if layout == "padded" else (1, -1)
     return Batch(
         input_ids=torch.tensor(rows.input_ids).view(shape),
@@ -108,9 +115,9 @@ def collate(records: Sequence[dict[str, Any]], layout: str, *, pad_id: int, eos_
         position=position,
         target=target,
         sequence=sequence,
-        content=content,
+        read=(predictor if read_at == "predicting" else position)[kept],
         lengths=lengths,
-        content_lengths=sequence[content].bincount(minlength=len(sequences)).tolist(),
+        read_lengths=sequence[kept].bincount(minlength=len(sequences)).tolist(),
         segments=None if layout == "padded" else rows.segments,
         index=[record["index"] for record in records],
     )

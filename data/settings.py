@@ -7,6 +7,8 @@ from pydantic_core import PydanticCustomError
 
 from utils import Count, PathName, Seed, Settings, Share, possible_path
 
+ReadAt = Literal["text", "predicting"]  # of a completion, by an SAE: see `data.batch.collate`
+
 
 class TemplateSettings(Settings):
     """How a conversation becomes text."""

@@ -5,6 +5,7 @@ on this machine, or takes the rank that torchrun, `accelerate launch` or SLURM g
 and writes, except for files of which every rank writes a part.
 """
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -15,7 +16,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -245,15 +246,26 @@ def start_ranks(count: int) -> int:
         for number in range(count)
     ]
 
-    def pass_on(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        for process in ranks:
-            process.send_signal(number)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, pass_on)
-    status = wait_for_ranks(ranks)
+    with passing_on_signals(ranks):
+        status = wait_for_ranks(ranks)
     witness.communicate(b"ended\n")
     return status
+
+
+@contextlib.contextmanager
+def passing_on_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Inside the `with` block signals that stop a run are sent to these processes, and do nothing else here."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        for process in processes:
+            process.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def wait_for_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

@@ -150,7 +150,7 @@ def read_by_start(reader: Reader) -> tuple[np.ndarray, dict[tuple[str, int], Ten
         assert scores.residual is not None
         if not own:
             continue
-        features = pooled_features(reader.sae, scores.residual, batch.content_lengths)
+        features = pooled_features(reader.sae, scores.residual, batch.read_lengths)
         quantities = torch.cat([features, scores.lengths.float()[:, None]], dim=1)
         rows = torch.stack([quantities, torch.ones_like(quantities), (quantities > 0).float()], dim=1)
         place = 3 * kinds[kind]

@@ -221,7 +221,7 @@ def read_pairs(subject: Subject, what: str, keys: Sequence[int]) -> Iterator[tup
             places = [*batches[first : first + world], *[batches[first]] * world][parallel.rank()]
             own = [keys[place] for place in places]
             batch = loader.batch(own).to(parallel.device())
-            residual = read_residual(subject.policy, batch, tap).split(batch.content_lengths)
+            residual = read_residual(subject.policy, batch, tap).split(batch.read_lengths)
             if first + parallel.rank() < len(batches):
                 yield from ((key, [residual[n], residual[len(own) + n]]) for n, key in enumerate(own))
             advance(min(first + world, len(batches)), None)

@@ -62,6 +62,7 @@ def write_probe(config: Config, path: Path, overrides: list[str]) -> None:
     )
     tap, sae = reading.tap(model, config.model.block_name), reading.sae.to(device)
     how = {"layout": layout, "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+    how["read_at"] = config.sae.at
     table = ranking(*(pooled(model, tap, sae, own, config.model.eval_batch_size, **how) for own in rows), *halves)
     weights = weights_of(table, config)
     if parallel.rank() == 0:
@@ -83,13 +84,13 @@ def pooled(
 def read_texts(
     model: PreTrainedModel, tap: ResidualTap, rows: Sequence[dict[str, Any]], batch_size: int, **how: Any
 ) -> Iterator[tuple[list[int], Tensor, list[int]]]:
-    """The vectors [M, D] that the tap reads at the text tokens of tokenised texts, batch by batch: with the places of
-    the batch's texts, and how many text tokens each has. `how` goes to `batch.collate`."""
+    """The vectors [M, D] that an SAE reads of tokenised texts, batch by batch: with the places of the batch's texts,
+    and how many vectors each has. `how` goes to `batch.collate`."""
     done, lengths = 0, [len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in rows]
     with progress_bar("probing", len(rows), done) as advance:
         for places in batches_by_length(lengths, batch_size):
             batch = collate([{**rows[i], "index": i} for i in places], **how).to(parallel.device())
-            yield places, models.read_residual(model, batch, tap), batch.content_lengths
+            yield places, models.read_residual(model, batch, tap), batch.read_lengths
             done += len(places)
             advance(done, None)
 

@@ -159,7 +159,7 @@ class Reader:
         for kind, number, own, batch in self.batched(what, kinds):
             residual = models.read_residual(self.policy, batch, self.tap)
             if own:
-                yield kind, number, own, batch.content_lengths, residual
+                yield kind, number, own, batch.read_lengths, residual
 
     def groups_at(self, own: Sequence[int]) -> Tensor:
         """The groups [S] of the prompts of some texts."""

@@ -251,7 +251,7 @@ def steer_features(config: Config, model: PreTrainedModel, reading: Reading) -> 
 
 @torch.no_grad()
 def mean_vector(subject: Subject) -> Tensor:
-    """The mean vector [D] that the SAE reads, over the text tokens of MEAN_RECORDS training records at most."""
+    """The mean vector [D] that the SAE reads, of MEAN_RECORDS training records at most."""
     loader, tap = subject.loaders["train"], subject.tap
     assert tap is not None
     keys = loader.used()[:MEAN_RECORDS]
@@ -260,7 +260,7 @@ def mean_vector(subject: Subject) -> Tensor:
     for start in range(0, len(keys), loader.batch_size):
         batch = loader.batch(keys[start : start + loader.batch_size]).to(parallel.device())
         x = models.read_residual(subject.policy, batch, tap).float()
-        kept = x[~saes.attention_sinks(x, batch.content_lengths)]
+        kept = x[~saes.attention_sinks(x, batch.read_lengths)]
         total, count = total + kept.sum(0), count + len(kept)
     return total / count
 
@@ -322,6 +322,7 @@ def make_loader(
         pad_id=tokenizer.pad_token_id,
         eos_id=tokenizer.eos_token_id,
         layout=layout,
+        read_at=config.sae.at,
         rank=parallel.rank(),
         world_size=parallel.world_size(),
     )
@@ -353,7 +354,9 @@ def make_references(
     if live:
         return dict.fromkeys(records, LiveReference(teacher, tap, subject.sae))
     quantised = model.load_in_4bit and teacher is subject.policy
-    features = [source.identity() for source in paths.saes]
+    features: list[Any] = [source.identity() for source in paths.saes]
+    if features and config.sae.at != "text":
+        features.append(config.sae.at)
     numbers = (weights_digest(*weights), features, model.policy_dtype, *([quantised] if quantised else []))
     caches: dict[str, Reference] = {}
     for name, scored in records.items():

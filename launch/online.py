@@ -18,6 +18,7 @@ from typing import Any
 from rich.table import Table
 
 import models
+from distributed import parallel
 from launch.schema import READ, Config
 from launch.settings import find_paths
 from training.quantities import Binding
@@ -51,7 +52,7 @@ class Rounds:
         """Samples of the policy after so many rounds; gives their file."""
         folder = self.home / "samples"
         own = [f"++datasets={written(self.config.datasets)}", f"++exp_name={name}", f"++samples_dir={folder}"]
-        own += [f"++seed={self.config.seed}", f"++max_new_tokens={self.config.max_new_tokens}"]
+        own += [f"++{key}={getattr(self.config, key)}" for key in ("seed", "max_new_tokens", "backend")]
         do("eval.py", *self.policy(number), *own, "++temperature=1", f"++cache_dir={self.home}", *arguments)
         return folder / f"{name}.json"
 
@@ -62,9 +63,15 @@ def is_of_training(key: str) -> bool:
 
 
 def do(program: str, *arguments: str) -> None:
-    """Run one of this repo's commands. Ends this one, with its status, where it fails."""
+    """Run one of this repo's commands. Ends this one, with its status, where it fails.
+
+    Signals are passed on to it, so that a run saves its state and stops.
+    """
     console.print(f"\npython {program} {' '.join(arguments)}", markup=False, highlight=False)
-    status = subprocess.run([sys.executable, REPO / program, *arguments], check=False).returncode
+    command = [sys.executable, str(REPO / program), *arguments]
+    step = subprocess.Popen(command, process_group=0, preexec_fn=parallel.end_with_parent)
+    with parallel.passing_on_signals([step]):
+        status = step.wait()
     if status:
         sys.exit(status if status > 0 else 128 - status)
 
@@ -73,6 +80,8 @@ def run(config: Config, binding: Binding, arguments: Sequence[str]) -> None:
     """All rounds, and a table of them. Raises UserError for what no step could do."""
     if config.resume == "never":
         raise UserError(f"resume=never: to begin again, remove {Path(config.cache_dir) / config.exp_name}")
+    if config.backend == "openai":
+        raise UserError("backend=openai: a server has one policy, and each round has its own; transformers or vllm")
     find_paths(config, binding.needs)
     given = [own for own in arguments if (key := own.lstrip("+").partition("=")[0]) not in OWN and is_of_training(key)]
     rounds, own = Rounds(config), config.online

@@ -15,9 +15,21 @@ from data import tokenise
 from distributed import parallel
 from launch import settings
 from launch.schema import Config, require_read
+from modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from modeling.weights import only_policy_file, weights_digest
 from training import loop
-from utils import DIGESTS, REPO, UserError, code_file, damaged, damaged_files, is_file_name
+from utils import (
+    DIGESTS,
+    REPO,
+    UserError,
+    code_file,
+    damaged,
+    damaged_files,
+    fingerprint,
+    is_file_name,
+    resolve_path,
+    sound_digest,
+)
 
 OURS = REPO / "config"
 OWN_DISTRIBUTION = ["++temperature=1.0", "++top_p=1.0", "++top_k=0"]  # of the policy: unbiased entropy, KL and means
@@ -43,8 +55,17 @@ class Policy:
     load_from: str | None = None
     run: Path | None = None  # whose LATEST it is
 
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter in peft's format that `load_from` names, if it does."""
+        named = resolve_path(self.load_from) if self.load_from else None
+        return named if named and (named / ADAPTER_CONFIG).is_file() else None
+
     def digest(self) -> str:
         """Changes when the weights do."""
+        if self.adapter:
+            files = [self.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+            return fingerprint([weights_digest(self.folder, None), *map(sound_digest, files)])
         return weights_digest(self.folder, self.load_from)
 
     def source(self) -> str:

@@ -65,7 +65,7 @@ BENCHMARK = SAMPLING - {"n_samples"}  # which is sampled whole
 READ: dict[str, set[str]] = {
     "train": TRAINING | {"nproc", "max_new_tokens"},
     "plan": TRAINING | {"nproc", "max_new_tokens"},
-    "online": TRAINING | {"nproc", "max_new_tokens", "n_samples", "online"},
+    "online": TRAINING | {"nproc", "max_new_tokens", "n_samples", "online", "backend"},
     "sample": SAMPLING,
     "alpacaeval": BENCHMARK,
     "arenahard": BENCHMARK,

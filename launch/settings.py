@@ -441,6 +441,10 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
     )
     if config.sae.ablate:
         classes = with_ablation(config, classes, problems)
+    if config.sae.at != "text":
+        at = f"sae.at={config.sae.at}"
+        problems.expect("sae" in classes.binding.needs, f"{at}: loss={config.loss.name} compares no features")
+        problems.expect(config.mode != "features", f"{at}: mode=features reads them at the text itself: ++sae.at=text")
     if config.eval_best is not None:
         there, wanted = classes.trainer.evaluated(classes.binding), config.eval_best.removeprefix("-")
         problems.expect(

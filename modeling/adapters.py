@@ -20,6 +20,7 @@ from modeling.tensor_files import TensorFile, safetensors_file
 from utils import UserError, written
 
 NAME = "default"  # the adapter's name within the model
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft names them
 
 
 def add(model: PreTrainedModel, settings: ModelSettings, dtype: torch.dtype) -> None:
@@ -95,7 +96,7 @@ def begin_adapter(model: PreTrainedModel, folder: Path, layout: Mapping[str, Ten
     shapes and dtypes, by name in the model; in the file each has its `name_alone`."""
     model.peft_config[NAME].save_pretrained(str(folder))
     tensors = {name_alone(name): tensor for name, tensor in layout.items()}
-    return safetensors_file(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    return safetensors_file(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
 
 
 def name_alone(name: str) -> str:

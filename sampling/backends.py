@@ -4,6 +4,7 @@ A back-end turns records (dataloader.prompt_records) into requests, and requests
 come: by the place of their request, in whatever groups and order.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from data import tokenise
 from distributed import parallel
 from distributed.sharding import DTYPES
 from modeling import attention
+from modeling.adapters import ADAPTER_CONFIG
 from modeling.weights import source_of
 from sampling import openai_server
 from sampling.generate import Decoding, Request, Sample, before_stop, finished, sample_batches
@@ -108,22 +110,36 @@ def load_policy(config: SamplingSettings, folder: Path, load_from: str | None, v
 
 
 class VLLMBackend(LocalPrompts):
-    """vLLM in this process, for a model in the Hub's format."""
+    """vLLM in this process, for a model in the Hub's format, perhaps with an adapter in peft's."""
 
     CHUNK = 1024  # requests between two looks at what is done; vLLM batches them by itself
+    LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # for which it makes room
 
     def __init__(
-        self, config: SamplingSettings, folder: Path, tokenizer: Tokenizer, control_tokens: Sequence[str]
+        self,
+        config: SamplingSettings,
+        folder: Path,
+        tokenizer: Tokenizer,
+        control_tokens: Sequence[str],
+        adapter: Path | None = None,
     ) -> None:
         super().__init__(config, tokenizer, control_tokens)
         try:
             import vllm
+            import vllm.lora.request
         except ImportError as error:
             raise UserError("backend=vllm: vLLM is not installed; pip install -e '.[vllm]'") from error
         self.vllm = vllm
-        gpus = torch.cuda.device_count() if config.tensor_parallel else 1
-        dtype = config.model.policy_dtype
-        self.engine = vllm.LLM(model=str(folder), dtype=dtype, seed=config.seed, tensor_parallel_size=gpus)
+        options: dict[str, Any] = {"dtype": config.model.policy_dtype, "seed": config.seed}
+        options["tensor_parallel_size"] = torch.cuda.device_count() if config.tensor_parallel else 1
+        longest = config.model.max_prompt_length + len(self.control[:1]) + config.max_new_tokens
+        options["max_model_len"] = int(min(longest, models.positions_of(models.load_config(folder))))
+        self.asked_with: dict[str, Any] = {}
+        if adapter:
+            rank = json.loads((adapter / ADAPTER_CONFIG).read_text())["r"]
+            options |= {"enable_lora": True, "max_lora_rank": min(r for r in self.LORA_RANKS if r >= rank)}
+            self.asked_with["lora_request"] = vllm.lora.request.LoRARequest(adapter.name, 1, str(adapter))
+        self.engine = vllm.LLM(model=str(folder), **options)
 
     def complete(self, requests: Sequence[Request], settings: Decoding) -> Iterator[Mapping[int, Sample | NoAnswer]]:
         """As Backend's."""
@@ -133,6 +149,7 @@ class VLLMBackend(LocalPrompts):
                 [{"prompt_token_ids": list(request.prompt_ids)} for request in chunk],
                 [self.parameters(request, settings) for request in chunk],
                 use_tqdm=False,
+                **self.asked_with,
             )
             yield {start + place: self.sample(output.outputs[0], settings) for place, output in enumerate(outputs)}
 

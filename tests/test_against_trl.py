@@ -400,7 +400,7 @@ def test_losses_per_token_do_not_see_every_token_twice(tmp_path: Path, moved: Pa
         batch,
         sequence=batch.sequence.repeat_interleave(2),
         lengths=[2 * length for length in batch.lengths],
-        content_lengths=[2 * length for length in batch.content_lengths],
+        read_lengths=[2 * length for length in batch.read_lengths],
         reference=doubled,
     )
     residual = None if scores.residual is None else scores.residual.repeat_interleave(2, 0)

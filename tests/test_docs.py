@@ -71,7 +71,7 @@ class Command(NamedTuple):
     @property
     def program(self) -> str:
         """The script, also if a launcher starts it; else the first word."""
-        scripts = ("train.py", "eval.py", "compare.py", "scripts/slurm.sh")
+        scripts = ("train.py", "eval.py", "compare.py", "scripts/slurm.sh", "scripts/online.sh")
         return next((word for word in self.words if word in scripts), self.words[0])
 
     @property
@@ -138,7 +138,19 @@ PATHS = {
 }
 LISTS = ("datasets", "eval_datasets", "probe", "files")
 FLAGS = ("-f", "--file", "--against", "--questions", "--references", "-p")
-TOOLS = {"pip", "conda", "hf", ".", "python3.11", "accelerate", "transformers", "chromium", "rm", "scripts/check"}
+TOOLS = {
+    "pip",
+    "conda",
+    "hf",
+    ".",
+    "python3.11",
+    "accelerate",
+    "transformers",
+    "chromium",
+    "rm",
+    "scripts/check",
+    "scripts/vllm_cpu",
+}
 
 
 def paths_of(command: Command) -> Iterator[tuple[str, bool]]:

@@ -132,7 +132,7 @@ def test_layouts_are_equal_over_random_shapes(records):
         batch = collate(records, layout)
         scores = score(OURS, batch, tap)
         torch.testing.assert_close(scores.token_logps, torch.cat(sequences), rtol=1e-5, atol=1e-5)
-        features.append(pooled_features(sae, scores.residual, batch.content_lengths))
+        features.append(pooled_features(sae, scores.residual, batch.read_lengths))
         torch.testing.assert_close(features[-1], features[0], rtol=1e-5, atol=1e-5)
         assert_close_gradients(gradients(OURS, scores.logps), expected)
         assert (batch.input_ids.flatten()[batch.position] == batch.target).all()

@@ -284,7 +284,7 @@ def test_gradient_through_the_tap_is_the_same_with_activation_checkpointing(hook
             recompute_activations(decoder_layers(model), "full")
         scores = score(model.train(), batch, make_tap(model, [(1, hook)]))
         reference = torch.zeros(batch.num_sequences, sae.d_sae)
-        drift = compute_feature_drift(sae, scores.residual, batch.content_lengths, reference, divergence="mse", k=8)
+        drift = compute_feature_drift(sae, scores.residual, batch.read_lengths, reference, divergence="mse", k=8)
         drift.sum().backward()
         assert all(buffer.grad is None for buffer in sae.buffers())
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -488,8 +488,8 @@ class SamplingParams:
 class LLM:
     """vLLM's offline engine as its documentation has it, over transformers' greedy decoding."""
 
-    def __init__(self, *, model, dtype, seed, tensor_parallel_size):
-        assert (dtype, seed, tensor_parallel_size) == ("float32", 1, 1)
+    def __init__(self, *, model, dtype, seed, tensor_parallel_size, max_model_len):
+        assert (dtype, seed, tensor_parallel_size, max_model_len) == ("float32", 1, 1, 64 + 8)
         self.model, self.tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
 
     def generate(self, prompts, sampling_params, *, use_tqdm):
@@ -504,8 +504,9 @@ class LLM:
 
 
 def test_vllm_is_asked_for_the_same(tmp_path, monkeypatch):
-    """What we hand to it and make of what comes back; vLLM itself cannot be installed here."""
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
+    """What we hand to it and make of what comes back; test_vllm.py asks vLLM itself."""
+    for name in ("vllm", "vllm.lora", "vllm.lora.request"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
     monkeypatch.setattr(VLLMBackend, "CHUNK", 7)
     here, there = (write(tmp_path / name, f"++backend={name}", "++temperature=0") for name in ("transformers", "vllm"))
     assert there["samples"] == here["samples"] and len(there["samples"]) == 24

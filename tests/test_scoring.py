@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS_ID, collate, pairs, random_sae, tiny_gemma
+from conftest import EOS_ID, PAD_ID, collate, pairs, random_sae, tiny_gemma
 
+from data import batch as batches
 from distributed import parallel
 from modeling import head as heads
 from modeling.head import token_statistics
@@ -40,7 +41,7 @@ def test_independent_of_padding_and_of_the_other_rows(gemma):
 
     def read(chosen):
         scores = score(gemma, collate(chosen), tap)
-        return scores.logps, pooled_features(sae, scores.residual, scores.batch.content_lengths)
+        return scores.logps, pooled_features(sae, scores.residual, scores.batch.read_lengths)
 
     together_logps, together_features = read(records)
     for i, record in enumerate(records):
@@ -194,11 +195,23 @@ def test_features_are_pooled_over_text_only():
     records = pairs(2)
     cut = copy.deepcopy(records)
     cut[0]["completion_ids"][0] = cut[0]["completion_ids"][0][:-1]  # a completion cut by max_length has no EOS
-    assert collate(records).content_lengths[0] == len(records[0]["completion_ids"][0]) - 1
-    assert collate(cut).content_lengths[0] == len(cut[0]["completion_ids"][0])
+    assert collate(records).read_lengths[0] == len(records[0]["completion_ids"][0]) - 1
+    assert collate(cut).read_lengths[0] == len(cut[0]["completion_ids"][0])
     batch = collate(records)
-    assert EOS_ID not in batch.target[batch.content]
+    assert EOS_ID not in batch.input_ids.flatten()[batch.read]
     assert torch.equal(batch.input_ids.flatten()[batch.position], batch.target)
+
+
+@pytest.mark.parametrize("layout", batches.BATCH_LAYOUTS)
+def test_features_can_be_read_where_the_completion_is_predicted(layout):
+    """At the prompt's last token and the completion's own, without its last one."""
+    records = pairs(2)
+    batch = batches.collate(records, layout, pad_id=PAD_ID, eos_id=EOS_ID, read_at="predicting")
+    read = batch.input_ids.flatten()[batch.read].split(batch.read_lengths)
+    sequences = [(record["prompt_ids"], record["completion_ids"][c]) for c in (0, 1) for record in records]
+    assert [ids.tolist() for ids in read] == [[prompt[-1], *ids[:-1]] for prompt, ids in sequences]
+    document = batch.document.flatten()[batch.read]  # of a prompt that is there once, too
+    assert torch.equal(document, batch.document.flatten()[batch.position])
 
 
 def test_decoder_layers_are_found_by_structure(gemma):

@@ -165,7 +165,7 @@ def test_only_text_of_completions_is_pooled(sae, hook):
     """Features do not depend on the vectors at BOS, in the prompt, at the end of sequence or in the padding."""
     model, batch = tiny_gemma(), collate(pairs())
     text = torch.zeros(batch.input_ids.numel(), dtype=torch.bool)
-    text[batch.position[batch.content]] = True
+    text[batch.read] = True
     text = text.view(batch.input_ids.shape)
     assert not torch.isin(batch.input_ids[text], torch.tensor([BOS_ID, EOS_ID, PAD_ID])).any()
     outliers = torch.where(text.unsqueeze(2), 0.0, 1e4)
@@ -175,7 +175,7 @@ def test_only_text_of_completions_is_pooled(sae, hook):
     def pooled():
         with torch.no_grad():
             residual = score(model, batch, make_tap(model, [(2, hook)])).residual
-        return pooled_features(sae, residual, batch.content_lengths)
+        return pooled_features(sae, residual, batch.read_lengths)
 
     plain = pooled()
     site.register_forward_hook(lambda _module, _inputs, output: output + outliers)

@@ -267,13 +267,27 @@ def test_a_second_run_finds_the_reference_cache(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", ["template=tulu human_prefix=Q", "model.max_length=60 model.max_prompt_length=20", "sae.layer=0"]
+    "change",
+    [
+        "template=tulu human_prefix=Q",
+        "model.max_length=60 model.max_prompt_length=20",
+        "sae.layer=0",
+        "++sae.at=predicting",
+    ],
 )
 def test_what_the_cached_numbers_depend_on_gives_a_new_cache(tmp_path, plain_run, capsys, change):
     folder = plain_run("fpo").parent
     capsys.readouterr()
     run(folder, "loss=fpo", f"exp_name={tmp_path.name}", *change.split())
     assert "reference cache: found" not in capsys.readouterr().out
+
+
+def test_where_features_are_read_is_refused_where_nothing_reads_them_there(tmp_path):
+    with pytest.raises(UserError, match=r"sae\.at=predicting: loss=dpo compares no features"):
+        assembled(tmp_path, "loss=dpo", "++sae.at=predicting")
+    raw, _ = settle(tmp_path, "loss=fpo", "++sae.at=predicting", "++mode=features")
+    with pytest.raises(UserError, match=r"mode=features reads them at the text itself: \+\+sae\.at=text"):
+        settings.check_config(raw, modes=["features"])
 
 
 def test_changed_weights_give_a_new_cache(plain_run, capsys):
@@ -293,7 +307,7 @@ def test_the_cached_reference_equals_a_live_one(tmp_path):
         cached = trainer.references["eval"].attach(batch).reference
         with torch.no_grad():
             scores = models.score(live, batch, tap)
-            features = pooled_features(trainer.sae, scores.residual, batch.content_lengths)
+            features = pooled_features(trainer.sae, scores.residual, batch.read_lengths)
         torch.testing.assert_close(cached["logps"], scores.logps, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(cached["token_logps"], scores.token_logps, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(cached["features"], features, rtol=1e-4, atol=1e-4)

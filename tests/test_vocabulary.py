@@ -221,11 +221,11 @@ def test_terms_by_hand():
 def test_features_that_a_loss_names():
     """With gradient through the policy's; the reference's come from the cache. An index beyond the SAE is named."""
     sae, batch = random_sae(), collate(pairs(2))
-    residual = torch.randn(len(batch.content), 32, requires_grad=True)
+    residual = torch.randn(len(batch.read), 32, requires_grad=True)
     batch.reference["features"] = torch.rand(4, 48)
     context = LossContext(batch, SimpleNamespace(residual=residual), sae)
     found = QUANTITIES["policy_features"](context, latents=[7, 3])
-    expected = saes.pooled_features(sae, residual, batch.content_lengths)[:, [7, 3]]
+    expected = saes.pooled_features(sae, residual, batch.read_lengths)[:, [7, 3]]
     torch.testing.assert_close(found, expected)
     found.sum().backward()
     assert residual.grad.abs().sum() > 0

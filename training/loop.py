@@ -332,7 +332,7 @@ class BasicTrainer:
         self.report(means, split, batch, scores, rewards)
         if "feature_drift" in quantities:
             assert self.sae is not None
-            sinks = [attention_sinks(x, batch.content_lengths) for x in self.sae.vectors(scores.residual)]
+            sinks = [attention_sinks(x, batch.read_lengths) for x in self.sae.vectors(scores.residual)]
             means.add(f"sae_{split}/left_out", torch.cat(sinks))
             for side in filter(None, self.sides):
                 means.add(f"feature_drift_{split}/{side}", self.side(quantities["feature_drift"], side, batch))

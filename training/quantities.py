@@ -93,7 +93,7 @@ def feature_drift(
     return saes.compute_feature_drift(
         e.sae,
         e.policy.residual,
-        e.batch.content_lengths,
+        e.batch.read_lengths,
         reference,
         divergence=divergence,
         k=k,
@@ -105,7 +105,7 @@ def policy_features(e: LossContext, *, latents: list[Natural]) -> Tensor:
     """Pooled activations of the SAE's features `latents` in the completion, [S, K], with gradient."""
     assert e.sae is not None and e.policy.residual is not None
     wanted = torch.tensor(latents).expand(e.batch.num_sequences, -1)
-    return saes.selected_features(e.sae, e.policy.residual, e.batch.content_lengths, wanted)
+    return saes.selected_features(e.sae, e.policy.residual, e.batch.read_lengths, wanted)
 
 
 def reference_features(e: LossContext, *, latents: list[Natural]) -> Tensor:

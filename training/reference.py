@@ -108,7 +108,7 @@ class LiveReference:
             "head": self.model.get_output_embeddings(),
         }
         if self.sae is not None and scores.residual is not None:
-            batch.reference["features"] = pooled_features(self.sae, scores.residual, batch.content_lengths)
+            batch.reference["features"] = pooled_features(self.sae, scores.residual, batch.read_lengths)
         return batch
 
 
@@ -207,7 +207,7 @@ def reference_rows(
         raise UserError(f"the reference gives log-probabilities that are not finite, among records {batch.index}")
     features: Sequence[Tensor | None] = [None] * batch.num_sequences
     if sae is not None and scores.residual is not None:
-        features = list(pooled_features(sae, scores.residual, batch.content_lengths))
+        features = list(pooled_features(sae, scores.residual, batch.read_lengths))
     logps = scores.logps.tolist()
     token_logps = [part.numpy(force=True) for part in scores.token_logps.split(batch.lengths)]
     rows = {}
