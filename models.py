@@ -247,11 +247,12 @@ def find_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
 
 def make_tap(model: PreTrainedModel, places: Sequence[tuple[int, str]], block_name: str | None = None) -> ResidualTap:
     """A tap that reads at each (layer, "residual" or "mlp"); a JointTap if there are several."""
-    layers = decoder_layers(model, block_name)
-    taps = [
-        MLPTap(layers[layer], find_mlp(model, layers[layer])) if hook == "mlp" else ResidualTap(layers[layer])
-        for layer, hook in places
-    ]
+    layers, taps = decoder_layers(model, block_name), list[ResidualTap]()
+    # In Gemma 4 the last layers read keys and values of earlier ones, so these have to run.
+    apart = not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+    for number, hook in places:
+        layer, until = layers[number], layers[: number + 1] if apart else ()
+        taps.append(MLPTap(layer, find_mlp(model, layer), until) if hook == "mlp" else ResidualTap(layer, until))
     return taps[0] if len(taps) == 1 else JointTap(taps)
 
 

@@ -161,8 +161,9 @@ class ResidualTap:
     For the last layer, `output_hidden_states[-1]` is different: it is the output of the model's final norm.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module, until: Sequence[nn.Module] = ()) -> None:
+        """`until` are the decoder layers up to this one, if a forward pass may leave them out."""
+        self.layer, self.until = layer, until
         self._read: Tensor | None = None
 
     @property
@@ -184,6 +185,19 @@ class ResidualTap:
             for handle in handles:
                 handle.remove()
 
+    @contextlib.contextmanager
+    def beginning_with(self, output: Any) -> Iterator[None]:
+        """Let the forward pass inside the `with` block begin with what the layer gave before, its `output`: the layers
+        up to it are not run, where they may be left out."""
+        forwards = [layer.forward for layer in self.until]
+        for layer in self.until:
+            layer.forward = lambda *_, **__: output
+        try:
+            yield
+        finally:
+            for layer, forward in zip(self.until, forwards, strict=True):
+                layer.forward = forward
+
     def _hooked(self) -> list[nn.Module]:
         return [self.layer]
 
@@ -204,8 +218,8 @@ class MLPTap(ResidualTap):
     in Gemma 2 and 3, a dropout in GPT-NeoX.
     """
 
-    def __init__(self, layer: nn.Module, mlp: nn.Module) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: nn.Module, mlp: nn.Module, until: Sequence[nn.Module] = ()) -> None:
+        super().__init__(layer, until)
         self.mlp = mlp
 
     def _hooked(self) -> list[nn.Module]:

@@ -13,8 +13,8 @@ Shape letters: N completion tokens, P positions of a batch but padding, M text t
 F its features, K those that the page shows, V words, G groups of prompts.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from features.intervals import ratio, with_interval
 from features.reading import Reader, decode
 from modeling.attention import whole_blocks
 from modeling.head import head_parameters, in_fp32, token_statistics
-from sae import ENCODE_ELEMENTS, SAE, attention_sinks, change_output
+from sae import ENCODE_ELEMENTS, SAE, ResidualTap, attention_sinks, change_output
 
 WORDS = 10  # that the mean change speaks for most, and as many that it speaks against most
 WORDS_AT_ONCE = 1 << 13  # rows of the head in fp32 at once
@@ -245,18 +245,25 @@ class Lens:
         return listed[: len(listed) // 2], listed[len(listed) // 2 :]
 
 
-@torch.no_grad()
-def final_norm(reader: Reader) -> nn.Module | None:
-    """The module that gives the model's last hidden states, if a child of the decoder does; all ranks have to ask."""
-    given: dict[nn.Module, Any] = {}
+@contextmanager
+def remembering(modules: Iterable[nn.Module], given: dict[nn.Module, Any]) -> Iterator[None]:
+    """In this block each of the modules leaves in `given` what it gives."""
 
     def keep(module: nn.Module, _inputs: Any, output: Any) -> None:
         given[module] = output
 
-    decoder: Any = reader.policy.get_decoder()
     with ExitStack() as stack:
-        for child in decoder.children():
-            stack.enter_context(child.register_forward_hook(keep))
+        for module in modules:
+            stack.enter_context(module.register_forward_hook(keep))
+        yield
+
+
+@torch.no_grad()
+def final_norm(reader: Reader) -> nn.Module | None:
+    """The module that gives the model's last hidden states, if a child of the decoder does; all ranks have to ask."""
+    given: dict[nn.Module, Any] = {}
+    decoder: Any = reader.policy.get_decoder()
+    with remembering(decoder.children(), given):
         kind = reader.kinds[0]
         _, _, _, batch = next(iter(reader.batched("of one batch", [kind])))
         last = models.final_hidden_states(reader.policy, batch)
@@ -273,17 +280,19 @@ class Rows(NamedTuple):
     batch: Batch
     where: Tensor  # [R, T] the P positions that are no padding
     vectors: Tensor  # [P, D]
+    outputs: list[Any]  # of the tapped layers, as they gave them
     hidden: Tensor  # [N, D] what predicts the completion tokens
 
 
 def rows_of(reader: Reader, what: str) -> Iterator[Rows]:
     """The samples as the model reads them, prompts too, batch by batch."""
     for _, _, own, collated in reader.batched(what, ["sampled"]):
-        batch = whole_blocks(reader.policy, collated)
-        with reader.tap.reading():
+        batch, given = whole_blocks(reader.policy, collated), dict[nn.Module, Any]()
+        layers = [tap.layer for tap in reader.tap.members]
+        with reader.tap.reading(), remembering(layers, given):
             hidden = models.final_hidden_states(reader.policy, batch).flatten(0, 1)[batch.predictor]
         where = batch.document >= 0
-        yield Rows(own, batch, where, reader.tap.take()[where], hidden)
+        yield Rows(own, batch, where, reader.tap.take()[where], [given[layer] for layer in layers], hidden)
 
 
 def kl_to_reference(policy: PreTrainedModel, hidden: Tensor, batch: Batch, reference: Tensor, head: Any) -> Tensor:
@@ -307,17 +316,17 @@ def causes(reader: Reader, remembered: Remembered, features: list[int]) -> Cause
         first += member.d_sae
     names = [name for own in by_member for name in (*own, "together", "rebuilt", "all")]
     sums = torch.zeros(reader.groups["sampled"], 2 + len(names), dtype=torch.float64, device=parallel.device())
-    layers = [tap.layer for tap in reader.tap.members]
     for read, (before, reference) in zip(rows_of(reader, "set back"), remembered.rows, strict=True):
         before, reference = before.to(read.vectors.device), reference.to(read.hidden.device)
         lengths = read.batch.document[read.where].bincount().tolist()
         values = [torch.tensor(read.batch.lengths, dtype=torch.float32, device=read.hidden.device)]
         values.append(kl_to_reference(reader.policy, read.hidden, read.batch, reference, remembered.head))
-        parts = zip(reader.sae.members, layers, by_member, reader.sae.vectors(before), reader.sae.vectors(read.vectors))
-        for member, layer, own, x0, x1 in parts:
+        models_read = reader.sae.vectors(before), reader.sae.vectors(read.vectors)
+        parts = zip(reader.sae.members, reader.tap.members, read.outputs, by_member, *models_read)
+        for member, tap, output, own, x0, x1 in parts:
             kept = ~torch.stack([attention_sinks(x, lengths) for x in (x0, x1)]).any(0)
             for change in changes(member, own, x0, x1):
-                hidden = with_less(reader.policy, layer, read, change * kept[:, None])
+                hidden = with_less(reader.policy, tap, output, read, change * kept[:, None])
                 values.append(kl_to_reference(reader.policy, hidden, read.batch, reference, remembered.head))
         if read.own:
             sums.index_add_(0, reader.groups_at(read.own), torch.stack(values, 1).double())
@@ -353,7 +362,11 @@ def changes(sae: SAE, latents: list[int], before: Tensor, after: Tensor) -> Iter
     yield after.float() - before.float()
 
 
-def with_less(policy: PreTrainedModel, layer: nn.Module, read: Rows, change: Tensor) -> Tensor:
-    """What predicts the completion tokens, [N, D], where the layer gives so much less [P, D]."""
-    with change_output(layer, lambda h: h.index_put((read.where,), h[read.where] - change)):
+def with_less(policy: PreTrainedModel, tap: ResidualTap, output: Any, read: Rows, change: Tensor) -> Tensor:
+    """What predicts the completion tokens, [N, D], where the tapped layer gives so much less [P, D] than its `output`.
+    Where that is nothing, on all ranks, no layer is run."""
+    if not parallel.max_over_ranks(float(change.abs().max())):
+        return read.hidden
+    less = change_output(tap.layer, lambda h: h.index_put((read.where,), h[read.where] - change))
+    with tap.beginning_with(output), less:
         return models.final_hidden_states(policy, read.batch).flatten(0, 1)[read.batch.predictor]

@@ -13,7 +13,7 @@ from autoencoders.settings import SAESettings
 from data.batch import PAD
 from launch import settings
 from models import decoder_layers, final_hidden_states, make_tap, score
-from sae import SAE, JointSAE, compute_feature_drift, pooled_features
+from sae import SAE, JointSAE, change_output, compute_feature_drift, pooled_features
 from utils import UserError
 
 TEXT = {
@@ -97,6 +97,37 @@ def test_gemmas_mlp_is_not_read_before_its_norm():
     handle.remove()
     assert not torch.allclose(raw[0], after)
     torch.testing.assert_close(model.model.layers[1].post_feedforward_layernorm(raw[0]), after)
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Gemma4", "GPTNeoX"])
+@torch.no_grad()
+def test_a_forward_pass_may_begin_with_a_layers_output(kind):
+    """With twice that output it ends as where the layer gives twice as much. In Gemma 4 all layers are run, since the
+    last ones read what earlier ones have left."""
+    if kind == "Gemma4":
+        options = {"num_kv_shared_layers": 1, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+        options |= {"layer_types": ["full_attention"] * 3}
+        model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**TEXT, **options)).eval()
+    else:
+        model = tiny(kind)
+    batch, tap, run, given = collate(pairs()), make_tap(model, [(1, "residual")]), list[int](), list[torch.Tensor]()
+    layers = decoder_layers(model)
+    handle = layers[1].register_forward_hook(lambda _module, _inputs, output: given.append(output))
+    final_hidden_states(model, batch)
+    handle.remove()
+    with change_output(layers[1], lambda h: 2 * h):
+        expected = final_hidden_states(model, batch)
+    for number, layer in enumerate(layers):
+        next(layer.children()).register_forward_hook(lambda *_, number=number: run.append(number))
+    with tap.beginning_with(2 * given[0]):
+        begun = final_hidden_states(model, batch)
+    if kind == "Gemma4":
+        assert tap.until == () and set(run) == {0, 1, 2}
+    else:
+        torch.testing.assert_close(begun, expected)
+        assert run == [2]
+    final_hidden_states(model, batch)
+    assert {0, 1, 2} == set(run)
 
 
 def test_structures_that_cannot_be_told_apart():
