@@ -425,6 +425,39 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
         report_pair_rewards(means, split, *rewards)
 
 
+class BradleyTerrySAETrainer(BradleyTerryTrainer):
+    """A reward model that can be read (SARM, 2508.08746): the reward is linear in SAE features of the last token.
+
+    The model ends with the layer that the SAE reads. With `reconstruction` above 0 the SAE is trained too, by the loss
+    and by its squared error, as a share of the vectors' square, on vectors without gradient.
+    """
+
+    has_sae_head = True
+    needs = frozenset({"sae"})
+    gives = frozenset({"rewards", "reconstruction_error"})
+
+    def loss(
+        self,
+        chosen_rewards,
+        rejected_rewards,
+        chosen_reconstruction_error,
+        rejected_reconstruction_error,
+        *,
+        reconstruction: NonNegative,
+    ):
+        errors = (chosen_reconstruction_error + rejected_reconstruction_error) / 2
+        losses = -F.logsigmoid(chosen_rewards - rejected_rewards) + reconstruction * errors
+        return losses, chosen_rewards, rejected_rewards
+
+    @classmethod
+    def evaluated(cls, binding: Binding) -> list[str]:
+        return [*super().evaluated(binding), "reconstruction_error/eval"]
+
+    def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
+        super().report(means, split, batch, scores, rewards)
+        means.add(f"reconstruction_error/{split}", scores.reconstruction_error.detach())
+
+
 # ---------------------------------------------------------------------------------------------------- unpaired losses
 
 

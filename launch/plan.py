@@ -104,6 +104,10 @@ def make(config: Config, classes: RunClasses, ranks: int) -> Plan:
     device = torch.device("cuda") if own.policy_dtype == "bfloat16" else parallel.device()
     implementation, layout = models.choose_attention(own, architecture, pairs=pairs, device=device)
     implementation = "outline" if implementation in FUSED else implementation
+    if classes.trainer.has_sae_head:
+        ((where, section),) = sae_sections(config.sae).items()
+        layer = find_sae(section, where).layer if section.layer is None else section.layer
+        architecture.get_text_config().num_hidden_layers = layer + 1
     kind: Any = AutoModelForSequenceClassification if classes.trainer.is_reward else AutoModelForCausalLM
     with init_empty_weights(include_buffers=True), no_init_weights():
         model = kind.from_config(architecture, dtype=computes, attn_implementation=implementation)

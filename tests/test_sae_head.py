@@ -1,0 +1,114 @@
+"""Reward models that can be read: the head's reward, what is trained, and that all that takes a reward model takes
+them."""
+
+import json
+
+import pytest
+import torch
+from conftest import collate, pairs, random_sae
+from test_reward_figures import figures
+from test_taps import TEXT, tiny
+from test_training import assembled, metrics, run
+from transformers import AutoModelForSequenceClassification
+
+import models
+from utils import UserError
+
+
+def headed(folder, kind="Gemma2", *, trained=False, **options):
+    """A model, and the reward model that is cut out of it, with a random SAE at its layer 1."""
+    start, sae = tiny(kind), random_sae(**options)
+    start.save_pretrained(folder)
+    new_head = models.NewHead(sae, 1, trained)
+    model = models.load_model(folder, "eager", torch.device("cpu"), reward=True, new_head=new_head)
+    assert torch.count_nonzero(model.score.weight) == 0
+    torch.nn.init.normal_(model.score.weight)
+    return start, sae, model
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Llama", "GPTNeoX"])
+def test_a_reward_by_hand(tmp_path, kind):
+    """Features of what layer 1 gives at the last token, times weights; the layer after it and the norm are gone."""
+    start, sae, model = headed(tmp_path, kind)
+    batch = collate(pairs())
+    with torch.no_grad():
+        states = start(batch.input_ids, attention_mask=(batch.document >= 0).long(), output_hidden_states=True)
+        last = (batch.document >= 0).sum(1) - 1
+        x = states.hidden_states[2][torch.arange(len(last)), last]
+        expected = sae.encode(x) @ model.score.weight[0]
+        found = models.score_rewards(model, batch)
+    torch.testing.assert_close(found.rewards, expected)
+    assert expected.unique().numel() == len(expected)
+    missed = (x - sae.decode(sae.encode(x))).square().sum(1) / x.square().sum(1)
+    torch.testing.assert_close(found.reconstruction_error, missed)
+    assert len(models.decoder_layers(model)) == 2 and model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradients_reach_what_is_trained(tmp_path, trained):
+    """The reward's: layers, weights, and the encoder where the SAE is trained. The reconstruction's: the SAE alone."""
+    *_, model = headed(tmp_path, trained=trained)
+    encoder = {f"score.{name}" for name in ("W_enc", "b_enc")}
+    autoencoder = {*encoder, "score.W_dec", "score.b_dec"}
+    rest = {name for name, _ in model.named_parameters()} - autoencoder
+    assert "score.weight" in rest and any("layers.1" in name for name in rest)
+
+    def reached(loss):
+        model.zero_grad()
+        loss.sum().backward()
+        return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+    scores = models.score_rewards(model, collate(pairs()))
+    assert reached(scores.rewards) == rest | (encoder if trained else set())
+    if trained:
+        assert reached(models.score_rewards(model, collate(pairs())).reconstruction_error) == autoencoder
+    else:
+        assert not scores.reconstruction_error.requires_grad
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def trained(request, tmp_path_factory):
+    folder, own = tmp_path_factory.mktemp("head"), [f"loss.reconstruction={request.param}", "exp_name=bradley-terry"]
+    run(folder, "loss=bradley-terry-sae", "sae=tiny", *own)
+    return folder, own
+
+
+def test_a_run_is_scored_and_labels_like_the_dense_one(trained, tmp_path):
+    folder, own = trained
+    latest = folder / "bradley-terry/LATEST"
+    last = metrics(folder / "bradley-terry")[-1]
+    assert 0 < last["reconstruction_error/eval"] < 1 and "rewards_eval/accuracies" in last
+    found = figures(folder / "bradley-terry", tmp_path)["accuracy"]["all"]
+    assert found["accuracy"] == pytest.approx(last["rewards_eval/accuracies"])
+    assert found["margin"] == pytest.approx(last["rewards_eval/margins"], rel=1e-4)
+
+    trainer = assembled(tmp_path, "loss=bradley-terry-sae", "sae=tiny", "model.layout=padded", *own)
+    before = {name: tensor.clone() for name, tensor in trainer.policy.score.state_dict().items()}
+    trainer.read_export(latest)
+    moved = {name for name, tensor in trainer.policy.score.state_dict().items() if not tensor.equal(before[name])}
+    assert moved == {"weight"} | ({"W_enc", "b_enc", "W_dec", "b_dec"} if "loss.reconstruction=1" in own else set())
+    batch = trainer.loaders["train"].batch([0, 1, 2])
+    again = models.load_model(latest, "eager", torch.device("cpu"), reward=True)
+    with torch.no_grad():
+        ours = models.score_rewards(trainer.policy, batch).rewards
+        theirs = again(batch.input_ids, attention_mask=(batch.document >= 0).long()).logits.squeeze(1)
+    torch.testing.assert_close(ours, theirs)
+    with pytest.raises((RuntimeError, ValueError), match=r"score|mismatch"):  # not loaded as another model in silence
+        AutoModelForSequenceClassification.from_pretrained(latest)
+
+    ppo = assembled(tmp_path, "loss=ppo", f"loss.reward={folder / 'bradley-terry'}", "exp_name=ppo")
+    torch.testing.assert_close(models.score_rewards(ppo.reward_model, batch).rewards, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_a_head_is_told(tmp_path, trained):
+    loss = ["loss=bradley-terry-sae", "exp_name=bad"]
+    with pytest.raises(UserError, match="loss=bradley-terry-sae needs an SAE that fits the model"):
+        assembled(tmp_path, *loss, "~sae")
+    with pytest.raises(UserError, match="rewards the features of one SAE that reads the residual stream.*hook=mlp"):
+        assembled(tmp_path, *loss, "sae=tiny", "++sae.hook=mlp")
+    latest = trained[0] / "bradley-terry/LATEST"
+    described = json.loads((latest / "config.json").read_text()) | {"sae_head": {"d_sae": 0, "k": None}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    (tmp_path / "model.safetensors").symlink_to(latest / "model.safetensors")
+    with pytest.raises(UserError, match="sae_head=.*describes no SAE head"):
+        models.load_model(tmp_path, "eager", torch.device("cpu"), reward=True)
