@@ -282,11 +282,16 @@ class NewHead:
 
     def cut(self, config: PretrainedConfig) -> None:
         """Let a configuration be that of the reward model: no layer after the SAE's."""
-        text, layers = config.get_text_config(), self.layer + 1
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
-        text.num_hidden_layers = layers
+        cut(config, self.layer + 1)
         config.sae_head = {"d_sae": self.sae.d_sae, "k": self.sae.k}
+
+
+def cut(config: PretrainedConfig, layers: int) -> None:
+    """Let a configuration be that of a model with so many of its layers."""
+    text = config.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    text.num_hidden_layers = layers
 
 
 def put_sae_head(model: PreTrainedModel, source: Path, *, trained: bool, dtype: torch.dtype) -> str:

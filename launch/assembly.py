@@ -207,7 +207,7 @@ def load_subject(config: Config, classes: RunClasses, data: Data, reading: Readi
     new_head = None if reading is None else reading.new_head(classes)
     policy = load(directory, load_from, reward=classes.trainer.is_reward, new_head=new_head)
     subject = Subject(policy=policy, tokenizer=data.tokenizer, loaders=data.loaders, load=load)
-    if reading is not None:
+    if reading is not None and new_head is None:
         subject.sae, subject.tap = reading.sae.to(parallel.device()), reading.tap(policy, model.block_name)
     return subject
 

@@ -467,6 +467,9 @@ def with_ablation(config: Config, classes: RunClasses, problems: Problems) -> Ru
     binding = classes.binding
     problems.expect(classes.trainer.can_plan, f"sae.ablate: loss={config.loss.name} trains no model")
     problems.expect(
+        not classes.trainer.has_sae_head, f"sae.ablate: loss={config.loss.name} rewards the features that would be gone"
+    )
+    problems.expect(
         not (config.model.use_peft and "live_reference" in binding.needs),
         f"sae.ablate: with adapters, loss={config.loss.name} reads its reference by the model that is trained, from "
         "which the features would be missing too: model.use_peft=false",

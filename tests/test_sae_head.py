@@ -3,15 +3,18 @@ them."""
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import collate, pairs, random_sae
+from conftest import collate, look_at, pairs, random_sae
 from test_reward_figures import figures
-from test_taps import TEXT, tiny
+from test_taps import tiny
 from test_training import assembled, metrics, run
 from transformers import AutoModelForSequenceClassification
 
+import eval as evaluation
 import models
+from launch.policies import read_config
 from utils import UserError
 
 
@@ -66,27 +69,24 @@ def test_gradients_reach_what_is_trained(tmp_path, trained):
         assert not scores.reconstruction_error.requires_grad
 
 
-@pytest.fixture(scope="module", params=[0, 1])
-def trained(request, tmp_path_factory):
-    folder, own = tmp_path_factory.mktemp("head"), [f"loss.reconstruction={request.param}", "exp_name=bradley-terry"]
-    run(folder, "loss=bradley-terry-sae", "sae=tiny", *own)
-    return folder, own
-
-
-def test_a_run_is_scored_and_labels_like_the_dense_one(trained, tmp_path):
-    folder, own = trained
-    latest = folder / "bradley-terry/LATEST"
-    last = metrics(folder / "bradley-terry")[-1]
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_run_is_scored_and_labels_like_the_dense_one(tmp_path, plain_run, trained):
+    own = ["loss=bradley-terry-sae", f"loss.reconstruction={int(trained)}", "exp_name=trained"]
+    if trained:
+        run(tmp_path, *own)
+    folder = tmp_path / "trained" if trained else plain_run("bradley-terry-sae")
+    latest = folder / "LATEST"
+    last = metrics(folder)[-1]
     assert 0 < last["reconstruction_error/eval"] < 1 and "rewards_eval/accuracies" in last
-    found = figures(folder / "bradley-terry", tmp_path)["accuracy"]["all"]
+    found = figures(folder, tmp_path)["accuracy"]["all"]
     assert found["accuracy"] == pytest.approx(last["rewards_eval/accuracies"])
     assert found["margin"] == pytest.approx(last["rewards_eval/margins"], rel=1e-4)
 
-    trainer = assembled(tmp_path, "loss=bradley-terry-sae", "sae=tiny", "model.layout=padded", *own)
+    trainer = assembled(tmp_path, *own, "model.layout=padded")
     before = {name: tensor.clone() for name, tensor in trainer.policy.score.state_dict().items()}
     trainer.read_export(latest)
     moved = {name for name, tensor in trainer.policy.score.state_dict().items() if not tensor.equal(before[name])}
-    assert moved == {"weight"} | ({"W_enc", "b_enc", "W_dec", "b_dec"} if "loss.reconstruction=1" in own else set())
+    assert moved == {"weight"} | ({"W_enc", "b_enc", "W_dec", "b_dec"} if trained else set())
     batch = trainer.loaders["train"].batch([0, 1, 2])
     again = models.load_model(latest, "eager", torch.device("cpu"), reward=True)
     with torch.no_grad():
@@ -96,19 +96,44 @@ def test_a_run_is_scored_and_labels_like_the_dense_one(trained, tmp_path):
     with pytest.raises((RuntimeError, ValueError), match=r"score|mismatch"):  # not loaded as another model in silence
         AutoModelForSequenceClassification.from_pretrained(latest)
 
-    ppo = assembled(tmp_path, "loss=ppo", f"loss.reward={folder / 'bradley-terry'}", "exp_name=ppo")
+    ppo = assembled(tmp_path, "loss=ppo", f"loss.reward={folder}", "exp_name=ppo")
     torch.testing.assert_close(models.score_rewards(ppo.reward_model, batch).rewards, ours, rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_a_head_is_told(tmp_path, trained):
+def test_its_page_lists_what_is_paid_for(tmp_path, plain_run, browser):
+    """The weights times the mean activations; over all features they are the mean margin. No host is asked."""
+    folder, given = plain_run("bradley-terry-sae"), ["++mode=features"]
+    evaluation.write_features(read_config(folder, given), folder, given)
+    table = pq.read_table(folder / "features/paid.parquet").to_pydict()
+    last = metrics(folder)[-1]
+    assert sum(table["contribution"]) == pytest.approx(last["rewards_eval/margins"], rel=1e-3)
+    model = models.load_model(folder / "LATEST", "eager", torch.device("cpu"), reward=True)
+    weight = model.score.weight[0].detach()
+    assert table["weight"] == pytest.approx(weight.tolist())
+    loader = assembled(tmp_path, "loss=bradley-terry-sae", "model.layout=padded").loaders["eval"]
+    with torch.no_grad():
+        hidden = models.score_rewards(model, loader.batch(loader.used())).hidden
+        chosen, rejected = model.score.encode(hidden).double().chunk(2)
+    assert table["chosen_mean"] == pytest.approx(chosen.mean(0).tolist(), rel=1e-3, abs=1e-5)
+    assert table["rejected_rate"] == pytest.approx((rejected > 0).double().mean(0).tolist(), abs=1e-5)
+    t = 2.365  # the 97.5 % point of Student's t with 7 degrees of freedom; each pair has a prompt of its own
+    expected = t * (weight * (chosen - rejected)).std(0) / len(chosen) ** 0.5
+    assert table["contribution_error"] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-6)
+    for width in (1200, 500):
+        page, said = look_at(browser, folder / "features/paid.html", tmp_path / "browser", width)
+        assert said == [] and "What bradley-terry-sae pays for" in page and page.count("<article>") >= 2
+    assert "http" not in (folder / "features/paid.html").read_text().replace("http://www.w3.org/2000/svg", "")
+
+
+def test_what_cannot_be_a_head_is_told(tmp_path, plain_run):
     loss = ["loss=bradley-terry-sae", "exp_name=bad"]
     with pytest.raises(UserError, match="loss=bradley-terry-sae needs an SAE that fits the model"):
         assembled(tmp_path, *loss, "~sae")
-    with pytest.raises(UserError, match="rewards the features of one SAE that reads the residual stream.*hook=mlp"):
+    with pytest.raises(UserError, match=r"rewards the features of one SAE that reads the residual stream.*hook=mlp"):
         assembled(tmp_path, *loss, "sae=tiny", "++sae.hook=mlp")
-    latest = trained[0] / "bradley-terry/LATEST"
+    latest = plain_run("bradley-terry-sae") / "LATEST"
     described = json.loads((latest / "config.json").read_text()) | {"sae_head": {"d_sae": 0, "k": None}}
     (tmp_path / "config.json").write_text(json.dumps(described))
     (tmp_path / "model.safetensors").symlink_to(latest / "model.safetensors")
-    with pytest.raises(UserError, match="sae_head=.*describes no SAE head"):
+    with pytest.raises(UserError, match=r"sae_head=.*describes no SAE head"):
         models.load_model(tmp_path, "eager", torch.device("cpu"), reward=True)
