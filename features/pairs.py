@@ -108,8 +108,7 @@ class Differences:
 
         delta: the mean of x. d: delta over the standard deviation of x. z: delta over its standard error, clustered by
         prompt. delta_error: half the width of its 95 % interval. delta_first, delta_second: delta on either half of the
-        prompts. more, less: the share of pairs whose
-        chosen, or rejected, completion has more.
+        prompts. more, less: the share of pairs whose chosen, or rejected, completion has more.
         """
         n, sums = self.pairs, self.sums
         delta = sums["x"] / n
