@@ -424,6 +424,10 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
         not (config.model.use_peft and classes.trainer.control_tokens),
         f"loss={config.loss.name} has to learn its control tokens, which adapters do not: model.use_peft=false",
     )
+    problems.expect(
+        not (config.model.use_peft and classes.trainer.has_sae_head),
+        f"loss={config.loss.name} has to learn its head, which adapters do not: model.use_peft=false",
+    )
     takes = "train_on" in inspect.signature(classes.loader.records).parameters
     problems.expect(
         takes or config.train_on == "targets",

@@ -131,6 +131,10 @@ def test_what_cannot_be_a_head_is_told(tmp_path, plain_run):
         assembled(tmp_path, *loss, "~sae")
     with pytest.raises(UserError, match=r"rewards the features of one SAE that reads the residual stream.*hook=mlp"):
         assembled(tmp_path, *loss, "sae=tiny", "++sae.hook=mlp")
+    with pytest.raises(UserError, match=r"has to learn its head, .*: model\.use_peft=false"):
+        assembled(tmp_path, *loss, "++model.use_peft=true")
+    with pytest.raises(UserError, match=r"sae\.ablate: loss=bradley-terry-sae rewards the features that would be gone"):
+        assembled(tmp_path, *loss, "++sae.ablate=[3]")
     latest = plain_run("bradley-terry-sae") / "LATEST"
     described = json.loads((latest / "config.json").read_text()) | {"sae_head": {"d_sae": 0, "k": None}}
     (tmp_path / "config.json").write_text(json.dumps(described))
