@@ -2,6 +2,7 @@
 them."""
 
 import json
+import math
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 import eval as evaluation
 import models
 from launch.policies import read_config
+from trainers import BradleyTerrySAETrainer
 from utils import UserError
 
 
@@ -27,6 +29,13 @@ def headed(folder, kind="Gemma2", *, trained=False, **options):
     assert torch.count_nonzero(model.score.weight) == 0
     torch.nn.init.normal_(model.score.weight)
     return start, sae, model
+
+
+def test_the_loss_by_hand():
+    values = (torch.tensor([value]) for value in (1.5, 0.5, 0.2, 0.4))
+    losses, chosen, rejected = BradleyTerrySAETrainer.loss(None, *values, reconstruction=2.0)
+    assert losses.item() == pytest.approx(math.log1p(math.exp(-1)) + 2 * 0.3)
+    assert (chosen.item(), rejected.item()) == (1.5, 0.5)
 
 
 @pytest.mark.parametrize("kind", ["Gemma2", "Llama", "GPTNeoX"])
