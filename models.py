@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from data.batch import Batch, collate, sum_by_sequence
@@ -315,8 +316,10 @@ def put_sae_head(model: PreTrainedModel, source: Path, *, trained: bool, dtype: 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device: its structure, without memory for weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -427,7 +430,7 @@ def load_model(
         config.num_labels = 1
     if new_head is not None:
         new_head.cut(config)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
         if reward and hasattr(config, "sae_head"):
             norm = put_sae_head(model, directory, trained=new_head is not None and new_head.trained, dtype=dtype)

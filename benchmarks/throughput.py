@@ -299,9 +299,12 @@ class Watch:
     """Notes time and memory at the end of each optimiser step of whatever trains within it, and ends that after the
     last one."""
 
-    def __init__(self, steps: int, device: str) -> None:
+    def __init__(self, steps: int, device: str, *, profiled: bool = False) -> None:
+        from torch.profiler import profile
+
         self.stamps: list[tuple[float, float]] = []
         self.steps, self.device = steps, device
+        self.profiler = profile() if profiled else None
 
     def __enter__(self) -> "Watch":
         import torch
@@ -322,7 +325,11 @@ class Watch:
 
             torch.cuda.synchronize()
         self.stamps.append((time.perf_counter(), time.process_time()))
+        if self.profiler and len(self.stamps) == 1:
+            self.profiler.start()
         if len(self.stamps) > self.steps:
+            if self.profiler:
+                self.profiler.stop()
             raise Done
 
     def read(self) -> dict[str, Any]:
@@ -330,7 +337,11 @@ class Watch:
         GPU's tensors while it watched, of the process since that began."""
         (wall, cpu), (wall_end, cpu_end) = self.stamps[0], self.stamps[-1]
         each = [end - start for (start, _), (end, _) in pairwise(self.stamps)]
-        return {"seconds": wall_end - wall, "cpu": cpu_end - cpu, "each": each, "peak": self.peak()}
+        found = {"seconds": wall_end - wall, "cpu": cpu_end - cpu, "each": each, "peak": self.peak()}
+        if self.profiler:
+            spent = {event.key: event.self_cpu_time_total for event in self.profiler.key_averages()}
+            found["shares"] = {name: time / sum(spent.values()) for name, time in spent.items()}
+        return found
 
     def peak(self) -> float:
         if self.device == "cuda":
@@ -403,7 +414,7 @@ def run_ours(folder: Path, arguments: dict[str, Any], contender: Contender) -> d
     trainer = assemble(overrides(folder, arguments, contender.loss, contender.layout or ""))
     losses: list[float] = []
     trainer.log = lambda _step, _examples, values: losses.append(values["loss/train"])
-    with Watch(arguments["steps"], arguments["device"]) as watch:
+    with Watch(arguments["steps"], arguments["device"], profiled=arguments["profile"]) as watch:
         trainer.train()
     return {**watch.read(), "losses": losses, "reference": sum(reference)}
 
@@ -590,7 +601,7 @@ def work_of_child(given: dict[str, Any]) -> None:
 
 def measure(arguments: argparse.Namespace, chosen: list[Contender], kind: str) -> None:
     """All rounds at one kind of lengths, and their table."""
-    names = ("device", "batch", "steps", "threads", "model", "compile")
+    names = ("device", "batch", "steps", "threads", "model", "compile", "profile")
     given = {name: getattr(arguments, name) for name in names}
     given |= {"lengths": kind, "size": arguments.device, "accumulation": 1}
     with tempfile.TemporaryDirectory() as name:
@@ -653,6 +664,10 @@ def report(
             wrong.append(
                 f"{contender.name}: losses {own[0]['losses']}, those of {first.name} {runs[first][0]['losses']}"
             )
+    for contender, own in runs.items():
+        if "shares" in own[0]:
+            most = sorted(own[0]["shares"].items(), key=lambda item: -item[1])[:20]
+            print(f"\n{contender.name}: {', '.join(f'{name} {share:.1%}' for name, share in most)}")
     if wrong:
         sys.exit("not the same training:\n" + "\n".join(wrong))
     print("\nThose of one loss have the same training losses in every step.")
@@ -671,6 +686,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="this repo's models (model.compile)")
+    parser.add_argument("--profile", action="store_true", help="what share of a step's CPU time each operation takes")
     parser.add_argument("--list", action="store_true", help="print the contenders' names")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

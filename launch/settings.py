@@ -390,7 +390,12 @@ def check_config(raw: DictConfig, modes: Sequence[str] = ("train",)) -> tuple[Co
 
     Raises UserError with all problems found.
     """
-    return check_values(plain(raw), modes)
+    values = plain(raw)
+    if values["mode"] == "plan":  # which is for GPUs, also where it is made on a machine without one
+        values["model"] |= {
+            key: "bfloat16" for key, dtype in values["model"].items() if dtype == "auto" and "dtype" in key
+        }
+    return check_values(values, modes)
 
 
 def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> tuple[Config, RunClasses]:

@@ -65,7 +65,7 @@ def choose(
         if attention in ("auto", chosen[0]) and layout in ("auto", chosen[1]):
             reasons = "; ".join(f"{name}: {REASONS[name]}" for name in reversed(chosen))
             untested = "" if kind in TESTED else f" ({kind} is not tested in other layouts)"
-            console.print(f"layout and attention: {reasons}{untested}")
+            console.print(f"layout and attention: {reasons}{untested}; computes in {dtype}")
             return chosen
     raise UserError(
         f"model.layout={layout}, model.attn_implementation={attention}: not for {kind} in {dtype} on {device.type}, "

@@ -39,6 +39,7 @@ HH_100 = REPO / "tests" / "data" / "hh-100"
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 gc.set_threshold(100_000)  # as the commands do
+os.fsync = lambda _: None  # no test cuts the power, and each run waits for the disk fifty times
 # A hypothesis test of 2,000 inputs, the same ones every time; FPO_FUZZ=50000 draws others (docs/dev/testing.md).
 fuzzed = settings(
     max_examples=int(os.environ.get("FPO_FUZZ", "2000")), derandomize="FPO_FUZZ" not in os.environ, deadline=None
@@ -144,10 +145,10 @@ def replace_compile(monkeypatch: pytest.MonkeyPatch, replacement: Callable[..., 
 Done = subprocess.CompletedProcess[str]
 
 
-def command(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> Done:
+def command(*arguments: str | Path, cwd: Path = REPO, check: bool = True, toy_rows: int | None = None) -> Done:
     """Run one of the repo's commands in a process of its own (forks.py); without `check`, a failure is for the test to
     look at."""
-    return checked(Fork(*arguments, cwd=cwd).result(), check)
+    return checked(Fork(*arguments, cwd=cwd, toy_rows=toy_rows).result(), check)
 
 
 def new_python(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> Done:
@@ -157,14 +158,19 @@ def new_python(*arguments: str | Path, cwd: Path = REPO, check: bool = True) -> 
     return checked(done, check)
 
 
-def on_ranks(count: int, *arguments: str | Path, nodes: int = 1) -> str:
-    """Run a command on several ranks, each in a process of its own that is told its place as torchrun does. Returns
-    the output of all."""
+def start_ranks(count: int, *arguments: str | Path, nodes: int = 1) -> tuple[list[Fork], dist.TCPStore]:
+    """Start a command on several ranks, each in a process of its own that is told its place as torchrun does. They meet
+    at the store, which has to live as long as they do."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     of_all = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
     of_all |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count // nodes}
     places = [of_all | {"RANK": rank, "LOCAL_RANK": rank % (count // nodes)} for rank in range(count)]
-    ranks = [Fork(*arguments, **{name: str(value) for name, value in place.items()}) for place in places]
+    return [Fork(*arguments, **{name: str(value) for name, value in place.items()}) for place in places], store
+
+
+def on_ranks(count: int, *arguments: str | Path, nodes: int = 1) -> str:
+    """Run a command on several ranks. Returns the output of all."""
+    ranks, _store = start_ranks(count, *arguments, nodes=nodes)
     return "".join([checked(rank.result(), check=True).stdout for rank in ranks])
 
 

@@ -1,6 +1,8 @@
 """Any model by its place, and the defaults that depend on it."""
 
 import pytest
+import torch
+from composition import composed
 from conftest import REPO, metrics
 from omegaconf import OmegaConf
 from test_training import run, settle
@@ -40,6 +42,29 @@ def test_what_is_no_model_is_told(tmp_path):
         settings.translate_argument(f"model={file}")
     with pytest.raises(UserError, match="model=base is no model"):
         settings.translate_argument("model=base")
+
+
+@pytest.mark.parametrize(
+    ("units", "has_gpu", "dtype"),
+    [
+        ({"avx2": True}, False, "float32"),
+        ({"avx2": True, "avx512_bf16": True}, False, "bfloat16"),
+        ({"amx_bf16": True}, False, "bfloat16"),
+        ({}, True, "bfloat16"),
+    ],
+)
+def test_a_model_computes_in_what_the_machine_multiplies_fast(monkeypatch, units, has_gpu, dtype):
+    """Unless a dtype is given. A plan is for GPUs, wherever it is made."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    base = ["loss=dpo", "model=base", "model.name=x", "model.name_or_path=a/b"]
+
+    def chosen(*own):
+        return settings.check_config(composed([*base, *own]), modes=["train", "plan"])[0].model.policy_dtype
+
+    assert (chosen(), chosen("mode=plan")) == (dtype, "bfloat16")
+    for given in ("float32", "bfloat16"):
+        assert chosen(f"model.policy_dtype={given}") == chosen(f"model.policy_dtype={given}", "mode=plan") == given
 
 
 def prepared(tmp_path, *overrides):

@@ -127,10 +127,10 @@ def test_sample_and_judge(quickstart, tmp_path):
     """By a run directory, and by a copy of its config.yaml somewhere else."""
     run, _ = quickstart
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
-    for number, (python, path) in enumerate([(new_python, run), (command, "config.yaml")]):
+    for number, path in enumerate([run, "config.yaml"]):
         samples = tmp_path / f"samples{number}"
         options = ["++n_samples=20", "++model.eval_batch_size=16", f"++samples_dir={samples}/"]
-        python(REPO / "eval.py", f"--config-path={path}", *options, cwd=tmp_path)
+        command(REPO / "eval.py", f"--config-path={path}", *options, cwd=tmp_path)
         content = json.loads((samples / "quickstart.json").read_text())
         assert content.keys() == {"sampled_at", "config", "sampling", "samples"}
         assert len(content["samples"]) == 20

@@ -41,7 +41,7 @@ def no_weights(monkeypatch):
         (["loss=fpo", "loss.divergence=l1"], "loss.divergence=l1: not one of kl, mse"),
         (["loss=dpo", "optimizer=adamw"], r"optimizer=adamw: not in torch\.optim \(did you mean 'AdamW'\?\)"),
         (["loss=dpo", "++optimizer_options.weight_deca=1"], "unexpected keyword argument 'weight_deca'"),
-        (["loss=dpo", "model.policy_dtype=float16"], "model.policy_dtype=float16: not one of float32, bfloat16"),
+        (["loss=dpo", "model.policy_dtype=float16"], "model.policy_dtype=float16: not one of auto, float32, bfloat16"),
         (["loss=dpo", "model.batch_size=0"], "model.batch_size=0"),
         (["loss=dpo", "loss.trainer=DPOTraner"], r"no class DPOTraner in trainers \(did you mean 'DPOTrainer'\?\)"),
         (["loss=dpo", "loss.trainer=nowhere.py:T"], r"no Python file nowhere\.py"),

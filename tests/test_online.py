@@ -26,7 +26,7 @@ def test_rounds_that_are_stopped_go_on_and_name_their_parents(tmp_path, monkeypa
         if len(done) == 6:
             done.append("stopped")
             raise KeyboardInterrupt
-        done.append(command(program, *given).stdout)
+        done.append(command(program, *given, toy_rows=400).stdout)
 
     monkeypatch.setattr(online, "do", do)
     with pytest.raises(KeyboardInterrupt):

@@ -154,7 +154,7 @@ made = {}
 
 def plan_for_cards(raw, ranks):
     """The plan of a command, made once for all that take the same."""
-    config, classes = settings.check_config(raw, modes=["train", "plan"])
+    config, classes = settings.check_config(OmegaConf.merge(raw, {"mode": "plan"}), modes=["plan"])
     model = config.model.model_copy(update={"load_from": None, "name": ""})
     trainer, needs = classes.trainer, classes.binding.needs & {"sae", "live_reference"}
     kind = (trainer.sides, trainer.is_reward, trainer.has_sae_head)

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPO, checked, command, metrics, on_ranks
+from conftest import REPO, command, metrics, on_ranks, start_ranks
 from forks import Fork
 from safetensors.torch import load_file, save_file
 
 from data import toy
 from distributed import parallel
 
+MANY_RUNS = REPO / "tests/many_runs.py"
 SMALL = [
     "model=tiny",
     "++model.batch_size=8",
@@ -73,8 +74,8 @@ def overrides(data, folder, *own):
     return [*SMALL, *files, *(value.format(data=data) for value in own)]
 
 
-def train_on(ranks, runs):
-    on_ranks(ranks, REPO / "tests/many_runs.py", json.dumps(runs))
+def train_on(ranks, runs, nodes=1):
+    return on_ranks(ranks, MANY_RUNS, json.dumps(runs), nodes=nodes)
 
 
 @pytest.fixture(scope="module")
@@ -121,29 +122,15 @@ def test_tied_weights_are_one_and_untied_ones_two(trained):
     assert (untied[head] - before[head]).abs().max() > 1e-4
 
 
-def start(ranks, *arguments):
-    """Start train.py, which starts the ranks, each in a new Python."""
-    return Fork(REPO / "train.py", f"++nproc={ranks}", *arguments)
-
-
-def wait_for(condition, launcher):
+def wait_for(condition, started):
     deadline = time.monotonic() + 240
     while not condition():
-        assert launcher.process.is_alive() and time.monotonic() < deadline, launcher.result(0).stdout
+        assert started.process.is_alive() and time.monotonic() < deadline, started.result(0).stdout
         time.sleep(0.02)
 
 
-def ranks_of(launcher):
-    """The ranks that a launcher has started, in their order."""
-    number = launcher.process.pid
-    children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
-    ranks = [int(child) for child in children if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
-    begun = {rank: int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[19]) for rank in ranks}
-    return sorted(ranks, key=begun.__getitem__)  # their numbers may have begun anew between them
-
-
-# Long enough to be ended twice on the way; the learning rate is so low that rounding errors do not grow.
-LONG = ["exp_name=long", "loss=dpo", "lr=1e-5", "++n_epochs=10", "++save_every=16", "++n_eval_examples=4"]
+# Long enough to be stopped on the way; the learning rate is so low that rounding errors do not grow.
+LONG = ["exp_name=long", "loss=dpo", "lr=1e-5", "++n_epochs=6", "++save_every=16", "++n_eval_examples=4"]
 
 
 @pytest.fixture(scope="module")
@@ -163,57 +150,87 @@ def assert_same_run(lines, expected):
 
 
 @pytest.fixture(scope="module")
-def killed(data):
-    """The folder of a run on two ranks of which one was killed once there was a state, how the launcher ended, and the
-    seconds until then."""
+def stopped(data):
+    """The folder of a run on two ranks that a SIGTERM stopped, as SLURM sends it to all; and how they ended."""
     folder = data / "cut"
-    launcher = start(2, *overrides(data, folder, *LONG))
-    wait_for(lambda: list(folder.glob("long/state/step-*")), launcher)
-    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
-    began = time.monotonic()
-    return folder, launcher.result(60), time.monotonic() - began
-
-
-@pytest.fixture(scope="module")
-def stopped(data, killed):
-    """The folder of that run: it went on, and a SIGTERM to its launcher, as SLURM sends it, stopped it; and how the
-    launcher ended."""
-    folder, *_ = killed
-    launcher = start(2, *overrides(data, folder, *LONG))
+    ranks, _store = start_ranks(2, MANY_RUNS, json.dumps([overrides(data, folder, *LONG)]))
     log = folder / "long/metrics.jsonl"
-    said = launcher.outputs[0]
-    wait_for(lambda: said.is_file() and "resuming after" in said.read_text(), launcher)
-    wait_for(lambda: log.read_text().count("loss/train") > 7, launcher)
-    os.kill(launcher.process.pid, signal.SIGTERM)
-    return folder, launcher.result(120)
+    wait_for(lambda: log.is_file() and log.read_text().count("loss/train") > 3, ranks[0])
+    for rank in ranks:
+        os.kill(rank.process.pid, signal.SIGTERM)
+    return folder, [rank.result(120) for rank in ranks]
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run(killed):
-    _, done, seconds = killed
-    assert seconds < 30
-    assert done.returncode == 128 + signal.SIGKILL and "rank 1 was ended by SIGKILL" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr and "connection" not in done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_a_signal_to_the_launcher_stops_the_run(stopped):
+def test_a_signal_to_the_ranks_stops_the_run(stopped):
     _, done = stopped
-    assert done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
-    assert done.stdout.count("stopped by SIGTERM after step") == 1
-    assert "Traceback" not in done.stdout + done.stderr
+    assert [rank.returncode for rank in done] == [128 + signal.SIGTERM] * 2
+    said = "".join(rank.stdout + rank.stderr for rank in done)
+    assert said.count("stopped by SIGTERM after step") == 1 and "Traceback" not in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_killed_then_stopped_and_resumed_on_other_ranks(data, undisturbed, stopped, tmp_path, ranks):
+def test_stopped_and_resumed_on_other_ranks(data, undisturbed, stopped, tmp_path, ranks):
     """The run goes on where it was, and nothing is lost."""
     folder, _ = stopped
     run = shutil.copytree(folder, tmp_path / "copy", symlinks=True) / "long"
     last = metrics(run)[-1]["step"]
-    resumed = on_ranks(ranks, REPO / "train.py", *overrides(data, run.parent, *LONG))
+    resumed = train_on(ranks, [overrides(data, run.parent, *LONG)])
     assert f"resuming after {last} of" in resumed
     assert_same_run(metrics(run), undisturbed)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Starts a script whose launcher starts two ranks, each in a new Python, which sum over the ranks until SIGTERM.
+    Gives the launcher and its ranks, in their order."""
+    folder = tmp_path_factory.mktemp("launched")
+    script = folder / "ranks.py"
+    script.write_text(
+        f"import os, signal, sys, time; sys.path.insert(0, {str(REPO)!r})\n"
+        "from pathlib import Path\n"
+        "import torch\nfrom distributed import parallel\n"
+        "def work():\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))\n"
+        "    stopped = []\n"
+        "    while not parallel.sum_over_ranks(torch.tensor(float(bool(stopped)))):\n"
+        "        Path(str(parallel.rank())).write_text(str(os.getpid()))\n"
+        "        time.sleep(0.05)\n"
+        "    sys.exit(128 + signal.SIGTERM)\n"
+        "parallel.run(work, 2)\n"
+    )
+
+    def start():
+        files = [folder / "0", folder / "1"]
+        for file in files:
+            file.unlink(missing_ok=True)
+        launcher = Fork(script, cwd=folder)
+        wait_for(lambda: all(file.is_file() and file.read_text() for file in files), launcher)
+        return launcher, [int(file.read_text()) for file in files]
+
+    return start
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all(launched):
+    launcher, ranks = launched()
+    os.kill(ranks[1], signal.SIGKILL)
+    began = time.monotonic()
+    done = launcher.result(60)
+    assert time.monotonic() - began < 30
+    assert done.returncode == 128 + signal.SIGKILL and "rank 1 was ended by SIGKILL" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr and "connection" not in done.stdout + done.stderr
+    assert not Path(f"/proc/{ranks[0]}").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_reaches_the_ranks(launched):
+    launcher, _ = launched()
+    os.kill(launcher.process.pid, signal.SIGTERM)
+    done = launcher.result(60)
+    assert done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_dead_rank_is_noticed_whatever_its_number(monkeypatch, capsys):
@@ -329,7 +346,7 @@ def test_a_crash_on_one_rank_is_told_once_and_ends_all(tmp_path):
     assert (done.stdout + done.stderr).count("Traceback") == 1 and "rank 1: Traceback" in done.stderr
 
 
-def launched(tmp_path):
+def a_script(tmp_path):
     """A script that starts as train.py does, and imports less; and a port on which its launchers can meet."""
     script = tmp_path / "ranks.py"
     script.write_text(
@@ -347,18 +364,8 @@ def launched(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_on_two_nodes(tmp_path):
-    """Each process takes the rank that torchrun gives it. test_two_hosts.py trains so."""
-    script, port = launched(tmp_path)
-    torchrun = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    done = [Fork("-m", "torch.distributed.run", *torchrun, script) for _ in range(2)]
-    said = "".join(checked(launcher.result(), check=True).stdout for launcher in done)
-    assert sorted(re.findall("rank . of .", said)) == ["rank 0 of 2", "rank 1 of 2"]
-
-
-@pytest.mark.slow
 def test_accelerate(tmp_path):
-    script, port = launched(tmp_path)
+    script, port = a_script(tmp_path)
     ranks = ["--multi_gpu", "--num_processes=2", "--num_machines=1", f"--main_process_port={port}"]
     done = command("-m", "accelerate.commands.launch", *ranks, script)
     assert sorted(re.findall("rank . of .", done.stdout)) == ["rank 0 of 2", "rank 1 of 2"]
@@ -380,5 +387,5 @@ def test_two_nodes_with_hybrid_sharding(trained, tmp_path):
     a step, of which the last sums over the nodes. KTO exchanges completions between the ranks."""
     hybrid = ["++model.hybrid_sharding=true", "++model.gradient_accumulation_steps=2"]
     own = overrides(trained, tmp_path, "exp_name=kto", *RUNS["kto"], *hybrid)
-    on_ranks(4, REPO / "train.py", *own, nodes=2)
+    train_on(4, [own], nodes=2)
     assert_same_training(tmp_path / "kto", trained / "1/kto", rel=1e-5)

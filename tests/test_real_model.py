@@ -21,7 +21,7 @@ def trained(smollm2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     own = [f"model={smollm2}", *DATA, *SHORT, *FEW, f"cache_dir={folder}"]
     sae = ["loss=sae", "loss.layer=14", "loss.d_sae=1024", "loss.k=32", "loss.batch_tokens=64", "++warmup_steps=2"]
-    said = command("train.py", *sae, *own, "n_examples=16", "lr=1e-3", "++train_on=all", "exp_name=sae").stdout
+    said = command("train.py", *sae, *own, "n_examples=8", "lr=1e-3", "++train_on=all", "exp_name=sae").stdout
     said += command("train.py", "loss=fpo", *own, "n_examples=4", f"++sae.path={folder}/sae", "exp_name=fpo").stdout
     return folder, said
 
