@@ -34,7 +34,7 @@ import models
 from data import tokenise
 from data.rows import is_samples_file
 from distributed import parallel
-from features import measure, outcome, pairs, probe, report
+from features import measure, outcome, paid, pairs, probe, report
 from judging import answers, labels, reward_figures, rewards
 from launch import assembly, settings
 from launch.policies import (
@@ -175,7 +175,8 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
 
 def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     """What training did to the features, in `<run>/features/`: a page and a table. With data: what its pairs would
-    teach, and what a finished run learnt. With a probe: which features tell two kinds of text apart."""
+    teach, and what a finished run learnt. With a probe: which features tell two kinds of text apart. Of a reward model
+    on an SAE: which features it pays for."""
     if raw.score_by is not None and (raw.data is None or raw.probe is not None):
         raise UserError("score_by goes with data, and without a probe, which scores the pairs itself")
     if raw.data is not None:
@@ -186,6 +187,9 @@ def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
         probe.write_probe(settings.typed(raw), path, overrides)
         return
     config, classes = settings.check_config(raw, modes=["features"])
+    if classes.trainer.has_sae_head:
+        paid.write_paid_features(config, classes, path, overrides)
+        return
     measured, run = measure.measure(config, classes, path, overrides)
     if parallel.rank() == 0:
         report.write_feature_report(measured, run / "features")

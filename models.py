@@ -37,8 +37,16 @@ from distributed.sharding import allocate_parameters, backbone
 from modeling.attention import choose, mask_inputs, whole_blocks
 from modeling.head import in_fp32, token_statistics
 from modeling.settings import ModelSettings
-from modeling.weights import WEIGHTS, load_weights, open_weights, require_matching_weights, weight_files
-from sae import JointTap, MLPTap, ResidualTap
+from modeling.weights import (
+    WEIGHTS,
+    CutWeights,
+    Weights,
+    load_weights,
+    open_weights,
+    require_matching_weights,
+    weight_files,
+)
+from sae import SAE, JointTap, MLPTap, ResidualTap, SAEHead
 from utils import UserError, resolve_path
 
 transformers_logging.disable_progress_bar()
@@ -156,14 +164,22 @@ class RewardScores:
     """A reward model's scores of the completions in a batch."""
 
     rewards: Tensor  # [S] one number for each completion, fp32
+    hidden: Tensor  # [S, D] what its head read
+    head: nn.Module
+
+    @cached_property
+    def reconstruction_error(self) -> Tensor:
+        """How much of it the SAE of the head misses, [S]."""
+        return cast(SAEHead, self.head).reconstruction_error(self.hidden)
 
 
 def score_rewards(model: PreTrainedModel, batch: Batch) -> RewardScores:
     """The reward of each completion, read at its last token, as `AutoModelForSequenceClassification` does."""
     hidden = final_hidden_states(model, batch).flatten(0, 1)
     last = torch.tensor(batch.lengths, dtype=torch.long).cumsum(0) - 1
-    at_last = batch.position[last.to(hidden.device, non_blocking=True)]
-    return RewardScores(in_fp32(cast(Any, model).score, hidden[at_last]).squeeze(1))
+    at_last = hidden[batch.position[last.to(hidden.device, non_blocking=True)]]
+    head = cast(Any, model).score
+    return RewardScores(in_fp32(head, at_last).squeeze(1), at_last, head)
 
 
 # ---------------------------------------------------------------------------------------------------- structure
@@ -255,6 +271,47 @@ def make_tap(model: PreTrainedModel, places: Sequence[tuple[int, str]], block_na
         layer, until = layers[number], layers[: number + 1] if apart else ()
         taps.append(MLPTap(layer, find_mlp(model, layer), until) if hook == "mlp" else ResidualTap(layer, until))
     return taps[0] if len(taps) == 1 else JointTap(taps)
+
+
+@dataclass(frozen=True)
+class NewHead:
+    """What a reward model that can be read starts from: an SAE, and the layer that it reads."""
+
+    sae: SAE
+    layer: int
+    trained: bool  # the SAE too
+
+    def cut(self, config: PretrainedConfig) -> None:
+        """Let a configuration be that of the reward model: no layer after the SAE's."""
+        cut(config, self.layer + 1)
+        config.sae_head = {"d_sae": self.sae.d_sae, "k": self.sae.k}
+
+
+def cut(config: PretrainedConfig, layers: int) -> None:
+    """Let a configuration be that of a model with so many of its layers."""
+    text = config.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    text.num_hidden_layers = layers
+
+
+def put_sae_head(model: PreTrainedModel, source: Path, *, trained: bool, dtype: torch.dtype) -> str:
+    """Give a reward model the head that its `config.sae_head` describes, which reads what the last layer gives: the
+    final norm goes. Gives the name that this had. Raises UserError where that or the head cannot be."""
+    decoder: Any = model.get_decoder()
+    norms = [name for name, child in decoder.named_children() if type(child).__name__.endswith("Norm")]
+    if not norms:
+        raise UserError(
+            f"{source}: cannot tell the final norm of {type(model).__name__}, which an SAE head goes without"
+        )
+    match model.config.sae_head:
+        case {"d_sae": int(d_sae), "k": int() | None as k} if d_sae > 0 and (k is None or 0 < k <= d_sae):
+            d_in = model.config.get_text_config().hidden_size
+            model.score = SAEHead(d_in, d_sae, k, trained=trained, dtype=dtype)
+        case described:
+            raise UserError(f"{source}/config.json: sae_head={described} describes no SAE head")
+    setattr(decoder, norms[-1], nn.Identity())
+    return norms[-1]
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -355,6 +412,7 @@ def load_model(
     load_from: str | None = None,
     *,
     reward: bool = False,
+    new_head: NewHead | None = None,
     dtype: torch.dtype = torch.float32,
     vocabulary: int = 0,
     shape: Callable[[PreTrainedModel], None] | None = None,
@@ -363,20 +421,26 @@ def load_model(
     """A causal language model, or a reward model, in eval mode on `device`. Its weights are kept in `dtype`.
 
     `directory` is in Hub format. `load_from` names other weights: a `policy.pt`, a Hub-format directory, or a run
-    directory (its LATEST). It gets embeddings for at least `vocabulary` tokens. `shape` may change the model before it
-    has memory: split it over ranks, add adapters. Each rank then reads only its slices. `offload` keeps the weights in
-    host memory.
+    directory (its LATEST). A reward model may get a new head, and then ends with the layer that this reads. The model
+    gets embeddings for at least `vocabulary` tokens. `shape` may change it before it has memory: split it over ranks,
+    add adapters. Each rank then reads only its slices. `offload` keeps the weights in host memory.
     Raises UserError with a list of the weights that are missing, left over or of another shape.
     """
-    weights = open_weights(directory, load_from)
+    weights: Weights = open_weights(directory, load_from)
     config = load_config(directory)
     new_tokens = tokens_to_add(config, vocabulary)
     auto_class: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     if reward:
         config.num_labels = 1
+    if new_head is not None:
+        new_head.cut(config)
     what = f"{directory}: its config.json makes no model"
     with init_empty_weights(include_buffers=False), no_init_weights(), refused(what):
         model = auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
+        if reward and hasattr(config, "sae_head"):
+            norm = put_sae_head(model, directory, trained=new_head is not None and new_head.trained, dtype=dtype)
+            if new_head is not None:
+                weights = CutWeights(weights, new_head.layer + 1, norm, SAEHead.start(new_head.sae))
         if new_tokens:
             tokens = model.get_input_embeddings().num_embeddings + new_tokens
             model.resize_token_embeddings(tokens, mean_resizing=False)

@@ -96,7 +96,7 @@ class SAE(nn.Module):
 
     def decode(self, features: Tensor) -> Tensor:
         """Vectors [..., D] from features [..., F]."""
-        return features @ self.W_dec.to(features.device) + self.b_dec
+        return features @ self.W_dec.to(features) + self.b_dec
 
     def encode_latents(self, x: Tensor, latents: Tensor) -> Tensor:
         """`encode(x)[:, latents]` [N, K] for x [N, D] and latents [K], with gradient through those columns only."""
@@ -111,9 +111,47 @@ class SAE(nn.Module):
     @staticmethod
     def _jump_relu(x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False), matmul_precision_for(x.dtype):
-            features = x.float() @ weight
+            features = x.float() @ weight.float()
         features += bias  # in place, here and below, since features can be the largest tensor of a training step
         return features.mul_(features > threshold.clamp(min=0))  # the clamp makes it a ReLU as well
+
+
+class SAEHead(SAE):
+    """The head of a reward model that can be read: a reward linear in an SAE's features (SARM, 2508.08746).
+
+    Its tensors are part of the model, and are written and read with it. Those of the SAE are `trained` too, or stay as
+    they are and so in fp32, on each rank whole.
+    """
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int | None, *, trained: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """The values are not set. What is trained is kept in `dtype`."""
+        nn.Module.__init__(self)
+        self.k = k
+
+        def tensor(*shape: int) -> Tensor:
+            return nn.Parameter(torch.empty(shape, dtype=dtype)) if trained else nn.Buffer(torch.empty(shape))
+
+        self.W_enc, self.b_enc = tensor(d_in, d_sae), tensor(d_sae)
+        self.W_dec, self.b_dec = tensor(d_sae, d_in), tensor(d_in)
+        self.threshold = nn.Buffer(torch.empty(d_sae))
+        self.weight = nn.Parameter(torch.empty(1, d_sae, dtype=dtype))
+
+    @staticmethod
+    def start(sae: SAE) -> dict[str, Tensor]:
+        """The tensors of a head that gives 0, whatever an SAE's features are."""
+        own = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        return own | {"threshold": sae.threshold, "weight": torch.zeros(1, sae.d_sae)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rewards [..., 1] of vectors x [..., d_in]."""
+        return self.encode(x) @ self.weight.float().T
+
+    def reconstruction_error(self, x: Tensor) -> Tensor:
+        """|x - x'|^2 / |x|^2 [N] of vectors x [N, d_in], with gradient into the SAE alone."""
+        x = x.detach().float()
+        return (x - self.decode(self.encode(x))).square().sum(1) / x.square().sum(1)
 
 
 class JointSAE(SAE):

@@ -404,14 +404,11 @@ class FPOTrainer(PairedPreferenceTrainer):
         return -F.logsigmoid(chosen_rewards - rejected_rewards - constraint), chosen_rewards, rejected_rewards
 
 
-class BradleyTerryTrainer(PairedPreferenceTrainer):
-    """A reward model (Bradley & Terry 1952; Ouyang et al. 2022, 2203.02155, Eq. 1): a scalar head on the last token."""
+class RewardTrainer(PairedPreferenceTrainer):
+    """Losses of reward models, which have a scalar head on the last token."""
 
     is_reward, trains_policy = True, False
     gives = frozenset({"rewards"})
-
-    def loss(self, chosen_rewards, rejected_rewards):
-        return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
 
     def score(self, batch: Batch, reference: Reference | None) -> tuple[Batch, Any]:  # noqa: ARG002
         batch = batch.to(self.device)
@@ -423,6 +420,46 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
 
     def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:  # noqa: ARG002
         report_pair_rewards(means, split, *rewards)
+
+
+class BradleyTerryTrainer(RewardTrainer):
+    """A reward model (Bradley & Terry 1952; Ouyang et al. 2022, 2203.02155, Eq. 1)."""
+
+    def loss(self, chosen_rewards, rejected_rewards):
+        return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+
+
+class BradleyTerrySAETrainer(RewardTrainer):
+    """A reward model that can be read (SARM, 2508.08746): the reward is linear in SAE features of the last token.
+
+    The model ends with the layer that the SAE reads. With `reconstruction` above 0 the SAE is trained too, by the loss
+    and by its squared error, as a share of the vectors' square, on vectors without gradient.
+    """
+
+    has_sae_head = True
+    needs = frozenset({"sae"})
+    gives = RewardTrainer.gives | {"reconstruction_error"}
+
+    def loss(
+        self,
+        chosen_rewards,
+        rejected_rewards,
+        chosen_reconstruction_error,
+        rejected_reconstruction_error,
+        *,
+        reconstruction: NonNegative,
+    ):
+        errors = (chosen_reconstruction_error + rejected_reconstruction_error) / 2
+        losses = -F.logsigmoid(chosen_rewards - rejected_rewards) + reconstruction * errors
+        return losses, chosen_rewards, rejected_rewards
+
+    @classmethod
+    def evaluated(cls, binding: Binding) -> list[str]:
+        return [*super().evaluated(binding), "reconstruction_error/eval"]
+
+    def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:
+        super().report(means, split, batch, scores, rewards)
+        means.add(f"reconstruction_error/{split}", scores.reconstruction_error.detach())
 
 
 # ---------------------------------------------------------------------------------------------------- unpaired losses

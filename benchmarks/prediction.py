@@ -72,7 +72,7 @@ def run(case: Case) -> dict[str, Any]:
             do_first_eval=false n_eval_examples=64 cache_dir={OUTPUT} exp_name={case.name}"""
         command("train.py", *options.split(), *LOSSES[case.loss])
     if not case.table.is_file():
-        measured = ["++mode=features", "++data=[toy]", "++n_samples=512", "++max_new_tokens=32", *SAE]
+        measured = ["++mode=features", "++data=[toy]", "++n_samples=256", "++max_new_tokens=32", *SAE]
         command("eval.py", f"--config-path={OUTPUT / case.name}", *measured)
     found: dict[str, Any] = json.loads(pq.read_schema(case.table).metadata[b"data_features"])["outcome"]
     return found

@@ -84,12 +84,14 @@ class Measured:
         return np.stack([self.reference[kind].sums, self.policy[kind].sums], axis=1)
 
     def errors(self, kind: str) -> dict[str, np.ndarray]:
-        """The half-widths [F] of the 95 % intervals over prompts of the reference's mean, the policy's, the change, and
-        what each feature adds to the drift."""
+        """The half-widths [F] of the 95 % intervals over prompts of the means and rates of reference and policy, the
+        change, and what each feature adds to the drift."""
         before, after, mean = self.reference[kind].sums, self.policy[kind].sums, Figures.mean_of
         return {
             "reference": with_interval(before, mean)[1],
             "policy": with_interval(after, mean)[1],
+            "reference_rate": with_interval(before, Figures.rate_of)[1],
+            "policy_rate": with_interval(after, Figures.rate_of)[1],
             "change": with_interval(self.both(kind), lambda sums: mean(sums[1]) - mean(sums[0]))[1],
             "drift": with_interval(after, Figures.drift_of)[1],
         }

@@ -107,8 +107,8 @@ class Differences:
         """A column [Q] for each figure.
 
         delta: the mean of x. d: delta over the standard deviation of x. z: delta over its standard error, clustered by
-        prompt. delta_first, delta_second: delta on either half of the prompts. more, less: the share of pairs whose
-        chosen, or rejected, completion has more.
+        prompt. delta_error: half the width of its 95 % interval. delta_first, delta_second: delta on either half of the
+        prompts. more, less: the share of pairs whose chosen, or rejected, completion has more.
         """
         n, sums = self.pairs, self.sums
         delta = sums["x"] / n
@@ -120,6 +120,7 @@ class Differences:
             "chosen_mean": sums["chosen"] / n,
             "rejected_mean": sums["rejected"] / n,
             "delta": delta,
+            "delta_error": 1.96 * error,
             "d": torch.where(delta == 0, 0.0, delta / deviation),
             "z": torch.where(delta == 0, 0.0, delta / error),
             "delta_first": first,
@@ -475,8 +476,8 @@ def page(
         "title": f"What {', '.join(Path(name).name for name in about['data'])} would teach {about['model']}",
         "finding": f"{int((strong & firm).sum()):,} of {len(firm):,} features differ between chosen and rejected "
         "completions by more than three standard errors, and with one sign on both halves of the prompts. Chosen "
-        f"completions are {abs(longer):.3g} tokens {'longer' if longer > 0 else 'shorter'}."
-        + ("" if outcome is None else f" {foretold(outcome)}"),
+        f"completions are {abs(longer):.3g} (± {length['delta_error'] or 0:.2g}) tokens "
+        f"{'longer' if longer > 0 else 'shorter'}." + ("" if outcome is None else f" {foretold(outcome)}"),
         "subtitle": f"{about['pairs']:,} pairs of {about['prompts']:,} prompts, read by {about['model']} before "
         f"training, through {'; '.join(part['path'] for part in about['sae'])}.",
     }

@@ -280,6 +280,7 @@ def features_data(report: Report, kind: str) -> list[dict[str, Any]]:
     own = report.runs[0]
     before, after, errors = own.reference[kind], own.policy[kind], own.errors(kind)
     scaling = {index: share for trust in report.trust[kind] for index, share in trust.scaling.items()}
+    drift = with_interval(after.sums, lambda sums: Figures.drift_of(sums) / (Figures.drift_of(sums).sum() or 1.0))
     found = []
     for index, contexts in report.contexts[kind].items():
         name, address = named(report.parts, index)
@@ -291,7 +292,8 @@ def features_data(report: Report, kind: str) -> list[dict[str, Any]]:
             "mean_error": [digits(errors[model][index]) for model in ("reference", "policy")],
             "change_error": digits(errors["change"][index]),
             "rate": [digits(before.rate[index]), digits(after.rate[index])],
-            "share": digits(after.drift[index] / (after.drift.sum() or 1.0)),
+            "rate_error": [digits(errors[f"{model}_rate"][index]) for model in ("reference", "policy")],
+            "share": [digits(values[index]) for values in drift],
             "scaling": rounded(scaling[index]),
             "cause": rounded(report.causes.features[index]),
             "training": [0.0, *map(digits, moved)],

@@ -51,6 +51,19 @@ class Reading:
     def tap(self, model: PreTrainedModel, block_name: str | None) -> ResidualTap:
         return models.make_tap(model, self.places, block_name)
 
+    def new_head(self, classes: RunClasses) -> models.NewHead | None:
+        """The reward head that a run starts with, if it has one of an SAE. Raises UserError where that cannot be."""
+        if not classes.trainer.has_sae_head:
+            return None
+        (layer, hook), *others = self.places
+        if others or hook != "residual":
+            found = f"{len(self.places)} SAEs" if others else f"one at hook={hook}"
+            raise UserError(
+                f"{classes.trainer.__name__} rewards the features of one SAE that reads the residual stream, and the "
+                f"configuration has {found}"
+            )
+        return models.NewHead(self.sae, layer, classes.binding.options["loss"].get("reconstruction", 0) > 0)
+
 
 @dataclass(frozen=True)
 class Data:
@@ -96,6 +109,7 @@ def read_inputs(config: Config, classes: RunClasses, paths: RunPaths) -> Inputs:
     ablated: dict[int, dict[int, int]] = {}
     if reading is not None:
         binding = binding.with_sae(reading.sae)
+        reading.new_head(classes)  # raises where there can be none
         ablated = features_by_place(reading, features_to_ablate(config, reading.sae), "sae.ablate")
     data = load_data(config, classes, paths)
     for loader in data.loaders.values():
@@ -190,9 +204,10 @@ def load_subject(config: Config, classes: RunClasses, data: Data, reading: Readi
     inside = [layer for layer, hook in reading.places if hook == "mlp"] if reading else []
     load = functools.partial(build_model, model, data.implementation, len(data.tokenizer), uncompiled=inside)
     directory, load_from = models.start_weights(model)
-    policy = load(directory, load_from, reward=classes.trainer.is_reward)
+    new_head = None if reading is None else reading.new_head(classes)
+    policy = load(directory, load_from, reward=classes.trainer.is_reward, new_head=new_head)
     subject = Subject(policy=policy, tokenizer=data.tokenizer, loaders=data.loaders, load=load)
-    if reading is not None:
+    if reading is not None and new_head is None:
         subject.sae, subject.tap = reading.sae.to(parallel.device()), reading.tap(policy, model.block_name)
     return subject
 
@@ -374,6 +389,7 @@ def build_model(
     load_from: str | None = None,
     *,
     reward: bool = False,
+    new_head: models.NewHead | None = None,
     frozen: bool = False,
     uncompiled: Sequence[int] = (),
 ) -> PreTrainedModel:
@@ -417,6 +433,7 @@ def build_model(
         parallel.device(),
         load_from,
         reward=reward,
+        new_head=new_head,
         dtype=compute if frozen or settings.use_peft else trained,
         vocabulary=vocabulary,
         shape=shape,

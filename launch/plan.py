@@ -104,6 +104,10 @@ def make(config: Config, classes: RunClasses, ranks: int) -> Plan:
     device = torch.device("cuda") if own.policy_dtype == "bfloat16" else parallel.device()
     implementation, layout = models.choose_attention(own, architecture, pairs=pairs, device=device)
     implementation = "outline" if implementation in FUSED else implementation
+    if classes.trainer.has_sae_head:
+        ((where, section),) = sae_sections(config.sae).items()
+        layer = find_sae(section, where).layer if section.layer is None else section.layer
+        models.cut(architecture, layer + 1)
     kind: Any = AutoModelForSequenceClassification if classes.trainer.is_reward else AutoModelForCausalLM
     with init_empty_weights(include_buffers=True), no_init_weights():
         model = kind.from_config(architecture, dtype=computes, attn_implementation=implementation)
@@ -144,7 +148,7 @@ def make(config: Config, classes: RunClasses, ranks: int) -> Plan:
     if "live_reference" in classes.binding.needs and not own.use_peft:
         plan.held["live reference"] = (whole / shards + (rest if is_split else 0)) * computes.itemsize
     if "sae" in classes.binding.needs:
-        plan.held["SAE"] = size_of_saes(config)
+        plan.held["SAE"] = size_of_saes(config) * (2 if classes.trainer.has_sae_head else 1)  # with its decoder
         plan.passing["a chunk of the SAE's activations"] = 3 * 4 * ENCODE_ELEMENTS
 
     # Saving and exporting hold one full tensor at a time, when gradients and activations, which are more, are gone.

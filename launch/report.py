@@ -73,6 +73,7 @@ CHARTS = {
     "logps": ("Log-probability", "nats a completion"),
     "feature_drift": ("Feature drift", "from the reference"),
     "kl": ("KL to the reference", "nats a completion"),
+    "reconstruction_error": ("Error of the reward head's SAE", "share of the square of the vectors that it reads"),
     "mismatched_logps": ("Log-probability of mismatched completions", "nats a token"),
     "value_loss": ("Value loss", "half the squared error of the value head"),
     "sae/l0": ("L0", "active latents a token"),

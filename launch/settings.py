@@ -429,6 +429,10 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
         not (config.model.use_peft and classes.trainer.control_tokens),
         f"loss={config.loss.name} has to learn its control tokens, which adapters do not: model.use_peft=false",
     )
+    problems.expect(
+        not (config.model.use_peft and classes.trainer.has_sae_head),
+        f"loss={config.loss.name} has to learn its head, which adapters do not: model.use_peft=false",
+    )
     takes = "train_on" in inspect.signature(classes.loader.records).parameters
     problems.expect(
         takes or config.train_on == "targets",
@@ -475,6 +479,9 @@ def with_ablation(config: Config, classes: RunClasses, problems: Problems) -> Ru
     """The classes of a run that ablates features, so that it needs an SAE whatever its loss."""
     binding = classes.binding
     problems.expect(classes.trainer.can_plan, f"sae.ablate: loss={config.loss.name} trains no model")
+    problems.expect(
+        not classes.trainer.has_sae_head, f"sae.ablate: loss={config.loss.name} rewards the features that would be gone"
+    )
     problems.expect(
         not (config.model.use_peft and "live_reference" in binding.needs),
         f"sae.ablate: with adapters, loss={config.loss.name} reads its reference by the model that is trained, from "

@@ -93,6 +93,26 @@ class PolicyFile:
         return self.state[name][ranges]
 
 
+class CutWeights:
+    """The weights of a model that ends after some layers, without its final norm, and those of a new reward head."""
+
+    def __init__(self, weights: Weights, layers: int, norm: str, head: Mapping[str, Tensor]) -> None:
+        self.source, self.weights = weights.source, weights
+        self.head = {f"{REWARD_HEAD}{name}": tensor for name, tensor in head.items()}
+
+        def is_kept(name: str) -> bool:
+            *path, _ = name.split(".")
+            number = next((int(part) for part in path if part.isdecimal()), None)
+            is_norm = number is None and path[-1:] == [norm]
+            return not is_norm and not name.startswith(REWARD_HEAD) and (number is None or number < layers)
+
+        self.shapes = {name: shape for name, shape in weights.shapes.items() if is_kept(name)}
+        self.shapes |= {name: tuple(tensor.shape) for name, tensor in self.head.items()}
+
+    def read(self, name: str, ranges: tuple[slice, ...]) -> Tensor:
+        return self.head[name][ranges] if name in self.head else self.weights.read(name, ranges)
+
+
 class ConvertedWeights:
     """Weights under the names, and in the shapes, that a model gives them, as `from_pretrained` converts them.
 
@@ -277,7 +297,7 @@ def require_matching_weights(source: Path, problems: Mapping[str, list[str]]) ->
 
 def may_be_missing(name: str) -> bool:
     """Whether a parameter gets initial values when no file has it."""
-    return adapters.is_adapter(name) or name.startswith(REWARD_HEAD)
+    return adapters.is_adapter(name) or name == f"{REWARD_HEAD}weight"
 
 
 def init_missing(name: str, shape: torch.Size, std: float) -> Tensor:

@@ -46,6 +46,7 @@ def test_figures_by_hand():
     clusters = np.stack([(x - delta)[np.array(prompts) == p].sum(0) for p in range(5)])
     error = np.sqrt(5 / 4 * (clusters**2).sum(0)) / 9
     np.testing.assert_allclose(columns["z"][moved], (delta / error)[moved])
+    np.testing.assert_allclose(columns["delta_error"], 1.96 * error, atol=1e-12)
     assert columns["d"][3] == columns["z"][3] == 0
     odd = np.array(prompts) % 2 == 1
     np.testing.assert_allclose(columns["delta_first"], x[~odd].mean(0))

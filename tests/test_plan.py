@@ -157,7 +157,8 @@ def plan_for_cards(raw, ranks):
     config, classes = settings.check_config(OmegaConf.merge(raw, {"mode": "plan"}), modes=["plan"])
     model = config.model.model_copy(update={"load_from": None, "name": ""})
     trainer, needs = classes.trainer, classes.binding.needs & {"sae", "live_reference"}
-    same = (repr(model), config.optimizer, trainer.sides, trainer.is_reward, needs, repr(config.sae), ranks)
+    kind = (trainer.sides, trainer.is_reward, trainer.has_sae_head)
+    same = (repr(model), config.optimizer, kind, needs, repr(config.sae), ranks)
     if same not in made:
         made[same] = plan.make(config, classes, ranks)
     return made[same]

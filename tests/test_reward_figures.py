@@ -22,7 +22,7 @@ from utils import UserError
 def figures(run, folder, *overrides):
     given = ["++mode=rewards", f"++samples_dir={folder}", *overrides]
     evaluation.write_reward_figures(read_config(run, given), run, given)
-    return json.loads((folder / "bradley-terry-rewards.json").read_text())
+    return json.loads((folder / f"{run.name}-rewards.json").read_text())
 
 
 def test_accuracies_by_hand():

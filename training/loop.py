@@ -173,7 +173,8 @@ class BasicTrainer:
 
     sides: ClassVar[tuple[str | None, ...]] = (None,)  # which sides of a record a loss may ask for,
     token_sides: ClassVar[tuple[str | None, ...]] = (None,)  # and of which it may have one value for each token
-    is_reward: ClassVar[bool] = False  # trains a reward model, not a policy
+    is_reward: ClassVar[bool] = False  # trains a reward model, not a policy,
+    has_sae_head: ClassVar[bool] = False  # whose reward is linear in an SAE's features
     needs: ClassVar[frozenset[str]] = frozenset()  # what it has to be given beside what its loss asks for (`NEEDS`)
     control_tokens: ClassVar[tuple[str, ...]] = ()  # added to the vocabulary; sampling starts from the first
     trains_policy: ClassVar[bool] = True  # a language model, which terms can be added for and samples drawn from

@@ -157,6 +157,11 @@ def rewards(e: LossContext) -> Tensor:
     return e.policy.rewards
 
 
+def reconstruction_error(e: LossContext) -> Tensor:
+    """How much the SAE of a reward model's head misses of the vector that it reads, as a share of its square."""
+    return e.policy.reconstruction_error
+
+
 def policy_token_logps(e: LossContext) -> Tensor:
     """Log-probability of each completion token under the policy, [N]."""
     return e.policy.token_logps
@@ -206,6 +211,7 @@ QUANTITIES: dict[str, Callable[..., Tensor]] = {
         mean_reward,
         on_policy_weight,
         rewards,
+        reconstruction_error,
         policy_token_logps,
         reference_token_logps,
         sequence,
@@ -222,7 +228,16 @@ OF_TOKENS = {  # those that are [N]
     "advantages",
     "returns",
 }
-OF_SOME = {"kl", "mismatched_logps", "mean_reward", "rewards", "values", "advantages", "returns"}  # `gives` says whose
+OF_SOME = {  # `gives` says whose
+    "kl",
+    "mismatched_logps",
+    "mean_reward",
+    "rewards",
+    "reconstruction_error",
+    "values",
+    "advantages",
+    "returns",
+}
 NEEDS = {  # what has to be there before the first step, for those that take more than the policy's own scores
     "reference_logps": {"reference"},
     "reference_mean_logps": {"reference"},
@@ -233,6 +248,7 @@ NEEDS = {  # what has to be there before the first step, for those that take mor
     "kl": {"reference", "mismatched"},
     "mismatched_logps": {"mismatched"},
     "on_policy_weight": {"log_squares"},
+    "reconstruction_error": {"sae"},
     "reference_token_logps": {"reference"},
 }
 
