@@ -368,6 +368,8 @@ def refused(what: str) -> Iterator[None]:
     """Whatever transformers raises of a model's files becomes a UserError that begins with `what`."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # files can hold anything, and it has many kinds
         raise UserError(f"{what} ({' '.join(str(error).split())[:MOST_WORDS] or type(error).__name__})") from error
 
