@@ -430,7 +430,7 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
         f"loss={config.loss.name} has to learn its control tokens, which adapters do not: model.use_peft=false",
     )
     problems.expect(
-        not (config.model.use_peft and classes.trainer.has_sae_head),
+        not (config.model.use_peft and classes.trainer.is_reward),
         f"loss={config.loss.name} has to learn its head, which adapters do not: model.use_peft=false",
     )
     takes = "train_on" in inspect.signature(classes.loader.records).parameters

@@ -140,8 +140,9 @@ def test_what_cannot_be_a_head_is_told(tmp_path, plain_run):
         assembled(tmp_path, *loss, "~sae")
     with pytest.raises(UserError, match=r"rewards the features of one SAE that reads the residual stream.*hook=mlp"):
         assembled(tmp_path, *loss, "sae=tiny", "++sae.hook=mlp")
-    with pytest.raises(UserError, match=r"has to learn its head, .*: model\.use_peft=false"):
-        assembled(tmp_path, *loss, "++model.use_peft=true")
+    for reward_loss in ("bradley-terry-sae", "bradley-terry"):
+        with pytest.raises(UserError, match=rf"loss={reward_loss} has to learn its head, .*: model\.use_peft=false"):
+            assembled(tmp_path, f"loss={reward_loss}", "++model.use_peft=true")
     with pytest.raises(UserError, match=r"sae\.ablate: loss=bradley-terry-sae rewards the features that would be gone"):
         assembled(tmp_path, *loss, "++sae.ablate=[3]")
     latest = plain_run("bradley-terry-sae") / "LATEST"
