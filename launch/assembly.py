@@ -404,6 +404,8 @@ def build_model(
             raise UserError(
                 f"model.load_in_4bit: the tokenizer has {lacking} tokens for which the model has no embedding"
             )
+        if settings.policy_dtype == "bfloat16":  # the adapters' products are in fp32, of vectors that have 8 bits
+            torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as sae.matmul_precision_for says
         source = source_of(directory, load_from)
         model = models.load_quantised(source, attention, parallel.device(), DTYPES[settings.policy_dtype])
         adapters.add(model, settings, DTYPES[settings.weights_dtype])

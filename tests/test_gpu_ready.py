@@ -336,3 +336,14 @@ def test_ranks_draw_other_dropout_masks_and_a_resumed_one_the_same(monkeypatch):
         BasicTrainer.seed_step(trainer, 3)
         drawn.append(torch.rand(8))
     assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "high"), ("float32", "highest")])
+def test_adapters_of_a_4_bit_model_multiply_fast(tmp_path, dtype, precision):
+    """They are in fp32, and what they multiply comes in `policy_dtype`."""
+    own = ["loss=dpo", "++model.use_peft=true", "++model.load_in_4bit=true", f"model.policy_dtype={dtype}"]
+    try:
+        assembled(tmp_path, *own, "n_examples=8", "n_eval_examples=4")
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
