@@ -200,7 +200,12 @@ def compare_attention(place: Place, tell: Tell) -> None:
 
 MAIN = ["fpo", "dpo", "simpo", "tdpo2", "kto", "sft", "ppo"]
 OTHERS = sorted({file.stem for file in (REPO / "config/loss").glob("*.yaml")} - {"paired", "unpaired", *MAIN})
-OWN = {"sae": ["loss.d_sae=64", "loss.k=4", "loss.batch_tokens=106"]}  # of the built-in model's width
+SMALL_SAE = ["loss.d_sae=64", "loss.k=4", "loss.batch_tokens=106"]  # of the built-in model's width
+OWN = {
+    "sae": SMALL_SAE,
+    "sae-finetune": ["loss.batch_tokens=106"],
+    "sae-difference": [*SMALL_SAE, "model.reference_path=assets/tiny"],
+}
 
 
 def take_steps(place: Place, tell: Tell) -> None:
@@ -223,8 +228,7 @@ def take_steps(place: Place, tell: Tell) -> None:
         config, classes = settings.check_config(
             composed(arguments_of(place, "plan", "loss=fpo", "mode=plan")), ["plan"]
         )
-        made = plan.make(config, classes, settings.find_paths(config, classes.binding.needs), 1)
-        return {"planned GB": sum(made.memory.values()) / 1e9}
+        return {"planned GB": plan.make(config, classes, 1).peak / 1e9}
 
     def features() -> Row:
         run = place.folder / "runs" / "fpo-False"
@@ -234,7 +238,7 @@ def take_steps(place: Place, tell: Tell) -> None:
 
     for losses in (MAIN, OTHERS):
         for compiled in (False, True):
-            for loss in losses:
+            for loss in losses[:1] if compiled and place.is_dry else losses:  # a CPU compiles one for half a minute
                 row = attempt({"what": loss, "compiled": compiled}, partial(steps, loss, compiled))
                 first |= {loss: row["first loss"]} if "first loss" in row else {}
                 tell(row)
@@ -252,7 +256,7 @@ def training(place: Place, accumulation: int, compiled: bool = False) -> Row:
     if place.is_dry:
         given = {"device": "cpu", "size": "smallest", "batch": 4, "steps": 4, "lengths": "20:10"}
     own = {"accumulation": accumulation, "compile": compiled, "out": f"{place.folder}/throughput/runs"}
-    return {**given, **own, "threads": torch.get_num_threads(), "model": None}
+    return {**given, **own, "threads": torch.get_num_threads(), "model": None, "profile": False}
 
 
 def built(place: Place) -> tuple[Path, Row]:
