@@ -9,7 +9,7 @@ from utils import Count, Name, PathName, Positive, Settings, Share, Text
 
 def fast_dtype(name: str) -> str:
     """What `auto` stands for here: bfloat16 on a GPU and on a processor that multiplies it, else float32. A processor
-    without such instructions takes 80 times as long for a matrix product in bfloat16."""
+    without such instructions takes fifty times as long for a matrix product in bfloat16."""
     if name != "auto":
         return name
     import torch  # takes seconds to import, and --help asks for these settings too
