@@ -80,8 +80,6 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     if writes:
         require_writable(*filter(None, (target, handed)))
     identity = samples.identity_of(config, decoding, records, weights, template)
-    if config.backend == "vllm":  # its random numbers are others
-        identity["backend"] = config.backend
     if config.sae.steer:
         identity["steer"] = [own.model_dump() for own in config.sae.steer]
     samples.require_own_file(target, identity, source)

@@ -417,15 +417,18 @@ def write_text(path: Path, text: str) -> None:
 def html_page(frame: str, places: dict[str, str], data: Any) -> str:
     """An HTML page: the file `frame`, with each {{name}} in it replaced by `places[name]`, a piece of HTML.
 
-    {{style}} becomes assets/page.css, {{script}} assets/page.js, and {{data}} JSON. A `</script>` within the data
-    cannot end its script.
+    {{data}} becomes JSON, within which a `</script>` cannot end its script. Another name with a dot is that of a file,
+    which is filled in the same way and put there.
     """
-    places = places | {
-        "style": (REPO / "assets/page.css").read_text(),
-        "script": (REPO / "assets/page.js").read_text(),
-        "data": as_json(data).replace("<", "\\u003c"),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], (REPO / frame).read_text())
+    places = places | {"data": as_json(data).replace("<", "\\u003c")}
+
+    def filled(file: str) -> str:
+        def content(place: re.Match[str]) -> str:
+            return filled(place[1]).rstrip("\n") if "." in place[1] else places[place[1]]
+
+        return re.sub(r"\{\{([\w./]+)\}\}", content, (REPO / file).read_text())
+
+    return filled(frame)
 
 
 # ---------------------------------------------------------------------------------------------------- JSON

@@ -2,6 +2,7 @@
 const at = id => document.getElementById(id);
 const number = value => value === 0 ? '0' : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString('en') : String(+value.toPrecision(3));
 const whole = value => value.toLocaleString('en');
+const oneLine = text => text.trim().replace(/\s*\n\s*/g, ' \u23ce ');
 // null: a figure that is not finite
 const signed = value => value === null ? '\u221e' : (value > 0 ? '+' : value < 0 ? '\u2212' : '') + number(Math.abs(value));
 

@@ -21,19 +21,18 @@ from rich.table import Table
 from torch import Tensor
 
 import models
-from data.batch import Batch
 from dataloader import DataLoader
 from distributed import parallel
 from distributed.sharding import full_tensor
 from features.intervals import groups_of, with_interval
 from features.measure import Part, described_parts
-from features.reading import PROMPT_END, decode
+from features.reading import PROMPT_END, batches_of_ranks, decode
 from features.report import digits, feature_columns, named
 from launch import assembly, settings
 from launch.policies import find_policy
 from launch.schema import Config
 from launch.settings import RunClasses
-from utils import UserError, as_json, atomic_write, console, html_page, progress_bar
+from utils import UserError, as_json, atomic_write, console, html_page
 
 SHOWN = 8  # features that add most to the margin, and as many that take most from it, with
 EXAMPLES = 3  # completions in which each is strongest
@@ -89,22 +88,14 @@ def write_paid_features(config: Config, classes: RunClasses, path: Path, overrid
 
 
 @torch.no_grad()
-def read_pairs(model: Any, loader: DataLoader, what: str) -> Iterator[tuple[list[int], Batch, Tensor, Tensor]]:
-    """This rank's share of the pairs, batch by batch: their keys, the batch, its rewards [S] and features [S, F]; the
-    chosen ones come first. As many batches on each rank, since a split model runs on all or on none."""
-    keys, rank, world = loader.used(), parallel.rank(), parallel.world_size()
-    size = max(1, loader.batch_size // world)
-    own = keys[rank::world]
-    rounds = -(-len(keys[::world]) // size)
-    with progress_bar(what, rounds, 0) as advance:
-        for number in range(rounds):
-            part = own[number * size : (number + 1) * size]
-            batch = loader.batch(part or keys[:1]).to(parallel.device())
-            scores = models.score_rewards(model, batch)
-            features = model.score.encode(scores.hidden)
-            if part:
-                yield part, batch, scores.rewards, features
-            advance(number + 1, None)
+def read_pairs(model: Any, loader: DataLoader, what: str) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """This rank's share of the pairs, batch by batch: their keys, the rewards [S] and the features [S, F]; the chosen
+    ones come first."""
+    for own, batch, counts in batches_of_ranks(loader, what, loader.used()):
+        scores = models.score_rewards(model, batch)
+        features = model.score.encode(scores.hidden)
+        if counts:
+            yield own, scores.rewards, features
 
 
 def measure(model: Any, loader: DataLoader) -> Paid:
@@ -115,7 +106,7 @@ def measure(model: Any, loader: DataLoader) -> Paid:
     options: Any = {"dtype": torch.float64, "device": parallel.device()}
     sums = torch.zeros(count, 2, 2, head.d_sae, **options)
     pairs, weights = torch.zeros(count, 3, **options), full_tensor(head.weight)[0].float()
-    for own, _, rewards, features in read_pairs(model, loader, "what is paid for"):
+    for own, rewards, features in read_pairs(model, loader, "what is paid for"):
         group = torch.tensor([group_of[key] for key in own], device=rewards.device)
         both = torch.stack([features, (features > 0).float()], dim=1).unflatten(0, (2, len(own))).transpose(0, 1)
         sums.index_add_(0, group, both.double())
@@ -140,7 +131,7 @@ def strongest_texts(
 ) -> dict[int, list[dict[str, Any]]]:
     """The completions at whose last token each of some features is strongest, no text twice."""
     found: list[tuple[list[float], int, int]] = []  # the activations [K] of a completion: of which pair, of which side
-    for own, _, _, features in read_pairs(model, loader, "where it is active"):
+    for own, _, features in read_pairs(model, loader, "where it is active"):
         values = features[:, list(shown)].tolist()
         found += [(values[row], own[row % len(own)], row // len(own)) for row in range(len(values))]
     everywhere = [one for part in parallel.gather_objects(found) for one in part]

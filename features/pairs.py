@@ -25,13 +25,12 @@ from rich.table import Table
 from torch import Tensor
 
 from data import tokenise
-from data.batch import batches_by_length
 from dataloader import DataLoader, short_names
 from distributed import parallel
 from features.measure import Part, described_parts
 from features.outcome import Finished, Outcome, measure_outcome
 from features.probe import TextRecords, half_of, read_texts, texts_of
-from features.reading import decode, pieces
+from features.reading import batches_of_ranks, decode, pieces
 from features.report import SCATTER_POINTS, digits, feature_columns, label, named
 from launch import assembly, settings
 from launch.schema import Config
@@ -212,20 +211,11 @@ def strongest_pairs(found: Differences, features: Sequence[int]) -> dict[int, li
 def read_pairs(subject: Subject, what: str, keys: Sequence[int]) -> Iterator[tuple[int, list[Tensor]]]:
     """Of this rank's share of some pairs, the vectors [M, D] that the SAE reads at the text tokens of either
     completion. For all ranks to call, with the same pairs."""
-    loader, tap, world = subject.loaders["train"], subject.tap, parallel.world_size()
-    assert tap is not None
-    lengths = [prompt + sum(completions) for prompt, completions in loader.shapes(list(keys))] if keys else []
-    batches = batches_by_length(lengths, max(1, loader.batch_size // world))
-    with progress_bar(what, len(batches), 0) as advance:
-        for first in range(0, len(batches), world):
-            # A rank without a batch of its own reads one all the same: a split model runs on all ranks or on none.
-            places = [*batches[first : first + world], *[batches[first]] * world][parallel.rank()]
-            own = [keys[place] for place in places]
-            batch = loader.batch(own).to(parallel.device())
-            residual = read_residual(subject.policy, batch, tap).split(batch.read_lengths)
-            if first + parallel.rank() < len(batches):
-                yield from ((key, [residual[n], residual[len(own) + n]]) for n, key in enumerate(own))
-            advance(min(first + world, len(batches)), None)
+    assert subject.tap is not None
+    for own, batch, counts in batches_of_ranks(subject.loaders["train"], what, keys):
+        residual = read_residual(subject.policy, batch, subject.tap).split(batch.read_lengths)
+        if counts:
+            yield from ((key, [residual[n], residual[len(own) + n]]) for n, key in enumerate(own))
 
 
 def joined(own: dict[Any, Any]) -> dict[Any, Any]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import models
 from data.batch import Batch, batches_by_length
+from dataloader import DataLoader
 from distributed import parallel
 from distributed.sharding import reshard
 from features.intervals import groups_of
@@ -102,6 +103,19 @@ def put(policy: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
     reshard(policy)
     load_weights(policy, weights, new_tokens)
     policy.eval()
+
+
+def batches_of_ranks(loader: DataLoader, what: str, keys: Sequence[int]) -> Iterator[tuple[list[int], Batch, bool]]:
+    """Of this rank's share of some records, each batch: their keys, the batch itself, and whether it counts. A rank
+    without one of its own reads another's all the same, since a split model runs on all ranks or on none."""
+    world, rank = parallel.world_size(), parallel.rank()
+    lengths = [prompt + sum(completions) for prompt, completions in loader.shapes(list(keys))] if keys else []
+    batches = batches_by_length(lengths, max(1, loader.batch_size // world))
+    with progress_bar(what, len(batches), 0) as advance:
+        for first in range(0, len(batches), world):
+            own = [keys[place] for place in [*batches[first : first + world], *[batches[first]] * world][rank]]
+            yield own, loader.batch(own).to(parallel.device()), first + rank < len(batches)
+            advance(min(first + world, len(batches)), None)
 
 
 class Reader:

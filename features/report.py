@@ -275,12 +275,18 @@ def run_data(measured: Measured, kind: str) -> dict[str, Any]:
     }
 
 
+def share_of_drift(sums: np.ndarray) -> np.ndarray:
+    """What each feature adds to the drift, as a share of it, from `Figures.sums`."""
+    drift = Figures.drift_of(sums)
+    return drift / (drift.sum() or 1.0)
+
+
 def features_data(report: Report, kind: str) -> list[dict[str, Any]]:
     """The features that are shown, with their contexts."""
     own = report.runs[0]
     before, after, errors = own.reference[kind], own.policy[kind], own.errors(kind)
     scaling = {index: share for trust in report.trust[kind] for index, share in trust.scaling.items()}
-    drift = with_interval(after.sums, lambda sums: Figures.drift_of(sums) / (Figures.drift_of(sums).sum() or 1.0))
+    drift = with_interval(after.sums, share_of_drift)
     found = []
     for index, contexts in report.contexts[kind].items():
         name, address = named(report.parts, index)
