@@ -51,8 +51,8 @@ def train(raw: DictConfig) -> None:
         digests, loader = assembly.digests(config, classes, paths, inputs), inputs.data.loaders["train"]
         resuming.require_same_inputs(run, digests, loader, can_grow=classes.trainer.can_grow)
         if not finished:
+            trainer = assembly.build_trainer(config, classes, paths, run, inputs)  # refuses, before the run begins
             parallel.from_rank_zero(lambda: run.start(config))
-            trainer = assembly.build_trainer(config, classes, paths, run, inputs)
             trainer.began = started
             completions.write_completions(trainer, config, "before")
             with trainer.stopping:

@@ -528,22 +528,34 @@ def find_sae(section: SAESettings, where: str) -> SAESource:
     Raises UserError if its files are missing or not of one format, if neither they nor the section say which layer it
     reads, and if they disagree.
     """
+    require_format(section, where)
+    assert section.path is not None
+    path = one_of_many(fetch_sae(section.path, f"{where}.path"), section.layer, where)
+    files = detect_format(path, section.format)
+    said = SAE_FORMATS[files.format].locate(files.weights, files.config_file())
+    return SAESource(where, files, *place_of(section, where, said, files.weights), section.weight)
+
+
+def require_format(section: SAESettings, where: str) -> None:
+    """Raises UserError for a format that there is not."""
     known = ("auto", *SAE_FORMATS)
     if section.format not in known:
         hint = suggest(section.format, known)
         raise UserError(f"{where}.format={section.format}: not one of {', '.join(known)}{hint}")
-    assert section.path is not None
-    path = one_of_many(fetch_sae(section.path, f"{where}.path"), section.layer, where)
-    files = detect_format(path, section.format)
-    layer, hook = SAE_FORMATS[files.format].locate(files.weights, files.config_file())
+
+
+def place_of(section: SAESettings, where: str, said: Location, source: Path | str) -> tuple[int, str]:
+    """The layer and the hook that an SAE reads, from what a section of the configuration asks for and what its files
+    say, which are at `source`. Raises UserError where they disagree, or neither says the layer."""
+    layer, hook = said
     for key, value in (("layer", layer), ("hook", hook)):
         asked = getattr(section, key)
         if value is not None and asked not in (None, value):
-            raise UserError(f"{where}.{key}={asked}, but {files.weights} says {value}; {where}.{key}=null uses that")
+            raise UserError(f"{where}.{key}={asked}, but {source} says {value}; {where}.{key}=null uses that")
     layer = layer if section.layer is None else section.layer
     if type(layer) is not int or layer < 0:
         raise UserError(f"{where}.layer={layer}: set it to the layer whose output is read, from 0; the file says none")
-    return SAESource(where, files, layer, section.hook or hook or "residual", section.weight)
+    return layer, section.hook or hook or "residual"
 
 
 def one_of_many(path: Path, layer: int | None, where: str) -> Path:

@@ -238,7 +238,8 @@ def commands_for_cards() -> dict[str, tuple[DictConfig, int]]:
         values = ALL[name].values
         if values.get("model") in known and values["loss"] != "sae" and not values.keys() & NEW:
             own = [word for word in ALL[name].arguments if word.lstrip("+").partition("=")[0] not in UNREAD]
-            own = [re.sub("=/saes/.*", f"={next(iter(plan.SHAPES['saes']))}", word) for word in own]
+            wide = next(path for path, (width, *_) in plan.SHAPES["saes"].items() if width == 4096)
+            own = [re.sub("=/saes/.*", f"={wide}", word) for word in own]
             nodes = 2 if "hybrid_sharding" in name or "slurm" in name else 1
             found[name] = composed(settings.translate_arguments(own)), 8 * nodes
     return found
