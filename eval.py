@@ -19,7 +19,7 @@ configuration can be changed. If it is killed, the same command goes on where it
 from launch import startup
 
 if __name__ == "__main__":
-    startup.begin(__doc__, ["sampling", "labels", "features", "data"])
+    startup.begin(__doc__, ["sampling", "labels", "features", "the sparse autoencoder", "data"])
 
 import argparse
 import sys

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from utils import MOST, UserError, resolve_path
+from utils import MOST, UserError, in_words, resolve_path
 
 ENCODE_ELEMENTS = 1 << 24  # feature activations in memory at once while encoding: 64 MiB in fp32
 OTHER_FEATURES = "others"  # an index in feature weights that stands for all features that are not listed
@@ -547,7 +547,7 @@ def listed_features(source: Any, d_sae: int, where: str) -> tuple[dict[int, floa
         try:
             source = json.loads(resolve_path(source).read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{setting}: cannot read {source} as JSON ({error})") from error
+            raise UserError(f"{setting}: cannot read {source} as JSON ({in_words(error)})") from error
     if not isinstance(source, list):
         raise UserError(f"{where}: not a list of {{index: a feature or {OTHER_FEATURES}, weight: a number}}")
     others, listed = 1.0, {}

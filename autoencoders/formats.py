@@ -26,7 +26,7 @@ from autoencoders.settings import SAESection, SAESettings
 from modeling.tensor_files import write_safetensors
 from models import fetch
 from sae import SAE, SINK_NORM, JointSAE
-from utils import UserError, as_json, atomic_write, console, resolve_path, sound_digest, suggest
+from utils import UserError, as_json, atomic_write, console, in_words, resolve_path, sound_digest, suggest
 
 SMALL, MOST_PACKED = 1 << 20, 20  # bytes, and times its size: what a file may unpack to; random weights pack to 90 %
 LISTED = 10  # SAEs of a directory, in an error, at most
@@ -44,8 +44,8 @@ class WeightsFile:
         try:
             self.tensors = read_tensors(path)
         except Exception as error:  # what the three readers raise for a damaged file is of any kind
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: not a readable {path.suffix[1:]} file of plain arrays ({reason})") from error
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: not a readable {path.suffix[1:]} file of plain arrays ({said})") from error
         self.unread = set(self.tensors)
 
     def take(self, name: str, *shape: int) -> Tensor:
@@ -101,7 +101,7 @@ class ConfigFile:
         try:
             self.values = json.loads(path.read_text()) if path else {}
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+            raise UserError(f"{path}: cannot be read as JSON ({in_words(error)})") from error
         if not isinstance(self.values, dict):
             raise UserError(f"{path}: is not a JSON object")
 

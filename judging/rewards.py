@@ -28,6 +28,7 @@ from utils import (
     UserError,
     console,
     fingerprint,
+    in_words,
     json_lines_file,
     log_lines,
     progress_bar,
@@ -199,7 +200,7 @@ def reward_log(path: Path) -> Iterator[RewardLog]:
             try:
                 files.append(stack.enter_context(json_lines_file(path)))
             except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror}") from error
+                raise UserError(f"cannot write {path}: {in_words(error)}") from error
 
         parallel.from_rank_zero(begin)
         yield RewardLog(files[0] if files else None)

@@ -75,17 +75,22 @@ def print_plan(config: Config, classes: RunClasses) -> None:
     if not classes.trainer.can_plan:
         raise UserError(f"mode=plan counts what training a language model takes; loss={config.loss.name} trains none")
     plan = make(config, classes, config.nproc or parallel.number_of_ranks(None))
+    own = ", a GPU for each" if device_of(config.model).type == "cuda" else ""
     console.print(
         f"{config.model.name}: {plan.parameters / 1e6:,.1f} M parameters, {plan.trained / 1e6:,.1f} M trained, "
-        f"on {plan.ranks} {'rank' if plan.ranks == 1 else 'ranks'}"
+        f"on {plan.ranks} {'rank' if plan.ranks == 1 else 'ranks'}{own}, in {config.model.policy_dtype}"
     )
-    table = Table("memory of each rank", "GB: passes", "update")
+    table = Table("memory of each rank, GB", "forward and backward", "optimiser's update")
     for rows, columns in ((plan.held, (0, 1)), (plan.passing, (0,)), (plan.updating, (1,))):
         for name, size in rows.items():
             table.add_row(name, *(f"{size / 1e9:,.2f}" if column in columns else "" for column in (0, 1)))
     sums = [sum({**plan.held, **own}.values()) for own in (plan.passing, plan.updating)]
     table.add_row("together", *(f"{size / 1e9:,.2f}" for size in sums), style="bold")
     console.print(table)
+    console.print(
+        f"Each rank needs {plan.peak / 1e9:,.2f} GB, the larger of the two sums, and about a tenth of its memory for "
+        "what is not counted (docs/scale.md)."
+    )
     table = Table("disk", "GB")
     for name, size in plan.disk.items():
         table.add_row(name, f"{size / 1e9:,.2f}")
@@ -102,7 +107,7 @@ def make(config: Config, classes: RunClasses, ranks: int) -> Plan:
     keeps, computes = DTYPES[own.weights_dtype], DTYPES[own.policy_dtype]
     architecture, reading = find(config, classes)
     pairs = None not in classes.trainer.sides
-    device = torch.device("cuda") if own.policy_dtype == "bfloat16" else parallel.device()
+    device = device_of(own)
     implementation, layout = models.choose_attention(own, architecture, pairs=pairs, device=device)
     implementation = "outline" if implementation in FUSED else implementation
     kind: Any = AutoModelForSequenceClassification if classes.trainer.is_reward else AutoModelForCausalLM
@@ -162,6 +167,11 @@ def make(config: Config, classes: RunClasses, ranks: int) -> Plan:
         tokens = completions * (own.max_length - own.max_prompt_length)
         plan.disk["reference cache, at most, without features, of 100,000 records"] = 1e5 * 4 * tokens
     return plan
+
+
+def device_of(own: ModelSettings) -> torch.device:
+    """What a plan is made for: a GPU wherever the model computes in bf16."""
+    return torch.device("cuda") if own.policy_dtype == "bfloat16" else parallel.device()
 
 
 def find(config: Config, classes: RunClasses) -> tuple[PretrainedConfig, assembly.Reading | None]:

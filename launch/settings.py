@@ -132,8 +132,9 @@ ELSEWHERE = {
 
 def translate_argument(argument: str) -> list[str]:
     """A command's argument in Hydra's words: `++config.key=value` as HALOs' FAQ has it; `model=` with a directory, a
-    run or a Hub id; `sae=[a,b]`, where Hydra would lay the second over the first; `gemma-2-2b` as the earlier FPO code
-    spells gemma2b; `term=nll` and `term=[nll,features]`, each of which goes into a section of its own."""
+    run or a Hub id; `sae=[a,b]`, where Hydra would lay the second over the first, and `sae=null`; `gemma-2-2b` as the
+    earlier FPO code spells gemma2b; `term=nll` and `term=[nll,features]`, each of which goes into a section of its
+    own."""
     argument = re.sub(r"^\+\+config\.", "++", argument)
     if argument.startswith("model="):
         source = argument.removeprefix("model=")
@@ -149,6 +150,8 @@ def translate_argument(argument: str) -> list[str]:
         raise UserError(f"{argument}: names no term; there are {', '.join(choices_of('term'))}")
     if terms := re.fullmatch(r"\+{0,2}term=\[?([\w, -]+)\]?", argument):
         return [f"+term@term.{name.strip()}={name.strip()}" for name in terms[1].split(",")]
+    if argument == "sae=null":
+        return ["~sae"]
     if several := re.fullmatch(r"sae=\[(.*)\]", argument):
         names = [name.strip() for name in several[1].split(",")]
         return ["~sae", *(f"+sae@sae.parts.{re.sub(r'[^a-zA-Z0-9]', '_', name)}={name}" for name in names)]
@@ -603,9 +606,10 @@ def with_defaults(config: Config, paths: RunPaths, saved: Config | None = None) 
 def require_sae(config: Config, who: str) -> None:
     """Raises UserError where the configuration has no SAE."""
     if not sae_sections(config.sae):
+        own = f"sae={config.model.name}, or " if config.model.name in choices_of("sae") else ""
         raise UserError(
-            f"{who} needs an SAE that fits the model: sae={'|'.join(choices_of('sae'))}, "
-            "or ++sae.path=... ++sae.layer=..."
+            f"{who} needs an SAE that fits the model: {own}++sae.path=... ++sae.layer=...; to go without one (~sae) is "
+            "for losses that read no features"
         )
 
 

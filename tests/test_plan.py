@@ -55,6 +55,18 @@ def test_what_is_gathered_is_counted():
     assert found.peak == sum(found.held.values()) + sum(found.passing.values())
 
 
+def test_a_plan_says_what_its_columns_are(capsys):
+    few = ["++model.batch_size=2", "++model.max_length=96", "++model.max_prompt_length=32", "++mode=plan"]
+    for own in ("++nproc=2", "model.policy_dtype=bfloat16"):
+        plan.print_plan(*settings.check_config(composed(["loss=dpo", *TINY, *few, own]), modes=["plan"]))
+    on_cpu, on_gpu = re.split("^tiny: ", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    assert "on 2 ranks, in float32" in on_cpu and "on 1 rank, a GPU for each, in bfloat16" in on_gpu
+    heads = r"memory of each rank, GB +.\s+forward and backward +.\s+optimiser's update"
+    sums = re.search(r"together\D+([\d.]+)\D+([\d.]+)", on_gpu).groups()
+    assert re.search(heads, on_gpu) and f"Each rank needs {max(sums, key=float)} GB" in on_gpu
+    assert "this GPU" not in on_gpu
+
+
 def test_hybrid_sharding_splits_within_a_node():
     eight, sixteen = (plan_of("loss=dpo", "++model.hybrid_sharding=true", ranks=ranks)[1] for ranks in (8, 16))
     assert eight.held == sixteen.held
