@@ -635,6 +635,7 @@ def test_the_real_questions_of_mt_bench(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "cannot read"),
+        ('{"config": {}, "config": {}}', "the key 'config' twice"),
         ("[]", "not a file of answers"),
         ({"config": {"exp_name": "e"}}, "needs `config` .* it holds"),
         ({"config": {}, "samples": [{"prompt": "p", "policy": "a", "chosen": "b"}]}, "exp_name"),
