@@ -140,7 +140,7 @@ def check_start(
             f"loss=bradley-terry-sae trains; loss={config.loss.name} starts from a language model or from a reward "
             "model of its own kind"
         )
-    if model.load_from is not None and not model.load_in_4bit:  # else the files are one model's
+    if model.load_from is not None and not model.load_in_4bit:  # without it the weights lie beside their config.json
         vocabulary = len(load_tokenizer(classes, tokenizer))
         options: dict[str, Any] = {"reward": reward, "new_head": new_head, "vocabulary": vocabulary}
         check_weights(*models.outline(folder, model.load_from, **options))
