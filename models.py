@@ -45,9 +45,9 @@ from modeling.weights import (
     CutWeights,
     Weights,
     check_weights,
-    find_weights,
     load_weights,
     open_weights,
+    own_weights,
     require_matching_weights,
     weight_files,
 )
@@ -516,8 +516,7 @@ def reward_model(named: str, setting: str) -> tuple[Path, str | None]:
 
     Raises UserError, before a weight is read, where there is none that is trained.
     """
-    source = find_weights(named, setting)
-    folder, load_from = (source.parent, str(source)) if source.is_file() else (source, None)
+    folder, load_from = own_weights(named, setting)
     reward_config(folder, f"{setting}={named}")
     model, weights, _ = outline(folder, load_from, reward=True)
     check_weights(model, weights)

@@ -29,7 +29,7 @@ from launch.settings import RunClasses, RunPaths
 from modeling import adapters, head
 from modeling.compiled import compiled
 from modeling.settings import ModelSettings
-from modeling.weights import REWARD_HEAD, check_weights, open_weights, source_of, weights_digest
+from modeling.weights import REWARD_HEAD, check_weights, open_weights, own_weights, source_of, weights_digest
 from sae import SAE, ResidualTap
 from training.checkpoint import Run
 from training.loop import BasicTrainer, Setup, Subject
@@ -195,7 +195,7 @@ def digests(config: Config, classes: RunClasses, paths: RunPaths, inputs: Inputs
             named = written(given.options["feature_drift"]["feature_weights"])
             found[f"{given.where}.feature_weights"] = Input(fingerprint(weights.tolist()), named)
     for key, named in classes.trainer.other_weights(binding).items():
-        found[key] = Input(weights_digest(paths.model, named), named)
+        found[key] = Input(weights_digest(*own_weights(named, key)), named)
     return found
 
 

@@ -194,6 +194,12 @@ def find_weights(load_from: str, setting: str = "model.load_from") -> Path:
     raise UserError(f"{setting}={load_from}: no policy.pt, safetensors or run directory there")
 
 
+def own_weights(named: str, setting: str) -> tuple[Path, str | None]:
+    """The weights that a setting names, with the model that they are of, as `open_weights` takes them."""
+    source = find_weights(named, setting)
+    return (source.parent, str(source)) if source.is_file() else (source, None)
+
+
 def formats_in(folder: Path) -> set[str]:
     """The formats in which a directory holds weights, of those that an export may have."""
     return {name for name, files in FORMATS.items() if list(folder.glob(files))}

@@ -8,11 +8,11 @@ import safetensors.torch
 import torch
 from conftest import REPO, metrics
 from hydra import compose, initialize_config_dir
-from test_training import PAIRS, assembled, losses, run
+from test_training import PAIRS, assembled, losses, run, settle
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import models
-from launch import report, settings
+from launch import assembly, report, settings
 from training import loop
 from utils import UserError
 
@@ -101,6 +101,20 @@ def test_ppo_takes_its_rewards_from_labels_scores_or_a_model(tmp_path, plain_run
     by_file = rewards(f"loss.reward={policy_file(plain_run('bradley-terry'), tmp_path)}")
     assert by_model.shape == (8,) and by_model.std() > 0
     torch.testing.assert_close(by_file, by_model)
+
+
+def test_the_digest_of_a_reward_model_is_of_its_own_architecture(tmp_path, plain_run):
+    """A run does not go on with another one."""
+    policy_file(plain_run("bradley-terry"), tmp_path)
+    raw, _ = settle(tmp_path, "loss=ppo", f"loss.reward={tmp_path}/only")
+    config, classes = settings.check_config(raw)
+    paths = settings.find_paths(config, classes.binding.needs)
+    inputs = assembly.read_inputs(config, classes, paths)
+    before = assembly.digests(config, classes, paths, inputs)
+    own = tmp_path / "only/LATEST/config.json"
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"rms_norm_eps": 0.1}))
+    after = assembly.digests(config, classes, paths, inputs)
+    assert {key for key in before if before[key] != after[key]} == {"loss.reward"}
 
 
 def policy_file(run, folder):
