@@ -139,8 +139,8 @@ def warnings(report: Report, kind: str) -> list[str]:
             where = "the SAE" if len(report.parts) == 1 else f"the SAE {part.name}"
             within = f" (± {trust.outside.error:.0%})" if np.isfinite(trust.outside.error) else ""
             said.append(
-                f"Careful: {trust.outside.value:.0%}{within} of the change of the residual stream on {KIND_NAMES[kind]} is "
-                f"outside what {where} rebuilds, so its features tell the smaller part of it."
+                f"Careful: {trust.outside.value:.0%}{within} of the change of the residual stream on "
+                f"{KIND_NAMES[kind]} is outside what {where} rebuilds, so its features tell the smaller part of it."
             )
     return said
 

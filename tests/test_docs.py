@@ -19,6 +19,7 @@ from test_plan import CARD, plan_for_cards
 
 import compare
 import dataloader
+from benchmarks import control
 from launch import plan, report, settings
 from training.quantities import QUANTITIES
 
@@ -403,3 +404,19 @@ def test_the_readmes_custom_trainer_runs_as_written(copy):
     (copy / "my_trainers.py").write_text(code)
     few = ["n_examples=64", "n_eval_examples=16"]
     run_command(*shlex.split(line)[1:], *few, cwd=copy)
+
+
+# ------------------------------------------------------------------------------------------------------- the pictures
+
+
+def test_the_picture_of_control_is_that_of_its_figures_which_are_the_tables():
+    lines = [json.loads(line) for line in control.FIGURES.read_text().splitlines()]
+    assert control.picture(lines) == control.PICTURE.read_text()
+    drawn = re.findall(r'<circle cx="[\d.]+" cy="[\d.]+" r="3.5" fill="(#\w+)"', control.PICTURE.read_text())
+    assert len(drawn) == len(lines) and len(set(drawn)) == 10  # as many colours as methods
+    for pushed in control.PUSHED:
+        table = DOCUMENTS["docs/control.md"].split(f"<!-- {pushed} -->\n")[1].split("<!-- end -->")[0]
+        rows = [row.strip(" |").split(" | ") for row in table.strip().splitlines()[3:]]
+        ends = {line["method"]: line for line in lines if (line["pushed"], line["pairs"]) == (pushed, control.PAIRS)}
+        assert [row[0] for row in rows] == list(ends)
+        assert [tuple(map(float, row[4:6])) for row in rows] == [(x["gained"], x["friendly"]) for x in ends.values()]
