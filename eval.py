@@ -49,7 +49,16 @@ from launch.report import write_run_page
 from launch.schema import Config
 from sampling import backends, benchmark_files, diversity, samples
 from training.checkpoint import Run
-from utils import UserError, console, file_digest, require_different_files, require_writable, user_path, write_json
+from utils import (
+    UserError,
+    console,
+    file_digest,
+    require_different_files,
+    require_writable,
+    sealed,
+    user_path,
+    write_json,
+)
 
 
 def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
@@ -93,14 +102,16 @@ def write_samples(raw: DictConfig, path: Path, overrides: list[str]) -> None:
             benchmark_files.write_benchmark_file(config.mode, handed, config.exp_name, conversations, log.sampled_at)
         refused = {"refused_parameters": server.refused_parameters} if server and server.refused_parameters else {}
         log.publish(
-            {
-                "sampled_at": log.sampled_at,
-                "sampled_from": source,
-                "config": config.model_dump(),
-                "sampling": identity,
-                **refused,
-                "samples": [talk.entry() for talk in conversations],
-            }
+            sealed(
+                {
+                    "sampled_at": log.sampled_at,
+                    "sampled_from": source,
+                    "config": config.model_dump(),
+                    "sampling": identity,
+                    **refused,
+                    "samples": [talk.entry() for talk in conversations],
+                }
+            )
         )
     judged = f"-f {target}"
     if handed:

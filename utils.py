@@ -451,21 +451,46 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class RepeatedKey(ValueError):
+    """A JSON object has a key twice."""
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` of json, which would take the last of two equal keys. Raises RepeatedKey."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(f"the key {next(key for key in found if keys.count(key) > 1)!r} twice")
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, or replace it, in one step, by the rules of `as_json`."""
     write_text(path, as_json(value, indent=2) + "\n")
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """What is to be written as JSON, with its digest."""
+    return {**content, "digest": fingerprint(json.loads(as_json(content)))}
+
+
+def without_seal(content: dict[str, Any]) -> dict[str, Any] | None:
+    """What a sealed JSON file holds; None where it is not what was written. Older files have no seal."""
+    content = dict(content)
+    digest = content.pop("digest", None)
+    return content if digest in (None, fingerprint(content)) else None
 
 
 def json_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
     """(line number, value) of each line of a JSON Lines file that is not blank.
 
     Give it the file, opened to read bytes: its lines end at a line feed and nowhere else. The value is None for a line
-    that is not JSON, such as half a line of a killed writer.
+    that is not JSON, such as half a line of a killed writer, or that has a key twice.
     """
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                value = json.loads(line)
+                value = json.loads(line, object_pairs_hook=without_repeats)
             except (ValueError, RecursionError):
                 value = None
             yield number, value

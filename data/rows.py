@@ -19,7 +19,7 @@ import pyarrow
 from pyarrow import parquet
 
 from data.hub import download
-from utils import Message, UserError, console
+from utils import Message, RepeatedKey, UserError, console, without_repeats
 
 ROLES = ("system", "user", "assistant")
 TURNS = (("system", "user"), ("user", "assistant"), ("assistant", "user"))  # who may speak after whom
@@ -252,9 +252,11 @@ def _json(line: bytes) -> Any:
     if len(line) > longest_row.get():
         return BadRow(_too_long())
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=without_repeats)
     except RecursionError:
         return BadRow("the row is nested too deeply")
+    except RepeatedKey as error:
+        return BadRow(f"the row has {error}")
     except ValueError:
         return BadRow("the row is malformed")
 
@@ -264,7 +266,7 @@ class _ListReader:
 
     def __init__(self, stream: BinaryIO) -> None:
         self.text = io.TextIOWrapper(stream, encoding="utf-8-sig")
-        self.decoder = json.JSONDecoder()
+        self.decoder = json.JSONDecoder(object_pairs_hook=without_repeats)
         self.held, self.at = "", 0  # what is read, and where in it the rest begins
 
     def items(self) -> Iterator[Any]:
@@ -298,6 +300,8 @@ class _ListReader:
             self.skip_space()
             try:
                 value, end = self.decoder.raw_decode(self.held, self.at)
+            except RepeatedKey as error:
+                raise ValueError(f"an item of the list has {error}") from None
             except ValueError as error:
                 piece = self.text.read(max(PIECE, len(self.held)))
                 if not piece or len(self.held) - self.at > longest:

@@ -23,14 +23,18 @@ def import_package() -> Any:
     return alpaca_eval
 
 
+def is_official_set(comparison: Comparison) -> bool:
+    """Whether the items are AlpacaEval's instructions in order: the package looks them up by row."""
+    return fingerprint([item.messages[-1]["content"] for item in comparison.items]) == INSTRUCTIONS_DIGEST
+
+
 def require_official_set(comparison: Comparison) -> None:
-    """Raises UserError unless the items are AlpacaEval's instructions in order: the package looks them up by row."""
+    """Raises UserError unless the package can compute this comparison's rate."""
     import_package()
-    instructions = [item.messages[-1]["content"] for item in comparison.items]
-    if fingerprint(instructions) != INSTRUCTIONS_DIGEST:
+    if not is_official_set(comparison):
         raise UserError(
             "--official_lc needs answers to AlpacaEval's 805 instructions in their own order; the "
-            f"{len(instructions)} of {comparison.candidate} against {comparison.baseline} differ from these"
+            f"{len(comparison.items)} of {comparison.candidate} against {comparison.baseline} differ from these"
         )
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from judging.judge import Item, Verdict
 from judging.protocols import JudgeInput, parse_arena_verdict
-from utils import Message, UserError, console, fingerprint, json_lines, suggest
+from utils import Message, UserError, console, fingerprint, json_lines, suggest, without_repeats, without_seal
 
 SMALL, MOST_PACKED = 64 << 20, 100  # bytes, and times its size: what a .gz file of texts may unpack to
 SINGLE_KEY = ""  # the key of the answers in a file with one answer per row
@@ -71,13 +71,17 @@ def read_json(path: Path) -> Any:
     try:
         with unpacked(path) if path.suffix == ".gz" else path.open("rb") as file:
             if ".jsonl" not in path.suffixes:
-                return json.load(file)
+                content = json.load(file, object_pairs_hook=without_repeats)
+                if isinstance(content, dict) and "sampled_at" in content and without_seal(content) is None:
+                    console.print(f"{path} was changed after eval.py wrote it", style="yellow")
+                return content
             lines = dict(json_lines(file))
     except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
         near = "" if path.exists() else suggest(path.name, [other.name for other in path.parent.glob("*.json*")])
         raise UserError(f"cannot read {path}{near}: {error}") from None
     if None in lines.values():
-        raise UserError(f"cannot read {path}: line {next(n for n, value in lines.items() if value is None)} is no JSON")
+        number = next(number for number, value in lines.items() if value is None)
+        raise UserError(f"cannot read {path}: line {number} is no JSON, or has a key twice")
     return list(lines.values())
 
 

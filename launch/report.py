@@ -29,12 +29,11 @@ from utils import (
     REPO,
     SIDES,
     UserError,
-    as_json,
     console,
-    fingerprint,
     flat,
     html_page,
     json_lines,
+    without_seal,
     write_text,
     written,
 )
@@ -192,18 +191,10 @@ def run_page(folder: Path, lines: Lines) -> str:
     return html_page("launch/report.html", places, data)
 
 
-def sealed(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a summary, with their digest."""
-    return {**figures, "digest": fingerprint(json.loads(as_json(figures)))}
-
-
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """The figures that a run ended with; None where there are none, or not those that it wrote."""
     figures = json_of(folder / SUMMARY)
-    if not isinstance(figures, dict):
-        return None
-    digest = figures.pop("digest", None)  # which older ones lack
-    return figures if digest in (None, fingerprint(figures)) else None
+    return without_seal(figures) if isinstance(figures, dict) else None
 
 
 def json_of(path: Path) -> Any:

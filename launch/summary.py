@@ -13,12 +13,12 @@ from distributed import parallel
 from judging.judge import Item, judge_pairs, toy_judge
 from judging.statistics import win_rate
 from launch.completions import draw, prompts_of, write_completions
-from launch.report import SAE_FIGURES, SUMMARY, read_lines, sealed
+from launch.report import SAE_FIGURES, SUMMARY, read_lines
 from launch.schema import Config
 from sampling.diversity import log_likelihoods
 from sampling.generate import Decoding, Request, Sample
 from training.loop import BasicTrainer
-from utils import console, write_json
+from utils import console, sealed, write_json
 
 
 def write_summary(trainer: BasicTrainer, config: Config, start_weights: Path) -> None:

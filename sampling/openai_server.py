@@ -127,9 +127,12 @@ class Server:
         limits = openai.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT))
 
         def bound(response: Any) -> None:
+            if (packing := response.headers.get("content-encoding", "identity")) != "identity":
+                raise httpx.RemoteProtocolError(f"its answer is packed ({packing}), which no request asks for")
             response.stream = BoundedBody(response.stream, timeout)
 
-        http = openai.DefaultHttpxClient(timeout=limits, event_hooks={"response": [bound]})
+        plain = {"accept-encoding": "identity"}  # else a small answer may unpack to one that fills the memory
+        http = openai.DefaultHttpxClient(timeout=limits, headers=plain, event_hooks={"response": [bound]})
         own = {"api_key": key or "none", "base_url": base_url, "max_retries": 0, "timeout": limits}
         self.client = openai.OpenAI(**own, http_client=http)  # type: ignore[arg-type]
         self.refused_parameters: list[str] = []  # parameters of requests that the model does not take

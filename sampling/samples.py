@@ -32,6 +32,7 @@ from utils import (
     open_json_lines,
     progress_bar,
     remove_empty,
+    without_seal,
     write_log_lines,
     write_text,
 )
@@ -173,6 +174,11 @@ class SampleLog:
             content = json.loads(self.target.read_text(encoding="utf-8"))
             if content["sampling"] != identity:
                 return {}
+            if without_seal(content) is None:
+                raise UserError(
+                    f"{self.target} is not what eval.py wrote: it was changed or is damaged. Move it away to draw its "
+                    "samples again, or name another file with ++exp_name=NAME"
+                )
             self.finished = not any("failed" in entry for entry in content["samples"])
             self.sampled_at = content["sampled_at"]
             return samples_in(content["samples"], identity["samples"])

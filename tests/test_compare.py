@@ -635,6 +635,7 @@ def test_the_real_questions_of_mt_bench(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "cannot read"),
+        ('{"config": {}, "config": {}}', "the key 'config' twice"),
         ("[]", "not a file of answers"),
         ({"config": {"exp_name": "e"}}, "needs `config` .* it holds"),
         ({"config": {}, "samples": [{"prompt": "p", "policy": "a", "chosen": "b"}]}, "exp_name"),
@@ -806,7 +807,9 @@ def test_recorded_preferences_of_alpaca_eval(
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
-def test_the_official_length_control_needs_all_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_official_length_control_needs_all_rows_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(alpaca_eval_official, "import_package", lambda: None)
     path = ANNOTATIONS / "vicuna-13b.json.gz"
     found = answers.read_recorded(path)
@@ -818,6 +821,10 @@ def test_the_official_length_control_needs_all_rows_in_order(tmp_path: Path, mon
     assert "the 5 of vicuna-13b against gpt4_1106_preview differ from these" in said
     assert "-p alpacaeval, or -j recorded" in error_of("-f", path, "--official_lc")
     assert not (tmp_path / "r.jsonl").exists()
+    capsys.readouterr()
+    for is_told in (False, True):
+        compare.main(["-f", str(path), "-j", "recorded", "-r", str(tmp_path / "r.jsonl"), *["-mc=5"][is_told:]])
+        assert ("--official_lc adds its own" in " ".join(capsys.readouterr().out.split())) == is_told
 
 
 @with_the_extra

@@ -549,6 +549,18 @@ def test_a_file_with_a_row_that_is_too_long_is_not_read(tmp_path: Path, name: st
         dataloader.read_file(tmp_path / name)
 
 
+@pytest.mark.parametrize("row", ['{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}',
+                                 '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'])  # fmt: skip
+def test_a_row_with_a_key_twice_is_a_bad_row(tmp_path: Path, row: str) -> None:
+    """json would take the last, and nobody would know."""
+    (tmp_path / "a.jsonl").write_text(f"{row}\n{json.dumps(pair_rows(1)[0])}\n")
+    data = dataloader.read_file(tmp_path / "a.jsonl")
+    assert data.bad.counts == {f"the row has the key {'chosen' if 'chosen' in row else 'content'!r} twice": 1}
+    (tmp_path / "a.json").write_text(f"[{json.dumps(pair_rows(1)[0])}, {row}]")
+    with pytest.raises(UserError, match=r"a\.json cannot be read: an item of the list has the key '\w+' twice"):
+        dataloader.read_file(tmp_path / "a.json")
+
+
 def test_a_line_is_not_read_whole_to_find_that_it_is_too_long(tmp_path: Path) -> None:
     """What a file of a few kilobytes can be unpacked to need not fit into memory."""
     file = tmp_path / "a.jsonl.gz"

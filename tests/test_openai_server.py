@@ -1,6 +1,7 @@
 """What servers send, and what is made of it: answers, reasons in their own words, parameters that they refuse."""
 
 import copy
+import gzip
 import json
 import math
 import random
@@ -197,6 +198,22 @@ def test_an_answer_that_does_not_end_is_not_waited_for(server, monkeypatch):
     assert len(server.requests) == 1
     monkeypatch.setattr(openai_server, "MOST_BYTES", 20)
     with pytest.raises(NoAnswer, match=r"longer than 0 MiB"):
+        ask(server)
+
+
+def packed(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "gzip")
+    content = gzip.compress(b" " * 10**6 + json.dumps(completion("fine")).encode())
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def test_an_answer_is_not_unpacked(server):
+    """A small one can fill the memory."""
+    server.faults = [packed] * openai_server.TRIES
+    with pytest.raises(NoAnswer, match=r"its answer is packed \(gzip\), which no request asks for"):
         ask(server)
 
 

@@ -20,6 +20,7 @@ from transformers import TopPLogitsWarper as TopP
 import dataloader
 import eval as evaluation
 from data import toy
+from judging.answers import read_answers
 from launch import settings
 from launch.policies import read_config
 from sampling import samples
@@ -215,7 +216,7 @@ def test_never_is_never_drawn():
 
 def test_the_file_and_its_settings(tmp_path):
     content = write(tmp_path, "++temperature=0.5", "++top_k=7", "++stop=[xyz]", "seed=5")
-    assert content.keys() == {"sampled_at", "sampled_from", "config", "sampling", "samples"}
+    assert content.keys() == {"sampled_at", "sampled_from", "config", "sampling", "samples", "digest"}
     assert content["config"]["model"]["name_or_path"] == str(TINY)
     wanted = {"temperature": 0.5, "top_k": 7, "top_p": 0.95, "stop": ["xyz"], "seed": 5, "max_new_tokens": 8}
     assert wanted.items() <= content["sampling"].items()
@@ -238,6 +239,20 @@ def test_a_finished_file_is_found(tmp_path, capsys):
     assert write(tmp_path, "++model.eval_batch_size=5") == first
     assert "there already" in capsys.readouterr().out
     assert write(tmp_path, "++temperature=0.3")["samples"] != first["samples"]
+
+
+def test_a_finished_file_that_was_changed_is_named(tmp_path, capsys):
+    """It is not taken for what the model wrote, nor written over."""
+    content = write(tmp_path)
+    content["samples"][3]["policy"] += " by hand"
+    (tmp_path / "tiny.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tiny.json is not what eval.py wrote: .* Move it away"):
+        write(tmp_path)
+    assert json.loads((tmp_path / "tiny.json").read_text()) == content
+    assert read_answers(tmp_path / "tiny.json").rows[3].answers["policy"].endswith("by hand")
+    assert "was changed after eval.py wrote it" in capsys.readouterr().out
+    (tmp_path / "tiny.json").write_text(json.dumps({key: content[key] for key in content if key != "digest"}))
+    assert write(tmp_path)["samples"] == content["samples"]  # older files have none
 
 
 def test_two_models_of_one_name_do_not_share_a_file(tmp_path, monkeypatch):
