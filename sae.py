@@ -524,6 +524,7 @@ def drift_options(sae: SAE, where: str, *, divergence: str, k: int, feature_weig
     smallest = min(member.d_sae for member in sae.members)
     if not 1 <= k <= smallest:
         raise UserError(f"{where}.k={k}: has to be between 1 and the SAE's {smallest} features")
+    weights: Tensor | None
     if isinstance(feature_weights, str) and COLUMN in feature_weights:
         weights = read_feature_figures(feature_weights, sae, f"{where}.feature_weights").abs()
     else:

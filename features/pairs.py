@@ -121,7 +121,7 @@ class Differences:
         """
         counts = self.counts[:, :, None].expand(-1, -1, self.groups.shape[2])
         values, errors = with_interval(torch.cat([self.groups, counts], 1).numpy(), means_of)
-        columns = {}
+        columns: dict[str, np.ndarray] = {}
         for name, value, error in zip(FIGURES, values, errors, strict=True):
             columns |= {name: value, f"{name}_error": error}
         delta, n = torch.from_numpy(columns["delta"]), self.pairs
@@ -477,7 +477,9 @@ def page(
         compared = np.flatnonzero(outcome.compared)
         largest = (np.abs(columns["delta"][:-1]) + np.abs(change[:-1]))[compared].argsort()[::-1][:SCATTER_POINTS]
         names = ("delta", "delta_error", f"outcome_{outcome.shown}", f"outcome_{outcome.shown}_error")
-        points = [[*named(parts, f), *(figures(f)[name] for name in names)] for f in compared[largest].tolist()]
+        points = [
+            [*named(parts, f), *(digits(float(columns[name][f])) for name in names)] for f in compared[largest].tolist()
+        ]
         data["outcome"] = {**outcome_data(outcome), "points": points}
     longer = length["delta"] or 0
     places = {
