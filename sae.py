@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from utils import MOST, UserError, resolve_path
 
 ENCODE_ELEMENTS = 1 << 24  # feature activations in memory at once while encoding: 64 MiB in fp32
-COLUMN = ".parquet:"  # within a setting that names a column of a table
 OTHER_FEATURES = "others"  # an index in feature weights that stands for all features that are not listed
 SHARE_FLOOR = 1e-6  # added to every share in the KL drift, so that it stays finite when a feature becomes inactive
 SINK_NORM = 10.0  # an attention sink's norm is more than this many times the median of its sequence
@@ -525,7 +524,7 @@ def drift_options(sae: SAE, where: str, *, divergence: str, k: int, feature_weig
     if not 1 <= k <= smallest:
         raise UserError(f"{where}.k={k}: has to be between 1 and the SAE's {smallest} features")
     weights: Tensor | None
-    if isinstance(feature_weights, str) and COLUMN in feature_weights:
+    if isinstance(feature_weights, str) and ".parquet:" in f"{feature_weights}:":
         weights = read_feature_figures(feature_weights, sae, f"{where}.feature_weights").abs()
     else:
         weights = read_feature_weights(feature_weights, sae.d_sae, f"{where}.feature_weights")
@@ -590,7 +589,7 @@ def listed_features(source: Any, d_sae: int, where: str) -> tuple[dict[int, floa
         setting, where = where, source
         try:
             source = json.loads(resolve_path(source).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{setting}: cannot read {source} as JSON ({error})") from error
     if not isinstance(source, list):
         raise UserError(f"{where}: not a list of {{index: a feature or {OTHER_FEATURES}, weight: a number}}")

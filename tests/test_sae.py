@@ -284,6 +284,7 @@ def test_feature_weights_scale_the_terms_one_by_one():
 def test_feature_weights_are_read_and_checked(tmp_path):
     (tmp_path / "weights.json").write_text('[{"index": 1, "weight": 5}]')
     (tmp_path / "number.json").write_text("7")
+    (tmp_path / "bytes.json").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"number\.json: not a list of"):
         saes.read_feature_weights(str(tmp_path / "number.json"), 3)
     assert saes.read_feature_weights(str(tmp_path / "weights.json"), 3).tolist() == [1, 5, 1]
@@ -294,6 +295,7 @@ def test_feature_weights_are_read_and_checked(tmp_path):
         [{"feature": 0}],
         {"index": 0},
         str(tmp_path / "none"),
+        str(tmp_path / "bytes.json"),
     ):
         with pytest.raises(UserError, match="weights"):
             saes.read_feature_weights(wrong, 3)

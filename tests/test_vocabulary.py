@@ -293,6 +293,8 @@ def test_figures_of_features_from_a_table(tmp_path):
     source = f"{tmp_path}/table.parquet:z"
     drift = saes.drift_options(sae, "loss", divergence="kl", k=5, feature_weights=source)
     assert drift["feature_weights"].tolist() == [abs(value) for value in z[:96]]
+    with pytest.raises(UserError, match=r"loss\.feature_weights=.*table\.parquet: has to be FILE\.parquet:COLUMN"):
+        saes.drift_options(sae, "loss", divergence="kl", k=5, feature_weights=source.removesuffix(":z"))
     with pytest.raises(UserError, match=r"loss\.feature_weights: the rows of .* are not the 48 features of the SAE"):
         saes.drift_options(random_sae(), "loss", divergence="kl", k=5, feature_weights=source)
     (tmp_path / "table.parquet").write_text("no table")
