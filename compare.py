@@ -79,8 +79,7 @@ def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
         comparisons, verdicts = map(list, zip(*judged))
         leaderboard, unranked = tables.leaderboard_rows(comparisons, verdicts) if len(comparisons) > 1 else ([], "")
         shared = {"leaderboard": leaderboard} if leaderboard else {}
-        for result, comparison in zip(results, comparisons):
-            append_result(args, judge, result | shared, comparison.config)
+        added = [append_result(args, judge, own | shared, one.config) for own, one in zip(results, comparisons)]
         write_text(args.page, verdict_page(results, comparisons, verdicts, leaderboard))
         if args.verbose:
             print_verdicts(comparisons, verdicts)
@@ -89,7 +88,7 @@ def compare_pairs(args: argparse.Namespace, template: PromptTemplate) -> None:
             console.print(f"no leaderboard: {unranked}")
         if args.write_pairs:
             problems += write_labels(args, args.write_pairs, labels.pairs_of_verdicts(comparisons, verdicts))
-        print_end(args, judge, problems)
+        print_end(args, judge, problems, sum(added))
 
 
 def grade_answers(args: argparse.Namespace, template: PromptTemplate) -> None:
@@ -102,8 +101,7 @@ def grade_answers(args: argparse.Namespace, template: PromptTemplate) -> None:
         settings = {"judge": args.judge, "protocol": args.protocol}
         results, graded, problems = lines_of(partial(tables.grade_results, **settings), graded)
         answer_sets, grades = map(list, zip(*graded))
-        for result, answer_set in zip(results, answer_sets):
-            append_result(args, judge, result, answer_set.file.config)
+        added = [append_result(args, judge, own, one.file.config) for own, one in zip(results, answer_sets)]
         write_text(args.page, grades_page(results, [one.judge_inputs() for one in answer_sets], grades))
         if args.verbose:
             print_all_grades(grades)
@@ -111,7 +109,7 @@ def grade_answers(args: argparse.Namespace, template: PromptTemplate) -> None:
         if args.write_binary:
             labelled = labels.labels_of_grades(list(zip(answer_sets, grades)), args.threshold)
             problems += write_labels(args, args.write_binary, labelled)
-        print_end(args, judge, problems)
+        print_end(args, judge, problems, sum(added))
 
 
 def lines_of(
@@ -229,11 +227,14 @@ def comparison_line(args: argparse.Namespace, comparison: Comparison, verdicts: 
     return result
 
 
-def append_result(args: argparse.Namespace, judge: Judge, result: dict[str, Any], config: dict[str, Any]) -> None:
-    """Add a line to the results file; not again one of a command that was killed later."""
+def append_result(args: argparse.Namespace, judge: Judge, result: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Add a line to the results file, unless it is there already, as after a command that was killed later. Whether it
+    was added."""
     usage = judge.usage_fields() if isinstance(judge, OpenAIJudge) else {}
-    if not append_json_line(args.results_file, result | usage | {"config": config}, but_for=("date", *usage)):
+    added = append_json_line(args.results_file, result | usage | {"config": config}, but_for=("date", *usage))
+    if not added:
         console.print(f"{args.results_file} has this line on {result['exp_name']} already")
+    return added
 
 
 def write_labels(args: argparse.Namespace, path: Path, found: labels.Labels) -> list[str]:
@@ -278,15 +279,16 @@ def print_all_grades(grades: list[list[JudgeOutput]]) -> None:
             console.print(f"{index}: {grade.value or grade.status}: {grade.text}")
 
 
-def print_end(args: argparse.Namespace, judge: Judge, problems: list[str]) -> None:
-    """Raises UserError for the problems."""
+def print_end(args: argparse.Namespace, judge: Judge, problems: list[str], added: int) -> None:
+    """Say what was `added` to the results file, and where the rest is. Raises UserError for the problems."""
     if isinstance(judge, OpenAIJudge):
         budget = judge.budget
         note = price_note(budget.prices, bool(args.prices))
         cost = "" if budget.cost is None else f", ${budget.cost:.4f}{note}"
         tokens = f"{budget.used.input:,} tokens in, {budget.used.output:,} out"
         console.print(f"this run: {budget.requests:,} requests, {tokens}{cost}")
-    console.print(f"results appended to {args.results_file}; verdicts to read in {args.page}")
+    where = f"results appended to {args.results_file}" if added else f"{args.results_file} is as it was"
+    console.print(f"{where}; verdicts to read in {args.page}")
     if problems:
         raise UserError("\n".join(problems))
 

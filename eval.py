@@ -19,7 +19,7 @@ configuration can be changed. If it is killed, the same command goes on where it
 from launch import startup
 
 if __name__ == "__main__":
-    startup.begin(__doc__, ["sampling", "labels", "features", "data"])
+    startup.begin(__doc__, ["sampling", "labels", "features", "the sparse autoencoder", "data"])
 
 import argparse
 import sys
@@ -162,7 +162,10 @@ def write_metrics(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     if records:
         require_room(config, policy, records)
     paths = settings.find_paths(config, classes.binding.needs)
-    trainer = assembly.prepare(config, classes, paths, Run(policy.run), cached=["eval"])
+    inputs = assembly.read_inputs(config, classes, paths)
+    if inputs.reading is not None and (new_head := inputs.reading.new_head(classes)):
+        assembly.require_sae_of_head(policy.folder, policy.load_from, new_head, paths.saes[0])
+    trainer = assembly.build_trainer(config, classes, paths, Run(policy.run), inputs, cached=["eval"])
     trainer.read_export(policy.folder)
     values = trainer.evaluate()
     if records:
@@ -188,6 +191,8 @@ def write_features(raw: DictConfig, path: Path, overrides: list[str]) -> None:
     on an SAE: which features it pays for."""
     if raw.score_by is not None and (raw.data is None or raw.probe is not None):
         raise UserError("score_by goes with data, and without a probe, which scores the pairs itself")
+    if raw.compare_to is not None and (raw.data is not None or raw.probe is not None):
+        raise UserError("compare_to goes without data and without a probe: it is for what training did to the features")
     if raw.data is not None:
         config, _ = settings.check_config(raw, modes=["features"])
         pairs.write_data_features(config, outcome.finished(config, path, overrides))

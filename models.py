@@ -4,6 +4,7 @@ Shape letters: R rows, T positions, S sequences, N completion tokens, M position
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -36,18 +37,22 @@ from distributed import parallel
 from distributed.sharding import allocate_parameters, backbone
 from modeling.attention import choose, mask_inputs, whole_blocks
 from modeling.head import in_fp32, token_statistics
-from modeling.settings import ModelSettings
+from modeling.settings import ModelSettings, SAEHeadSettings
 from modeling.weights import (
+    REWARD_HEAD,
+    SAE_OF_HEAD,
     WEIGHTS,
     CutWeights,
     Weights,
+    check_weights,
+    find_weights,
     load_weights,
     open_weights,
     require_matching_weights,
     weight_files,
 )
 from sae import SAE, JointTap, MLPTap, ResidualTap, SAEHead
-from utils import UserError, resolve_path
+from utils import UserError, checked, flat, resolve_path
 
 transformers_logging.disable_progress_bar()
 # Selective checkpointing keeps the results of these operations. No bmm: attention scores are the largest tensors of a
@@ -60,6 +65,7 @@ COSTLY = (
 )
 CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]  # everything that a model needs except its weights
 WEIGHT_FILES = [WEIGHTS]
+MOST_LAYERS = 1000  # the deepest models in use have less than 200
 MOST_WORDS = 300  # characters of what a library says is wrong
 
 
@@ -295,21 +301,37 @@ def cut(config: PretrainedConfig, layers: int) -> None:
     text.num_hidden_layers = layers
 
 
+def sae_head_of(config: PretrainedConfig, source: Path) -> SAEHeadSettings:
+    """What a reward model's configuration says of its SAE head. Raises UserError where it describes none."""
+    where = f"{source}/config.json: sae_head"
+    found = checked(SAEHeadSettings, getattr(config, "sae_head", None), where)  # type: ignore[arg-type]
+    if found.k is not None and found.k > found.d_sae:
+        raise UserError(f"{where}.k={found.k}: more than its d_sae={found.d_sae}")
+    return found
+
+
+def require_sae_head(config: PretrainedConfig, source: Path, weights: Weights) -> None:
+    """Raises UserError where a reward model's weights have no head such as its `config.sae_head` describes."""
+    described, d_in = sae_head_of(config, source), config.get_text_config().hidden_size
+    if (shape := weights.shapes.get(SAE_OF_HEAD)) != (d_in, described.d_sae):
+        there = f"has {SAE_OF_HEAD} {list(shape)}" if shape else f"has no {SAE_OF_HEAD}"
+        raise UserError(
+            f"{source}/config.json: sae_head.d_sae={described.d_sae} needs {SAE_OF_HEAD} {[d_in, described.d_sae]}, "
+            f"and {weights.source} {there}"
+        )
+
+
 def put_sae_head(model: PreTrainedModel, source: Path, *, trained: bool, dtype: torch.dtype) -> str:
     """Give a reward model the head that its `config.sae_head` describes, which reads what the last layer gives: the
-    final norm goes. Gives the name that this had. Raises UserError where that or the head cannot be."""
+    final norm goes. Gives the name that this had. Raises UserError where that cannot be."""
     decoder: Any = model.get_decoder()
     norms = [name for name, child in decoder.named_children() if type(child).__name__.endswith("Norm")]
     if not norms:
         raise UserError(
             f"{source}: cannot tell the final norm of {type(model).__name__}, which an SAE head goes without"
         )
-    match model.config.sae_head:
-        case {"d_sae": int(d_sae), "k": int() | None as k} if d_sae > 0 and (k is None or 0 < k <= d_sae):
-            d_in = model.config.get_text_config().hidden_size
-            model.score = SAEHead(d_in, d_sae, k, trained=trained, dtype=dtype)
-        case described:
-            raise UserError(f"{source}/config.json: sae_head={described} describes no SAE head")
+    head, d_in = sae_head_of(model.config, source), model.config.get_text_config().hidden_size
+    model.score = SAEHead(d_in, head.d_sae, head.k, trained=trained, dtype=dtype)
     setattr(decoder, norms[-1], nn.Identity())
     return norms[-1]
 
@@ -377,7 +399,19 @@ def refused(what: str) -> Iterator[None]:
 def load_config(directory: Path) -> PretrainedConfig:
     """The model's configuration. Raises UserError if config.json cannot be used."""
     with refused(f"{directory}: no usable config.json"):
+        require_few_layers(directory / "config.json")
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+
+
+def require_few_layers(file: Path) -> None:
+    """Raises UserError for a config.json with so many layers that only to lay the model out would take hours."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # which transformers will tell
+        return
+    for key, value in flat(values).items():
+        if key.endswith(("layer", "layers")) and isinstance(value, int) and value > MOST_LAYERS:
+            raise UserError(f"{file}: {key}={value}: a model may have {MOST_LAYERS:,} layers at most")
 
 
 def load_generation_config(directory: Path) -> GenerationConfig | None:
@@ -428,6 +462,31 @@ def load_model(
     add adapters. Each rank then reads only its slices. `offload` keeps the weights in host memory.
     Raises UserError with a list of the weights that are missing, left over or of another shape.
     """
+    model, weights, new_tokens = outline(
+        directory, load_from, attention, reward=reward, new_head=new_head, dtype=dtype, vocabulary=vocabulary
+    )
+    if (generation := load_generation_config(directory)) is not None:
+        model.generation_config = generation
+    if shape is not None:
+        shape(model)
+    allocate_parameters(model, device, offload=offload)
+    model.tie_weights()  # again, since each parameter has got its own memory
+    load_weights(model, weights, new_tokens)
+    return model.eval()
+
+
+def outline(
+    directory: Path,
+    load_from: str | None,
+    attention: str = "eager",
+    *,
+    reward: bool = False,
+    new_head: NewHead | None = None,
+    dtype: torch.dtype = torch.float32,
+    vocabulary: int = 0,
+) -> tuple[PreTrainedModel, Weights, int]:
+    """The model that `load_model` makes, without memory for weights; the weights that go into it; and how many
+    embeddings it gets that these lack."""
     weights: Weights = open_weights(directory, load_from)
     config = load_config(directory)
     new_tokens = tokens_to_add(config, vocabulary)
@@ -436,6 +495,8 @@ def load_model(
         config.num_labels = 1
     if new_head is not None:
         new_head.cut(config)
+    elif reward and hasattr(config, "sae_head"):
+        require_sae_head(config, directory, weights)
     what = f"{directory}: its config.json makes no model"
     with init_empty_weights(include_buffers=False), no_init_weights(), refused(what):
         model = auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -447,14 +508,42 @@ def load_model(
             tokens = model.get_input_embeddings().num_embeddings + new_tokens
             model.resize_token_embeddings(tokens, mean_resizing=False)
     model.tie_weights()
-    if (generation := load_generation_config(directory)) is not None:
-        model.generation_config = generation
-    if shape is not None:
-        shape(model)
-    allocate_parameters(model, device, offload=offload)
-    model.tie_weights()  # again, since each parameter has got its own memory
-    load_weights(model, weights, new_tokens)
-    return model.eval()
+    return model, weights, new_tokens
+
+
+def reward_model(named: str, setting: str) -> tuple[Path, str | None]:
+    """The reward model that a setting names as `model.load_from` names weights: as `load_model` takes it.
+
+    Raises UserError, before a weight is read, where there is none that is trained.
+    """
+    source = find_weights(named, setting)
+    folder, load_from = (source.parent, str(source)) if source.is_file() else (source, None)
+    reward_config(folder, f"{setting}={named}")
+    model, weights, _ = outline(folder, load_from, reward=True)
+    check_weights(model, weights)
+    if f"{REWARD_HEAD}weight" not in weights.shapes:
+        raise UserError(f"{setting}={named}: its weights have no reward head ({REWARD_HEAD}weight)")
+    return folder, load_from
+
+
+def reward_config(folder: Path, named: str) -> PretrainedConfig:
+    """The configuration of a reward model. Raises UserError, which begins with `named`, where it is of another kind."""
+    config = load_config(folder)
+    kinds = ", ".join(config.architectures or []) or "no architecture"
+    if not kinds.endswith("ForSequenceClassification") or config.num_labels != 1:
+        outputs = f" with {config.num_labels} outputs" if kinds.endswith("Classification") else ""
+        raise UserError(
+            f"{named}: no reward model ({kinds}{outputs}); rewards come from a run of loss=bradley-terry, or a "
+            "sequence classifier with one output"
+        )
+    return config
+
+
+def reads_sae(directory: Path, load_from: str | None) -> bool:
+    """Whether start weights are those of a reward model whose head reads an SAE's features."""
+    if load_from is None:  # the weights may still be on the Hub
+        return hasattr(load_config(directory), "sae_head")
+    return SAE_OF_HEAD in open_weights(directory, load_from).shapes
 
 
 def load_quantised(directory: Path, attention: str, device: torch.device, compute: torch.dtype) -> PreTrainedModel:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from utils import MOST, UserError, resolve_path
+from utils import MOST, UserError, in_words, resolve_path
 
 ENCODE_ELEMENTS = 1 << 24  # feature activations in memory at once while encoding: 64 MiB in fp32
 OTHER_FEATURES = "others"  # an index in feature weights that stands for all features that are not listed
@@ -573,7 +573,7 @@ def read_feature_figures(source: str, sae: SAE, where: str) -> Tensor:
             raise UserError(f"{where}: {file} lacks a column feature or {column}; it has {', '.join(names)}")
         table = pq.read_table(path, columns=["feature", column]).to_pydict()
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{where}: cannot read {file} as Parquet ({error})") from error
+        raise UserError(f"{where}: cannot read {file} as Parquet ({in_words(error)})") from error
     rows = [(feature, value) for feature, value in zip(table["feature"], table[column]) if feature is not None]
     if [feature for feature, _ in rows] != [n for member in sae.members for n in range(member.d_sae)]:
         raise UserError(f"{where}: the rows of {file} are not the {sae.d_sae:,} features of the SAE in order")
@@ -590,7 +590,7 @@ def listed_features(source: Any, d_sae: int, where: str) -> tuple[dict[int, floa
         try:
             source = json.loads(resolve_path(source).read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{setting}: cannot read {source} as JSON ({error})") from error
+            raise UserError(f"{setting}: cannot read {source} as JSON ({in_words(error)})") from error
     if not isinstance(source, list):
         raise UserError(f"{where}: not a list of {{index: a feature or {OTHER_FEATURES}, weight: a number}}")
     others, listed = 1.0, {}

@@ -15,7 +15,7 @@ from launch import startup
 if __name__ == "__main__":
     startup.begin(
         __doc__,
-        ["run", "data", "optimisation", "what is measured and kept", "model"],
+        ["run", "data", "the sparse autoencoder", "optimisation", "what is measured and kept", "model"],
         groups=["loss", "term", "model", "sae", "experiment"],
     )
 
@@ -51,8 +51,9 @@ def train(raw: DictConfig) -> None:
         digests, loader = assembly.digests(config, classes, paths, inputs), inputs.data.loaders["train"]
         resuming.require_same_inputs(run, digests, loader, can_grow=classes.trainer.can_grow)
         if not finished:
+            parallel.from_rank_zero(lambda: run.require_places(config))
+            trainer = assembly.build_trainer(config, classes, paths, run, inputs)  # refuses, before the run begins
             parallel.from_rank_zero(lambda: run.start(config))
-            trainer = assembly.build_trainer(config, classes, paths, run, inputs)
             trainer.began = started
             completions.write_completions(trainer, config, "before")
             with trainer.stopping:

@@ -22,8 +22,7 @@ from data.batch import Batch, sum_by_sequence
 from dataloader import BAD, GOOD, DataLoader, MismatchedRecords
 from distributed import parallel
 from modeling.tensor_files import write_safetensors
-from modeling.weights import find_weights
-from models import score_rewards
+from models import reward_model, score_rewards
 from training.loop import BasicTrainer, Setup
 from training.metrics import MetricAccumulator
 from training.quantities import QUANTITIES, Binding, LossContext, MismatchedMeans
@@ -419,7 +418,8 @@ class RewardTrainer(PairedPreferenceTrainer):
         return [name for name in super().evaluated(binding) if not name.startswith("logps")]
 
     def report(self, means: MetricAccumulator, split: str, batch: Batch, scores: Any, rewards: list[Tensor]) -> None:  # noqa: ARG002
-        report_pair_rewards(means, split, *rewards)
+        # A head on an SAE starts at 0: until it has moved all rewards are equal, and none is right or wrong.
+        report_pair_rewards(means, split, *rewards, accuracy=self.moved or not self.has_sae_head)
 
 
 class BradleyTerryTrainer(RewardTrainer):
@@ -703,7 +703,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         self.passes, self.value_head_max_grad_norm = ppo_epochs, value_head_max_grad_norm
         self.reward_model: PreTrainedModel | None = None
         if reward not in ("label", "score"):
-            self.reward_model = setup.load(find_weights(reward), reward=True, frozen=True)
+            self.reward_model = setup.load(*reward_model(reward, "loss.reward"), reward=True, frozen=True)
 
     @classmethod
     def check_data(cls, binding: Binding, loader: DataLoader) -> None:
@@ -719,6 +719,11 @@ class PPOTrainer(UnpairedPreferenceTrainer):
     def other_weights(cls, binding: Binding) -> dict[str, str]:
         reward = binding.options["init"]["reward"]
         return {} if reward in ("label", "score") else {"loss.reward": reward}
+
+    @classmethod
+    def check_weights(cls, binding: Binding) -> None:
+        for key, named in cls.other_weights(binding).items():
+            reward_model(named, key)
 
     def trained_module(self) -> nn.Module:
         return self.both
@@ -761,7 +766,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
     @torch.no_grad()
     def before_step(self, split: str, step: int, micro_batches: list[Batch]) -> None:  # noqa: ARG002
         """Rewards, returns and advantages of the whole batch; the advantages whitened over it, on all ranks."""
-        moments = torch.zeros(3, device=self.device, dtype=torch.float64)
+        moments = torch.zeros(4, device=self.device, dtype=torch.float64)
         for batch in micro_batches:
             moved, scores = self.score(batch, None)
             values = QUANTITIES["values"](LossContext(moved, scores, value_head=self.value_head))
@@ -770,8 +775,15 @@ class PPOTrainer(UnpairedPreferenceTrainer):
             advantages, returns = generalised_advantages(*episodes, gamma=self.gamma, lam=self.lam)
             batch.record |= {"advantages": advantages, "returns": returns, "reward": reward}
             wide = advantages.double()
-            moments += torch.stack([wide.sum(), wide.square().sum(), wide.new_full((), len(wide))])
-        total, squares, count = parallel.sum_over_ranks(moments)
+            wrong = (~reward.isfinite()).sum()
+            moments += torch.stack([wide.sum(), wide.square().sum(), wide.new_full((), len(wide)), wrong])
+        total, squares, count, wrong = parallel.sum_over_ranks(moments)
+        if self.reward_model is not None and wrong:
+            self.run.finish_saving()
+            raise UserError(
+                f"loss.reward={self.reward}: a reward is not a number; that model's weights, or model.policy_dtype, "
+                f"are at fault. The last checkpoint is good: {next(iter(self.run.saved()), 'none yet')}"
+            )
         mean = total / count
         deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
         for batch in micro_batches:

@@ -103,6 +103,11 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}
 
 
+def in_words(error: BaseException) -> str:
+    """What went wrong, in a line: of an error of the file system only that, for messages that name the path."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that change when any part changes. The parts are JSON values."""
     return hashlib.sha256(_canonical(parts)).hexdigest()[:16]
@@ -405,7 +410,7 @@ def require_writable(*paths: Path) -> None:
             if path.exists():
                 path.open("ab").close()
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+            raise UserError(f"cannot write {path}: {in_words(error)}") from error
 
 
 def write_text(path: Path, text: str) -> None:

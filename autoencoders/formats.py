@@ -26,7 +26,7 @@ from autoencoders.settings import SAESection, SAESettings
 from modeling.tensor_files import write_safetensors
 from models import fetch
 from sae import SAE, SINK_NORM, JointSAE
-from utils import UserError, as_json, atomic_write, console, resolve_path, sound_digest, suggest
+from utils import UserError, as_json, atomic_write, console, in_words, resolve_path, sound_digest, suggest
 
 SMALL, MOST_PACKED = 1 << 20, 20  # bytes, and times its size: what a file may unpack to; random weights pack to 90 %
 LISTED = 10  # SAEs of a directory, in an error, at most
@@ -44,8 +44,8 @@ class WeightsFile:
         try:
             self.tensors = read_tensors(path)
         except Exception as error:  # what the three readers raise for a damaged file is of any kind
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: not a readable {path.suffix[1:]} file of plain arrays ({reason})") from error
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: not a readable {path.suffix[1:]} file of plain arrays ({said})") from error
         self.unread = set(self.tensors)
 
     def take(self, name: str, *shape: int) -> Tensor:
@@ -101,7 +101,7 @@ class ConfigFile:
         try:
             self.values = json.loads(path.read_text()) if path else {}
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+            raise UserError(f"{path}: cannot be read as JSON ({in_words(error)})") from error
         if not isinstance(self.values, dict):
             raise UserError(f"{path}: is not a JSON object")
 
@@ -528,22 +528,34 @@ def find_sae(section: SAESettings, where: str) -> SAESource:
     Raises UserError if its files are missing or not of one format, if neither they nor the section say which layer it
     reads, and if they disagree.
     """
+    require_format(section, where)
+    assert section.path is not None
+    path = one_of_many(fetch_sae(section.path, f"{where}.path"), section.layer, where)
+    files = detect_format(path, section.format)
+    said = SAE_FORMATS[files.format].locate(files.weights, files.config_file())
+    return SAESource(where, files, *place_of(section, where, said, files.weights), section.weight)
+
+
+def require_format(section: SAESettings, where: str) -> None:
+    """Raises UserError for a format that there is not."""
     known = ("auto", *SAE_FORMATS)
     if section.format not in known:
         hint = suggest(section.format, known)
         raise UserError(f"{where}.format={section.format}: not one of {', '.join(known)}{hint}")
-    assert section.path is not None
-    path = one_of_many(fetch_sae(section.path, f"{where}.path"), section.layer, where)
-    files = detect_format(path, section.format)
-    layer, hook = SAE_FORMATS[files.format].locate(files.weights, files.config_file())
+
+
+def place_of(section: SAESettings, where: str, said: Location, source: Path | str) -> tuple[int, str]:
+    """The layer and the hook that an SAE reads, from what a section of the configuration asks for and what its files
+    say, which are at `source`. Raises UserError where they disagree, or neither says the layer."""
+    layer, hook = said
     for key, value in (("layer", layer), ("hook", hook)):
         asked = getattr(section, key)
         if value is not None and asked not in (None, value):
-            raise UserError(f"{where}.{key}={asked}, but {files.weights} says {value}; {where}.{key}=null uses that")
+            raise UserError(f"{where}.{key}={asked}, but {source} says {value}; {where}.{key}=null uses that")
     layer = layer if section.layer is None else section.layer
     if type(layer) is not int or layer < 0:
         raise UserError(f"{where}.layer={layer}: set it to the layer whose output is read, from 0; the file says none")
-    return SAESource(where, files, layer, section.hook or hook or "residual", section.weight)
+    return layer, section.hook or hook or "residual"
 
 
 def one_of_many(path: Path, layer: int | None, where: str) -> Path:

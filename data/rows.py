@@ -19,7 +19,7 @@ import pyarrow
 from pyarrow import parquet
 
 from data.hub import download
-from utils import Message, RepeatedKey, UserError, console, without_repeats
+from utils import Message, RepeatedKey, UserError, console, in_words, without_repeats
 
 ROLES = ("system", "user", "assistant")
 TURNS = (("system", "user"), ("user", "assistant"), ("assistant", "user"))  # who may speak after whom
@@ -134,7 +134,7 @@ def read_rows(
         except RecursionError as error:
             raise UserError(f"{file} cannot be read: it is nested too deeply") from error
         except (OSError, EOFError, ValueError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
-            raise UserError(f"{file} cannot be read: {error}") from error
+            raise UserError(f"{file} cannot be read: {in_words(error)}") from error
 
 
 def _unused(row: dict[str, Any], columns: Sequence[str]) -> Iterator[str]:

@@ -64,13 +64,22 @@ class Paid:
 
 def write_paid_features(config: Config, classes: RunClasses, path: Path, overrides: list[str]) -> None:
     """Raises UserError, before a weight is read, where there is no trained reward model."""
+    if config.compare_to is not None:
+        raise UserError(
+            f"compare_to={config.compare_to}: mode=features of loss={config.loss.name} says what the reward model pays "
+            "for, and compares it with no other run"
+        )
     policy = find_policy(path, config, overrides)
     if policy.run is None:
         raise UserError(f"mode=features reads a run of loss={config.loss.name}; --config-path={path} is none")
     paths = settings.find_paths(config, classes.binding.needs)
+    reading = assembly.read_saes(config, paths)
+    new_head = reading.new_head(classes)
+    assert new_head is not None
+    assembly.require_sae_of_head(policy.folder, policy.load_from, new_head, paths.saes[0])
     data = assembly.load_data(config, classes, paths, splits=["eval"])
-    parts = described_parts(config, paths, assembly.read_saes(config, paths).sae)
-    if classes.binding.options["loss"].get("reconstruction"):  # its features are those of the public SAE no more
+    parts = described_parts(config, paths, reading.sae)
+    if new_head.trained:  # its features are those of the public SAE no more
         parts = [Part(part.name, part.path, part.place, part.d_sae, None) for part in parts]
     places = (len(data.tokenizer), policy.folder, policy.load_from)
     model = assembly.build_model(config.model, data.implementation, *places, reward=True, frozen=True)

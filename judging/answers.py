@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from judging.judge import Item, Verdict
 from judging.protocols import JudgeInput, parse_arena_verdict
-from utils import Message, UserError, console, fingerprint, json_lines, suggest, without_repeats, without_seal
+from utils import Message, UserError, console, fingerprint, in_words, json_lines, suggest, without_repeats, without_seal
 
 SMALL, MOST_PACKED = 64 << 20, 100  # bytes, and times its size: what a .gz file of texts may unpack to
 SINGLE_KEY = ""  # the key of the answers in a file with one answer per row
@@ -78,7 +78,7 @@ def read_json(path: Path) -> Any:
             lines = dict(json_lines(file))
     except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
         near = "" if path.exists() else suggest(path.name, [other.name for other in path.parent.glob("*.json*")])
-        raise UserError(f"cannot read {path}{near}: {error}") from None
+        raise UserError(f"cannot read {path}{near}: {in_words(error)}") from None
     if None in lines.values():
         number = next(number for number, value in lines.items() if value is None)
         raise UserError(f"cannot read {path}: line {number} is no JSON, or has a key twice")

@@ -277,6 +277,8 @@ def complete_settings(args: argparse.Namespace, template: PromptTemplate) -> Non
         raise UserError(
             f"-j {args.judge} compares two responses, but -p {args.protocol} grades single ones: -j needs a chat model"
         )
+    if args.judge not in OFFLINE_JUDGES and not args.base_url and (meant := suggest(args.judge, OFFLINE_JUDGES)):
+        raise UserError(f"-j {args.judge}: no judge here{meant}; a chat model of that name needs --base_url")
     args.alpaca_eval = args.judge == "recorded" or isinstance(template, protocols.AlpacaEval)
     if args.official_lc and not args.alpaca_eval:
         raise UserError("--official_lc needs AlpacaEval's preferences: -p alpacaeval, or -j recorded")

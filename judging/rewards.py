@@ -28,6 +28,7 @@ from utils import (
     UserError,
     console,
     fingerprint,
+    in_words,
     json_lines_file,
     log_lines,
     progress_bar,
@@ -43,15 +44,8 @@ class RewardModel:
         self, config: LabelSettings, folder: Path, tokenizer: Path, load_from: str | None, digest: str, as_trained: bool
     ) -> None:
         """`as_trained`: it is a run's, not a classifier by itself. Raises UserError where it is no reward model."""
-        architecture = models.load_config(folder)
-        kinds = ", ".join(architecture.architectures or []) or "no architecture"
-        if not kinds.endswith("ForSequenceClassification") or architecture.num_labels != 1:
-            outputs = f" with {architecture.num_labels} outputs" if kinds.endswith("Classification") else ""
-            raise UserError(
-                f"{folder}: no reward model ({kinds}{outputs}); rewards come from a run of loss=bradley-terry, or a "
-                "sequence classifier with one output"
-            )
-        models.require_positions(models.load_config(folder), folder, {"model.max_length": config.model.max_length})
+        architecture = models.reward_config(folder, str(folder))
+        models.require_positions(architecture, folder, {"model.max_length": config.model.max_length})
         self.config, self.as_trained = config, as_trained
         self.tokenizer: Tokenizer = models.load_tokenizer(tokenizer)
         self.template = tokenise.make_template(config, self.tokenizer)
@@ -206,7 +200,7 @@ def reward_log(path: Path) -> Iterator[RewardLog]:
             try:
                 files.append(stack.enter_context(json_lines_file(path)))
             except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror}") from error
+                raise UserError(f"cannot write {path}: {in_words(error)}") from error
 
         parallel.from_rank_zero(begin)
         yield RewardLog(files[0] if files else None)

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import dataloader
 import models
 import sae as saes
-from autoencoders.formats import load_sources
+from autoencoders.formats import SAESource, load_sources
 from dataloader import DataLoader, TokenisedData
 from distributed import parallel
 from distributed.sharding import DTYPES, shard
@@ -29,7 +29,7 @@ from launch.settings import RunClasses, RunPaths
 from modeling import adapters, head
 from modeling.compiled import compiled
 from modeling.settings import ModelSettings
-from modeling.weights import source_of, weights_digest
+from modeling.weights import REWARD_HEAD, check_weights, open_weights, source_of, weights_digest
 from sae import SAE, ResidualTap
 from training.checkpoint import Run
 from training.loop import BasicTrainer, Setup, Subject
@@ -50,6 +50,14 @@ class Reading:
 
     def tap(self, model: PreTrainedModel, block_name: str | None) -> ResidualTap:
         return models.make_tap(model, self.places, block_name)
+
+    def require_fit(self, model: ModelSettings, architecture: PretrainedConfig, names: Sequence[Path | str]) -> None:
+        """Raises UserError where the SAEs, called by these names, cannot read a model of this architecture."""
+        width = architecture.get_text_config().hidden_size
+        for name, member in zip(names, self.sae.members, strict=True):
+            if member.d_in != width:
+                raise UserError(f"{name}: reads vectors of {member.d_in} numbers, but {model.name} has {width}")
+        self.tap(models.skeleton(architecture), model.block_name)  # raises where they cannot be read
 
     def new_head(self, classes: RunClasses) -> models.NewHead | None:
         """The reward head that a run starts with, if it has one of an SAE. Raises UserError where that cannot be."""
@@ -104,17 +112,64 @@ def prepare(
 
 
 def read_inputs(config: Config, classes: RunClasses, paths: RunPaths) -> Inputs:
-    """Read the SAEs and the data. Raises UserError where the trainer cannot work with them."""
+    """Read the SAEs and the data. Raises UserError where the trainer cannot work with them, or with the weights that
+    the configuration names."""
     reading, binding = read_saes(config, paths) if paths.saes else None, classes.binding
     ablated: dict[int, dict[int, int]] = {}
+    classes.trainer.check_weights(binding)
+    new_head = None if reading is None else reading.new_head(classes)
+    check_start(config, classes, paths.model, paths.tokenizer, new_head)
     if reading is not None:
         binding = binding.with_sae(reading.sae)
-        reading.new_head(classes)  # raises where there can be none
         ablated = features_by_place(reading, features_to_ablate(config, reading.sae), "sae.ablate")
     data = load_data(config, classes, paths)
     for loader in data.loaders.values():
         classes.trainer.check_data(binding, loader)
     return Inputs(data, reading, binding, ablated)
+
+
+def check_start(
+    config: Config, classes: RunClasses, folder: Path, tokenizer: Path, new_head: models.NewHead | None
+) -> None:
+    """Raises UserError, before a weight is read, for start weights that this loss does not train, or that do not fit
+    the model in `folder`."""
+    model, reward = config.model, classes.trainer.is_reward
+    if reward and new_head is None and models.reads_sae(folder, model.load_from):
+        raise UserError(
+            f"{model.load_from or model.name_or_path}: a reward model whose head reads an SAE's features, which "
+            f"loss=bradley-terry-sae trains; loss={config.loss.name} starts from a language model or from a reward "
+            "model of its own kind"
+        )
+    if model.load_from is not None and not model.load_in_4bit:  # without it the weights lie beside their config.json
+        vocabulary = len(load_tokenizer(classes, tokenizer))
+        options: dict[str, Any] = {"reward": reward, "new_head": new_head, "vocabulary": vocabulary}
+        check_weights(*models.outline(folder, model.load_from, **options))
+
+
+def require_sae_of_head(folder: Path, load_from: str | None, new_head: models.NewHead, source: SAESource) -> None:
+    """Raises UserError where the SAE of the configuration is not the one in the head of a trained reward model: its
+    layer, its size and, unless the SAE is trained too, the encoder."""
+    config, sae = models.load_config(folder), new_head.sae
+    head = models.sae_head_of(config, folder)
+    theirs = {"layer": config.get_text_config().num_hidden_layers - 1, "d_sae": head.d_sae, "k": head.k}
+    ours = {"layer": new_head.layer, "d_sae": sae.d_sae, "k": sae.k}
+    differ = [f"{key}={written(theirs[key])}, not {written(ours[key])}" for key in ours if ours[key] != theirs[key]]
+    if not differ and not new_head.trained:
+        stored = open_weights(folder, load_from)
+        kept = {name: stored.read(f"{REWARD_HEAD}{name}", ()) for name in ("threshold", "b_enc", "W_enc")}
+        differ = [f"another {n}" for n, tensor in kept.items() if not tensor.equal(getattr(sae, n).to(tensor.dtype))]
+    if differ:
+        raise UserError(
+            f"{source.where}.path={source.path}: not the SAE in the reward head of {folder}, which has "
+            f"{', '.join(differ)}; without {source.where}.path it is the one that the run was trained with"
+        )
+
+
+def load_tokenizer(classes: RunClasses, folder: Path) -> Tokenizer:
+    """The tokenizer in a folder, with the control tokens of the loss."""
+    tokenizer = models.load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(classes.trainer.control_tokens)})
+    return tokenizer
 
 
 def digests(config: Config, classes: RunClasses, paths: RunPaths, inputs: Inputs) -> dict[str, Input]:
@@ -175,19 +230,14 @@ def read_saes(config: Config, paths: RunPaths, folder: Path | None = None) -> Re
     weights are not needed for that."""
     model, architecture = config.model, models.load_config(folder or paths.model)
     reading = Reading(load_sources(paths.saes), [(source.layer, source.hook) for source in paths.saes])
-    width = architecture.get_text_config().hidden_size
-    for found, member in zip(paths.saes, reading.sae.members):
-        if member.d_in != width:
-            raise UserError(f"{found.path}: reads vectors of {member.d_in} numbers, but {model.name} has {width}")
-    reading.tap(models.skeleton(architecture), model.block_name)  # raises where it cannot be read
+    reading.require_fit(model, architecture, [found.path for found in paths.saes])
     return reading
 
 
 def load_data(config: Config, classes: RunClasses, paths: RunPaths, splits: Sequence[str] = ("train", "eval")) -> Data:
     """The tokens of some splits, and the loaders that batch them as the model here reads them best."""
     model, architecture = config.model, models.load_config(paths.model)
-    tokenizer = models.load_tokenizer(paths.tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(classes.trainer.control_tokens)})
+    tokenizer = load_tokenizer(classes, paths.tokenizer)
     pairs = None not in classes.trainer.sides
     implementation, layout = models.choose_attention(model, architecture, pairs=pairs)
     if parallel.device().type == "cpu" and layout != "padded":  # padded rows need tensors too large to use again

@@ -8,7 +8,7 @@ import contextlib
 import json
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,19 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 import models
-from autoencoders.formats import find_sae, load_sources, sae_sections
+from autoencoders.formats import SAESource, place_of, read_files, require_format, sae_sections
 from data.batch import Batch, collate, count_positions
 from distributed import parallel
 from distributed.sharding import DTYPES
-from launch.settings import Config, RunClasses
+from launch import assembly, settings
+from launch.schema import Config
+from launch.settings import RunClasses
 from modeling import adapters
 from modeling.attention import FUSED
 from modeling.head import chunk_rows
 from modeling.settings import ModelSettings
 from models import decoder_layers, final_hidden_states
-from sae import ENCODE_ELEMENTS
+from sae import ENCODE_ELEMENTS, SAE, JointSAE
 from training.loop import make_optimizer
 from utils import UserError, console, resolve_path
 
@@ -73,17 +75,22 @@ def print_plan(config: Config, classes: RunClasses) -> None:
     if not classes.trainer.can_plan:
         raise UserError(f"mode=plan counts what training a language model takes; loss={config.loss.name} trains none")
     plan = make(config, classes, config.nproc or parallel.number_of_ranks(None))
+    own = ", a GPU for each" if device_of(config.model).type == "cuda" else ""
     console.print(
         f"{config.model.name}: {plan.parameters / 1e6:,.1f} M parameters, {plan.trained / 1e6:,.1f} M trained, "
-        f"on {plan.ranks} {'rank' if plan.ranks == 1 else 'ranks'}"
+        f"on {plan.ranks} {'rank' if plan.ranks == 1 else 'ranks'}{own}, in {config.model.policy_dtype}"
     )
-    table = Table("memory of each rank", "GB: passes", "update")
+    table = Table("memory of each rank, GB", "forward and backward", "optimiser's update")
     for rows, columns in ((plan.held, (0, 1)), (plan.passing, (0,)), (plan.updating, (1,))):
         for name, size in rows.items():
             table.add_row(name, *(f"{size / 1e9:,.2f}" if column in columns else "" for column in (0, 1)))
     sums = [sum({**plan.held, **own}.values()) for own in (plan.passing, plan.updating)]
     table.add_row("together", *(f"{size / 1e9:,.2f}" for size in sums), style="bold")
     console.print(table)
+    console.print(
+        f"Each rank needs {plan.peak / 1e9:,.2f} GB, the larger of the two sums, and about a tenth of its memory for "
+        "what is not counted (docs/scale.md)."
+    )
     table = Table("disk", "GB")
     for name, size in plan.disk.items():
         table.add_row(name, f"{size / 1e9:,.2f}")
@@ -98,16 +105,11 @@ def make(config: Config, classes: RunClasses, ranks: int) -> Plan:
     """
     own = config.model
     keeps, computes = DTYPES[own.weights_dtype], DTYPES[own.policy_dtype]
-    architecture = architecture_of(own)
-    models.require_positions(architecture, own.name_or_path, {"model.max_length": own.max_length})
+    architecture, reading = find(config, classes)
     pairs = None not in classes.trainer.sides
-    device = torch.device("cuda") if own.policy_dtype == "bfloat16" else parallel.device()
+    device = device_of(own)
     implementation, layout = models.choose_attention(own, architecture, pairs=pairs, device=device)
     implementation = "outline" if implementation in FUSED else implementation
-    if classes.trainer.has_sae_head:
-        ((where, section),) = sae_sections(config.sae).items()
-        layer = find_sae(section, where).layer if section.layer is None else section.layer
-        models.cut(architecture, layer + 1)
     kind: Any = AutoModelForSequenceClassification if classes.trainer.is_reward else AutoModelForCausalLM
     with init_empty_weights(include_buffers=True), no_init_weights():
         model = kind.from_config(architecture, dtype=computes, attn_implementation=implementation)
@@ -147,8 +149,9 @@ def make(config: Config, classes: RunClasses, ranks: int) -> Plan:
         plan.passing["logits, a chunk at a time, and the head's gradient"] = logits + 4 * count_trained(head)
     if "live_reference" in classes.binding.needs and not own.use_peft:
         plan.held["live reference"] = (whole / shards + (rest if is_split else 0)) * computes.itemsize
-    if "sae" in classes.binding.needs:
-        plan.held["SAE"] = size_of_saes(config) * (2 if classes.trainer.has_sae_head else 1)  # with its decoder
+    if reading is not None:
+        size = sum(tensor.nbytes for tensor in reading.sae.buffers())
+        plan.held["SAE"] = size * (2 if classes.trainer.has_sae_head else 1)  # with its decoder
         plan.passing["a chunk of the SAE's activations"] = 3 * 4 * ENCODE_ELEMENTS
 
     # Saving and exporting hold one full tensor at a time, when gradients and activations, which are more, are gone.
@@ -166,26 +169,66 @@ def make(config: Config, classes: RunClasses, ranks: int) -> Plan:
     return plan
 
 
-def architecture_of(own: ModelSettings) -> PretrainedConfig:
-    """The model's architecture: that of shapes.json, of a local directory, or of the Hub."""
-    known = SHAPES["models"].get(own.name_or_path)
-    if known and not resolve_path(own.name_or_path).is_dir():
-        return AutoConfig.for_model(**known)
-    return models.load_config(models.fetch(own.name_or_path, models.CONFIG_FILES, "model.name_or_path"))
+def device_of(own: ModelSettings) -> torch.device:
+    """What a plan is made for: a GPU wherever the model computes in bf16."""
+    return torch.device("cuda") if own.policy_dtype == "bfloat16" else parallel.device()
 
 
-def size_of_saes(config: Config) -> float:
-    """Bytes of what the SAEs of a configuration keep on the device."""
-    total = 0.0
-    for where, section in sae_sections(config.sae).items():
-        assert section.path is not None
-        known = SHAPES["saes"].get(section.path)
-        if known and not resolve_path(section.path).exists():
-            d_in, d_sae = known
-            total += 4 * (d_in * d_sae + d_in + 2 * d_sae)
+def find(config: Config, classes: RunClasses) -> tuple[PretrainedConfig, assembly.Reading | None]:
+    """The architecture of what is trained and, where the run needs them, the SAEs: found and checked as those of a run
+    are. Those in shapes.json need no file; such an SAE is on the meta device.
+
+    Raises UserError where a run would.
+    """
+    own = config.model
+    known = {name: shape for kind in SHAPES.values() for name, shape in kind.items() if not resolve_path(name).exists()}
+    files, sources = settings.find_files(config, classes.binding.needs, known)
+    folder = files.get("model")
+    architecture = models.load_config(folder) if folder else AutoConfig.for_model(**known[own.name_or_path])
+    models.require_positions(architecture, own.name_or_path, {"model.max_length": own.max_length})
+    reading = new_head = None
+    if "sae" in classes.binding.needs:
+        reading = read_saes(config, architecture, sources, known)
+        new_head = reading.new_head(classes)
+    classes.trainer.check_weights(classes.binding)
+    if folder and "tokenizer" in files:
+        assembly.check_start(config, classes, folder, files["tokenizer"], new_head)
+    if new_head is not None:
+        new_head.cut(architecture)
+    return architecture, reading
+
+
+def read_saes(
+    config: Config, architecture: PretrainedConfig, sources: Sequence[SAESource], known: Mapping[str, Any]
+) -> assembly.Reading:
+    """The SAEs of the configuration: those that were found, and those of which only the shape is `known`. Raises
+    UserError where they do not fit the model."""
+    here = {source.where: source for source in sources}
+    sections, members, places = sae_sections(config.sae), list[SAE](), list[tuple[int, str]]()
+    for where, section in sections.items():
+        if where in here:
+            members.append(read_files(here[where].files))
+            places.append((here[where].layer, here[where].hook))
         else:
-            total += sum(tensor.nbytes for tensor in load_sources([find_sae(section, where)]).buffers())
-    return total
+            require_format(section, where)
+            d_in, d_sae, *said = known[str(section.path)]
+            places.append(place_of(section, where, (said[0], said[1]), str(section.path)))
+            members.append(empty_sae(d_in, d_sae))
+    read = {where: layer for where, (layer, _) in zip(sections, places)}
+    settings.require_layers(config.model.name, architecture, read)
+    sae = JointSAE(members, [section.weight for section in sections.values()]) if len(members) > 1 else members[0]
+    reading = assembly.Reading(sae, places)
+    reading.require_fit(config.model, architecture, [str(section.path) for section in sections.values()])
+    return reading
+
+
+def empty_sae(d_in: int, d_sae: int) -> SAE:
+    """An SAE without values."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    return SAE(empty(d_in, d_sae), empty(d_sae), empty(d_sae, d_in), empty(d_in), empty(d_sae))
 
 
 def count(module: nn.Module) -> int:

@@ -147,7 +147,7 @@ def show_summary(folder: Path, *, finished_before: bool = False) -> None:
     saes = list((folder / "LATEST").glob("layer_*"))
     differences = list((folder / "LATEST").glob("difference/layer_*"))
     there = formats_in(folder / "LATEST")
-    names = {"policy_pt": "policy.pt", "hub": "Hub format"}
+    names = {"policy_pt": "policy.pt", "hub": "safetensors" if has_sae_head(folder / "LATEST") else "Hub format"}
     holds = "the SAEs" if saes or differences else " and ".join(name for key, name in names.items() if key in there)
     console.print(f"{folder}/: LATEST/ ({holds}), summary.json, metrics.jsonl, config.yaml", markup=False)
     if best := figures.get("best"):
@@ -155,7 +155,14 @@ def show_summary(folder: Path, *, finished_before: bool = False) -> None:
     if saes:
         one = " ++sae.layer=N" if len(saes) > 1 else ""
         console.print(f"loss=fpo on the same model reads it with ++sae.path={folder}{one}", markup=False)
-    console.print(f"curves, completions and settings, to look at in a browser: {page}", markup=False)
+    looked_at = "curves, completions and settings" if (folder / "completions.json").is_file() else "curves and settings"
+    console.print(f"{looked_at}, to look at in a browser: {page}", markup=False)
+
+
+def has_sae_head(export: Path) -> bool:
+    """Whether an export is of a reward model with a head that transformers does not know."""
+    config = json_of(export / "config.json")
+    return isinstance(config, dict) and "sae_head" in config
 
 
 def read_lines(path: Path) -> Lines:

@@ -111,7 +111,7 @@ def kind_of(own: dict[str, Any]) -> str:
     if "enum" in own or "const" in own:
         return "|".join(str(value).lower() for value in own.get("enum") or [own["const"]])
     if own.get("type") in ("integer", "number"):
-        return " ".join([{"integer": "whole number", "number": "number"}[own["type"]], *range_of(own)])
+        return f"{'whole ' * (own['type'] == 'integer')}number {' and '.join(range_of(own))}".rstrip()
     if own.get("type") == "array":
         return f"[{kind_of(own.get('items', {}))}, ...]"
     return {"string": "text", "boolean": "true|false", "null": "null"}.get(own.get("type", ""), "keys with values")

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic_core import PydanticUndefined
+from transformers import PretrainedConfig
 from yaml import AliasToken, YAMLError
 
 import dataloader
@@ -131,8 +132,9 @@ ELSEWHERE = {
 
 def translate_argument(argument: str) -> list[str]:
     """A command's argument in Hydra's words: `++config.key=value` as HALOs' FAQ has it; `model=` with a directory, a
-    run or a Hub id; `sae=[a,b]`, where Hydra would lay the second over the first; `gemma-2-2b` as the earlier FPO code
-    spells gemma2b; `term=nll` and `term=[nll,features]`, each of which goes into a section of its own."""
+    run or a Hub id; `sae=[a,b]`, where Hydra would lay the second over the first, and `sae=null`; `gemma-2-2b` as the
+    earlier FPO code spells gemma2b; `term=nll` and `term=[nll,features]`, each of which goes into a section of its
+    own."""
     argument = re.sub(r"^\+\+config\.", "++", argument)
     if argument.startswith("model="):
         source = argument.removeprefix("model=")
@@ -148,6 +150,8 @@ def translate_argument(argument: str) -> list[str]:
         raise UserError(f"{argument}: names no term; there are {', '.join(choices_of('term'))}")
     if terms := re.fullmatch(r"\+{0,2}term=\[?([\w, -]+)\]?", argument):
         return [f"+term@term.{name.strip()}={name.strip()}" for name in terms[1].split(",")]
+    if argument == "sae=null":
+        return ["~sae"]
     if several := re.fullmatch(r"sae=\[(.*)\]", argument):
         names = [name.strip() for name in several[1].split(",")]
         return ["~sae", *(f"+sae@sae.parts.{re.sub(r'[^a-zA-Z0-9]', '_', name)}={name}" for name in names)]
@@ -447,7 +451,10 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
         classes = with_ablation(config, classes, problems)
     if config.sae.at != "text":
         at = f"sae.at={config.sae.at}"
-        problems.expect("sae" in classes.binding.needs, f"{at}: loss={config.loss.name} compares no features")
+        problems.expect(
+            bool(parts_with_features(classes)),
+            f"{at}: it says where features are compared; loss={config.loss.name} compares none",
+        )
         problems.expect(config.mode != "features", f"{at}: mode=features reads them at the text itself: ++sae.at=text")
     if config.eval_best is not None:
         there, wanted = classes.trainer.evaluated(classes.binding), config.eval_best.removeprefix("-")
@@ -462,17 +469,24 @@ def check_values(values: dict[str, Any], modes: Sequence[str] = ("train",)) -> t
         classes.trainer.check(config, classes.binding)
     with problems.collected():
         if "sae" in classes.binding.needs:
-            require_sae(config, what_reads_sae(config, classes.binding))
+            require_sae(config, what_reads_sae(config, classes))
     problems.raise_if_any()
     return config, classes
 
 
-def what_reads_sae(config: Config, binding: Binding) -> str:
+def what_reads_sae(config: Config, classes: RunClasses) -> str:
     """What a run needs its SAE for: its loss, a term, or the ablation of features."""
-    for part in binding.parts():
-        if any("sae" in NEEDS.get(i.quantity, ()) for i in part.inputs):
-            return f"loss={config.loss.name}" if part is binding else part.where
-    return "sae.ablate"
+    parts = [classes.binding] if classes.trainer.has_sae_head else parts_with_features(classes)
+    if not parts:
+        return "sae.ablate"
+    return f"loss={config.loss.name}" if parts[0] is classes.binding else parts[0].where
+
+
+def parts_with_features(classes: RunClasses) -> list[Binding]:
+    """The loss and the terms that read the SAE's features of completions, at the positions of `sae.at`. A reward head
+    reads those of the last token."""
+    asks = [part for part in classes.binding.parts() if any("sae" in NEEDS.get(i.quantity, ()) for i in part.inputs)]
+    return [] if classes.trainer.has_sae_head else asks
 
 
 def with_ablation(config: Config, classes: RunClasses, problems: Problems) -> RunClasses:
@@ -592,9 +606,10 @@ def with_defaults(config: Config, paths: RunPaths, saved: Config | None = None) 
 def require_sae(config: Config, who: str) -> None:
     """Raises UserError where the configuration has no SAE."""
     if not sae_sections(config.sae):
+        own = f"sae={config.model.name}, or " if config.model.name in choices_of("sae") else ""
         raise UserError(
-            f"{who} needs an SAE that fits the model: sae={'|'.join(choices_of('sae'))}, "
-            "or ++sae.path=... ++sae.layer=..."
+            f"{who} needs an SAE that fits the model: {own}++sae.path=... ++sae.layer=...; to go without one (~sae) is "
+            "for losses that read no features"
         )
 
 
@@ -610,38 +625,54 @@ def find_paths(config: Config, needs: frozenset[str]) -> RunPaths:
 
     Raises UserError with all problems found.
     """
+    found, saes = find_files(config, needs)
+    return RunPaths(**found, saes=saes)
+
+
+def find_files(
+    config: Config, needs: frozenset[str], known: Collection[str] = ()
+) -> tuple[dict[str, Path], list[SAESource]]:
+    """As `find_paths`: the paths by their names there, and the SAEs. What is `known` needs no files and is left out."""
     problems, model = Problems(), config.model
-    found: dict[str, Path | None] = {"model": None, "tokenizer": None, "reference": None}
+    found: dict[str, Path] = {}
     saes: list[SAESource] = []
-    wanted: dict[str, tuple[Callable[..., Path], str, str]] = {
-        "model": (fetch, model.name_or_path, "model.name_or_path"),
-        "tokenizer": (fetch, model.tokenizer_name_or_path or model.name_or_path, "model.tokenizer_name_or_path"),
-        "reference": (fetch, model.reference_path or model.name_or_path, "model.reference_path"),
+    wanted = {
+        "model": (model.name_or_path, "model.name_or_path"),
+        "tokenizer": (model.tokenizer_name_or_path or model.name_or_path, "model.tokenizer_name_or_path"),
+        "reference": (model.reference_path or model.name_or_path, "model.reference_path"),
     }
-    for name, (get, source, setting) in wanted.items():
+    for name, (source, setting) in wanted.items():
         with problems.collected():
+            if source in known:
+                continue
             if name == "model" or source != model.name_or_path:
-                found[name] = get(source, CONFIG_FILES, setting)
-            else:
+                found[name] = fetch(source, CONFIG_FILES, setting)
+            elif "model" in found:
                 found[name] = found["model"]
     if "sae" in needs:
         for where, section in sae_sections(config.sae).items():
             with problems.collected():
-                saes.append(find_sae(section, where))
+                if section.path not in known:
+                    saes.append(find_sae(section, where))
     if model.load_from is not None:
         with problems.collected():
             find_weights(model.load_from)
     for name in ("model", "reference"):
-        if (folder := found[name]) is not None:
+        if (folder := found.get(name)) is not None:
             with problems.collected():
                 require_positions(load_config(folder), folder, {"model.max_length": model.max_length})
-    if found["model"] is not None:
+    if "model" in found:
         with problems.collected():
             load_generation_config(found["model"])
         with problems.collected():
-            layers = load_config(found["model"]).get_text_config().num_hidden_layers
-            for sae in saes:
-                there = f"{sae.where}.layer={sae.layer}: {model.name} has layers 0 to {layers - 1}"
-                problems.expect(0 <= sae.layer < layers, there)
+            require_layers(model.name, load_config(found["model"]), {sae.where: sae.layer for sae in saes})
     problems.raise_if_any()
-    return RunPaths(**found, saes=saes)  # type: ignore[arg-type]
+    return found, saes
+
+
+def require_layers(model: str, architecture: PretrainedConfig, read: Mapping[str, int]) -> None:
+    """Raises UserError for SAEs, by where the configuration has them, that read layers which the model lacks."""
+    layers, problems = architecture.get_text_config().num_hidden_layers, Problems()
+    for where, layer in read.items():
+        problems.expect(0 <= layer < layers, f"{where}.layer={layer}: {model} has layers 0 to {layers - 1}")
+    problems.raise_if_any()

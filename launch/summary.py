@@ -71,7 +71,7 @@ def from_evaluations(evaluations: Sequence[dict[str, float]]) -> dict[str, float
     name, key = ("logps_eval/accuracies", "accuracy") if policy else ("rewards_eval/accuracies", "reward_accuracy")
     if name in evaluations[-1]:
         figures[f"{key}_after"] = evaluations[-1][name]
-        if evaluations[0]["step"] == 0:
+        if evaluations[0]["step"] == 0 and name in evaluations[0]:
             figures[f"{key}_before"] = evaluations[0][name]
     drifts = [value for key, value in evaluations[-1].items() if key.startswith("feature_drift_eval/")]
     if drifts:

@@ -40,7 +40,7 @@ from utils import UserError, console
 TESTED = ("gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 REASONS = {
     "flash_attention_2": "flash-attn is installed",
-    "flex": "a block mask on this GPU",
+    "flex": "a block mask, on a GPU",
     "segments": "computes only what tokens see",
     "sdpa": "torch's own, for padded rows",
     "eager": "the model soft-caps its attention scores, which SDPA cannot do",

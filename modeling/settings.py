@@ -31,6 +31,13 @@ class AdapterSettings(Settings):
     target_modules: Text | Annotated[list[Text], Field(min_length=1)]
 
 
+class SAEHeadSettings(Settings):
+    """`sae_head` in the config.json of a reward model whose head reads an SAE's features."""
+
+    d_sae: Count
+    k: Count | None
+
+
 class ModelSettings(Settings):
     """`model` of the configuration."""
 

@@ -37,6 +37,7 @@ POLICY_FILE = "policy.pt"
 FORMATS = {"policy_pt": POLICY_FILE, "hub": WEIGHTS}  # of an export: the files that its weights are in
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # buffers in older checkpoints
 REWARD_HEAD = "score."
+SAE_OF_HEAD = f"{REWARD_HEAD}W_enc"  # only in files of a reward model whose head reads an SAE's features
 MEAN_ROWS = 4096  # rows read at once to compute a mean
 
 
@@ -177,8 +178,9 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def find_weights(load_from: str) -> Path:
-    """The weights that `model.load_from` names: a `policy.pt` or a Hub-format directory; LATEST of a run directory.
+def find_weights(load_from: str, setting: str = "model.load_from") -> Path:
+    """The weights that `model.load_from`, or another setting, names: a `policy.pt` or a Hub-format directory; LATEST of
+    a run directory.
 
     Raises UserError if there are none.
     """
@@ -189,7 +191,7 @@ def find_weights(load_from: str) -> Path:
         return path
     if (path / POLICY_FILE).is_file():
         return path / POLICY_FILE
-    raise UserError(f"model.load_from={load_from}: no policy.pt, safetensors or run directory there")
+    raise UserError(f"{setting}={load_from}: no policy.pt, safetensors or run directory there")
 
 
 def formats_in(folder: Path) -> set[str]:
@@ -241,14 +243,10 @@ def load_weights(model: PreTrainedModel, weights: Weights, new_tokens: int = 0) 
     `new_tokens`, which are new in the vocabulary. Raises UserError, before anything is read, with a list of all weights
     that are missing, left over or of another shape.
     """
-    weights = ConvertedWeights(weights, model)
-    tensors = model.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}  # by parameter; a tied one has several names, and files have one of them or all
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    sources = match_weights(tensors, list(names.values()), weights, new_tokens)
+    weights, tensors = ConvertedWeights(weights, model), model.state_dict(keep_vars=True)
+    sources = match_weights(tensors, weights, new_tokens)
     with torch.no_grad():
-        for name, *_ in names.values():
+        for name, *_ in names_by_parameter(tensors):
             tensor = tensors[name]
             if name not in sources:
                 initial = init_missing(name, tensor.shape, model.config.initializer_range)
@@ -257,17 +255,28 @@ def load_weights(model: PreTrainedModel, weights: Weights, new_tokens: int = 0) 
                 local_slice(tensor).copy_(read_rows(weights, sources[name], local_ranges(tensor)))
 
 
-def match_weights(
-    tensors: Mapping[str, Tensor], names: Sequence[list[str]], weights: Weights, new_tokens: int
-) -> dict[str, str]:
+def check_weights(model: PreTrainedModel, weights: Weights, new_tokens: int = 0) -> None:
+    """Raises UserError as `load_weights` does, for a model without memory; nothing is read."""
+    match_weights(model.state_dict(keep_vars=True), ConvertedWeights(weights, model), new_tokens)
+
+
+def names_by_parameter(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """All names of each parameter. A tied one has several, and files have one of them or all."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
+
+
+def match_weights(tensors: Mapping[str, Tensor], weights: Weights, new_tokens: int) -> dict[str, str]:
     """For each parameter that is in the files, by its first name in the model: its name in the files.
 
-    `names` holds all names of each parameter. Raises UserError as `load_weights` says.
+    Raises UserError as `load_weights` says.
     """
     problems: dict[str, list[str]] = {"missing": [], "left over": [], "of another shape": []}
     sources: dict[str, str] = {}
     known = set()
-    for own_names in names:
+    for own_names in names_by_parameter(tensors):
         first = own_names[0]
         candidates = [adapters.name_in_base(name) for name in own_names]
         known.update(candidates)

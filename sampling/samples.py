@@ -27,6 +27,7 @@ from utils import (
     console,
     file_digest,
     fingerprint,
+    in_words,
     log_lines,
     missing_folders,
     open_json_lines,
@@ -241,7 +242,8 @@ def sample_log(path: Path, identity: dict[str, Any], writes: bool = True) -> Ite
         made = missing_folders(path.parent)
         log = SampleLog(path, identity, writes)
     except OSError as error:
-        raise UserError(f"cannot write to {path.parent} ({error}); samples_dir= names another place") from error
+        where = "samples_dir= names another place"
+        raise UserError(f"cannot write to {path.parent} ({in_words(error)}); {where}") from error
     with log.file:
         all_went_well = False
         try:

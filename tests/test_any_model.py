@@ -169,6 +169,22 @@ def test_any_configuration_is_a_models_or_refused(tmp_path_factory, seed):
         assert str(error).startswith((str(folder), "model.max_length")) and "\n" not in str(error)
 
 
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("num_hidden_layers", {"num_hidden_layers": 10_000_000}),
+        ("n_layer", {"model_type": "gpt2", "n_layer": 10**30}),
+        ("text_config.num_hidden_layers", {"model_type": "gemma3", "text_config": {"num_hidden_layers": 1001}}),
+    ],
+)
+def test_a_model_of_endless_layers_is_refused(tmp_path, key, changes):
+    folder = weightless(tmp_path / "model")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | changes))
+    with pytest.raises(UserError, match=rf"config\.json: {key}=\d+: a model may have 1,000 layers at most"):
+        models.load_config(folder)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "5", '{"a":', "[" * 100_000, "\ufeff{}"])
 def test_damaged_files_of_a_model_are_named(tmp_path, text):
     reading = {

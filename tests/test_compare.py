@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from judge_server import CONFIG, KEY, FakeServer, body, completion, items, prefers_good, reply, status, write_samples
 
 import compare
+from data.rows import BadRows, read_rows
 from judging import alpaca_eval_official, answers
 from judging.judge import VerdictLog
 from judging.options import build_parser
@@ -292,7 +293,7 @@ def test_a_file_is_compared_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", range(3))
 def test_killed_while_it_writes_results_it_adds_no_line_twice(
-    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch, place: int
+    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: int
 ) -> None:
     """After each of its lines, and before its page; what was paid stays in the first line."""
     paths = [write_samples(tmp_path, 3, f"{name}.json", name) for name in ("one", "two")]
@@ -310,7 +311,9 @@ def test_killed_while_it_writes_results_it_adds_no_line_twice(
         compare.main(asked)
     monkeypatch.undo()
     compare.main(asked)
+    assert ("results appended to" in capsys.readouterr().out) == (place < 2)
     compare.main(asked)
+    assert "r.jsonl is as it was; verdicts to read" in capsys.readouterr().out.replace("\n", "")
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [line["exp_name"] for line in lines] == ["one", "two"]
     assert (lines[0]["requests"] > 0) == (place > 0)
@@ -388,6 +391,26 @@ def test_lines_of_answers_hold_any_line_break(tmp_path: Path, end: str) -> None:
     path.write_text(f"{lines}{{")
     with pytest.raises(UserError, match=r"answers.jsonl: line 3 is no JSON"):
         answers.read_answers(path)
+
+
+def test_a_file_that_cannot_be_read_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "a/folder.json").mkdir(parents=True)
+    for name, why in (("none.json", "No such file or directory"), ("a/folder.json", "Is a directory")):
+        path = tmp_path / name
+        said = error_of("-f", path, "-j", "toy", "-r", tmp_path / "r")
+        assert said.replace("\n", "") == f"cannot read {path}: {why}"
+        with pytest.raises(UserError, match=f"^{path} cannot be read: {why}$"):
+            list(read_rows([path], BadRows("x")))
+
+
+def test_a_misspelt_judge_is_not_taken_for_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    samples = write_samples(tmp_path, 2)
+    for name, meant in (("Toy", "toy"), ("recoded", "recorded")):
+        error = error_of("-f", samples, "-j", name, "-r", tmp_path / "r")
+        assert error.startswith(f"-j {name}: no judge here (did you mean '{meant}'?)")
+    server = ["--base_url", "http://127.0.0.1:9", "--dry_run"]
+    compare.main(["-f", str(samples), "-j", "toys", *server, "-r", str(tmp_path / "r")])
 
 
 @pytest.mark.parametrize("name", ["deep.json", "deep.jsonl"])

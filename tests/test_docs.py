@@ -241,10 +241,24 @@ def commands_for_cards() -> dict[str, tuple[DictConfig, int]]:
         values = ALL[name].values
         if values.get("model") in known and values["loss"] != "sae" and not values.keys() & NEW:
             own = [word for word in ALL[name].arguments if word.lstrip("+").partition("=")[0] not in UNREAD]
-            own = [re.sub("=/saes/.*", f"={next(iter(plan.SHAPES['saes']))}", word) for word in own]
+            at = [word.partition("=/saes/") for word in own]
+            own = [f"{key}={known_sae(values)}" if path else key for key, path, _ in at]
             nodes = 2 if "hybrid_sharding" in name or "slurm" in name else 1
             found[name] = composed(settings.translate_arguments(own)), 8 * nodes
     return found
+
+
+def known_sae(values: dict[str, str]) -> str:
+    """A public SAE that a command could have a local copy of: the one that it names, or one that fits its model."""
+    if "sae" in values:
+        return OmegaConf.load(REPO / f"config/sae/{values['sae']}.yaml").path
+    source = OmegaConf.load(REPO / f"config/model/{values['model']}.yaml").name_or_path
+    shape = plan.SHAPES["models"][source]
+    return next(
+        path
+        for path, (width, _, layer, _) in plan.SHAPES["saes"].items()
+        if width == shape["hidden_size"] and layer < shape["num_hidden_layers"]
+    )
 
 
 def test_train_commands_fit_cards_of_80_gb():

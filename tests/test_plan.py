@@ -55,6 +55,18 @@ def test_what_is_gathered_is_counted():
     assert found.peak == sum(found.held.values()) + sum(found.passing.values())
 
 
+def test_a_plan_says_what_its_columns_are(capsys):
+    few = ["++model.batch_size=2", "++model.max_length=96", "++model.max_prompt_length=32", "++mode=plan"]
+    for own in ("++nproc=2", "model.policy_dtype=bfloat16"):
+        plan.print_plan(*settings.check_config(composed(["loss=dpo", *TINY, *few, own]), modes=["plan"]))
+    on_cpu, on_gpu = re.split("^tiny: ", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    assert "on 2 ranks, in float32" in on_cpu and "on 1 rank, a GPU for each, in bfloat16" in on_gpu
+    heads = r"memory of each rank, GB +.\s+forward and backward +.\s+optimiser's update"
+    sums = re.search(r"together\D+([\d.]+)\D+([\d.]+)", on_gpu).groups()
+    assert re.search(heads, on_gpu) and f"Each rank needs {max(sums, key=float)} GB" in on_gpu
+    assert "this GPU" not in on_gpu
+
+
 def test_hybrid_sharding_splits_within_a_node():
     eight, sixteen = (plan_of("loss=dpo", "++model.hybrid_sharding=true", ranks=ranks)[1] for ranks in (8, 16))
     assert eight.held == sixteen.held
@@ -116,19 +128,60 @@ def test_a_micro_batch_is_full(max_tokens, positions):
 # ----------------------------------------------------------------------------------------- models that are not here
 
 
+def found_for(*overrides):
+    return plan.find(*settings.check_config(composed([*overrides, "++mode=plan"]), modes=["plan"]))
+
+
 def test_a_directory_comes_before_what_is_known(monkeypatch):
-    own = settings.typed(composed(["loss=dpo", "model=tiny"])).model
-    monkeypatch.setitem(plan.SHAPES["models"], own.name_or_path, {"model_type": "llama"})
-    assert plan.architecture_of(own).model_type == "gemma2"
+    monkeypatch.setitem(plan.SHAPES["models"], "assets/tiny", {"model_type": "llama"})
+    assert found_for("loss=dpo", "model=tiny", "datasets=[toy]")[0].model_type == "gemma2"
 
 
 def test_an_unknown_model_is_looked_for(monkeypatch):
-    asked, own = (
-        [],
-        settings.typed(composed(["loss=dpo", "model=base", "model.name=x", "model.name_or_path=a/b"])).model,
-    )
-    monkeypatch.setattr(models, "fetch", lambda source, *_: asked.append(source) or REPO / "assets/tiny")
-    assert plan.architecture_of(own).model_type == "gemma2" and asked == ["a/b"]
+    asked = []
+    monkeypatch.setattr(settings, "fetch", lambda source, *_: asked.append(source) or REPO / "assets/tiny")
+    found, _ = found_for("loss=dpo", "model=base", "model.name=x", "model.name_or_path=a/b")
+    assert found.model_type == "gemma2" and asked == ["a/b"]
+
+
+def test_saes_that_are_known_are_found_without_a_file():
+    several = [f"+sae@sae.parts.{name.replace('-', '_')}={name}" for name in ("gemma2b", "gemma2b-mlp")]
+    architecture, reading = found_for("loss=fpo", *GEMMA, "~sae", *several)
+    assert architecture.num_hidden_layers == 26
+    assert reading.places == [(25, "residual"), (25, "mlp")]
+    assert [(sae.d_in, sae.d_sae, sae.W_enc.is_meta) for sae in reading.sae.members] == [(2304, 16384, True)] * 2
+    architecture, _ = found_for("loss=bradley-terry-sae", *GEMMA, "sae=gemma2b-l12")
+    assert architecture.num_hidden_layers == 13
+
+
+GEMMA = ["model=gemma2b", "datasets=[toy]"]
+TINY = ["model=tiny", "datasets=[toy]"]
+TWO = ["~sae", "+sae@sae.parts.a=tiny", "+sae@sae.parts.b=tiny"]
+REFUSED = {  # as a run refuses it
+    "layer": ([*TINY, "loss=bradley-terry-sae", "++sae.layer=9"], r"sae\.layer=9: tiny has layers 0 to 3"),
+    "layer of a known one": ([*TINY, "loss=fpo", "sae=gemma2b"], r"sae\.layer=25: tiny has layers 0 to 3"),
+    "width": (
+        ["model=smollm2-135m", "datasets=[toy]", "loss=fpo", "sae=gemma2b"],
+        r"params\.npz: reads vectors of 2304 numbers, but smollm2-135m has 576",
+    ),
+    "two": ([*TINY, "loss=bradley-terry-sae", *TWO], "rewards the features of one SAE .* has 2 SAEs"),
+    "hook": ([*GEMMA, "loss=bradley-terry-sae", "sae=gemma2b-mlp"], "has one at hook=mlp"),
+    "what its files say": ([*GEMMA, "loss=fpo", "++sae.layer=3"], r"sae\.layer=3, but .*params\.npz says 25"),
+    "format": ([*GEMMA, "loss=fpo", "++sae.format=gema_scope"], "did you mean 'gemma_scope'"),
+    "no weights": ([*GEMMA, "loss=dpo", "++model.load_from=nowhere"], r"model\.load_from=nowhere: no policy\.pt"),
+    "no reward model": ([*TINY, "loss=ppo", "loss.reward=assets/tiny"], r"loss\.reward=assets/tiny: no reward model"),
+    "no reward": (
+        [*TINY, "loss=ppo", "loss.reward=nowhere"],
+        r"loss\.reward=nowhere: no policy\.pt",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_plan_refuses_what_a_run_refuses(name):
+    overrides, message = REFUSED[name]
+    with pytest.raises(UserError, match=message):
+        found_for(*overrides)
 
 
 def test_a_plan_refuses_more_tokens_than_there_are_positions():
@@ -156,6 +209,7 @@ def plan_for_cards(raw, ranks):
     """The plan of a command, made once for all that take the same."""
     config, classes = settings.check_config(OmegaConf.merge(raw, {"mode": "plan"}), modes=["plan"])
     model = config.model.model_copy(update={"load_from": None, "name": ""})
+    config = config.model_copy(update={"model": model})
     trainer, needs = classes.trainer, classes.binding.needs & {"sae", "live_reference"}
     kind = (trainer.sides, trainer.is_reward, trainer.has_sae_head)
     same = (repr(model), config.optimizer, kind, needs, repr(config.sae), ranks)

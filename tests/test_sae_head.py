@@ -1,20 +1,24 @@
 """Reward models that can be read: the head's reward, what is trained, and that all that takes a reward model takes
 them."""
 
+import copy
 import json
 import math
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import collate, look_at, pairs, random_sae
+from conftest import REPO, collate, look_at, pairs, random_sae
 from test_reward_figures import figures
 from test_taps import tiny
-from test_training import assembled, metrics, run
+from test_training import assembled, metrics, run, settle
 from transformers import AutoModelForSequenceClassification
 
 import eval as evaluation
 import models
+import train
+from autoencoders.formats import load_sae, save_sae
+from launch import assembly, report
 from launch.policies import read_config
 from trainers import BradleyTerrySAETrainer
 from utils import UserError
@@ -134,7 +138,7 @@ def test_its_page_lists_what_is_paid_for(tmp_path, plain_run, browser):
     assert "http" not in (folder / "features/paid.html").read_text().replace("http://www.w3.org/2000/svg", "")
 
 
-def test_what_cannot_be_a_head_is_told(tmp_path, plain_run):
+def test_what_cannot_be_a_head_is_told(tmp_path):
     loss = ["loss=bradley-terry-sae", "exp_name=bad"]
     with pytest.raises(UserError, match="loss=bradley-terry-sae needs an SAE that fits the model"):
         assembled(tmp_path, *loss, "~sae")
@@ -145,9 +149,90 @@ def test_what_cannot_be_a_head_is_told(tmp_path, plain_run):
             assembled(tmp_path, f"loss={reward_loss}", "++model.use_peft=true")
     with pytest.raises(UserError, match=r"sae\.ablate: loss=bradley-terry-sae rewards the features that would be gone"):
         assembled(tmp_path, *loss, "++sae.ablate=[3]")
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"d_sae": 0, "k": None}, r"config\.json: sae_head\.d_sae=0: has to be at least 1"),
+        ({"d_sae": True, "k": None}, r"sae_head\.d_sae=true: has to be a whole number"),
+        ({"d_sae": -(2**70), "k": None}, r"sae_head\.d_sae=-1180591620717411303424: has to be at least 1"),
+        ({"d_sae": 10**30, "k": None}, r"sae_head\.d_sae=1000000\d*: has to be at most 1e\+09"),
+        (
+            {"d_sae": 10**9, "k": None},
+            r"sae_head\.d_sae=1000000000 needs score\.W_enc \[128, 1000000000\], and .* has score\.W_enc \[128, 1024\]",
+        ),
+        ({"d_sae": 1024, "k": False}, r"sae_head\.k=false: has to be a whole number"),
+        ({"d_sae": 1024, "k": 1025}, r"sae_head\.k=1025: more than its d_sae=1024"),
+        ({"d_sae": 1024}, r"sae_head\.k is missing"),
+        ([1024], r"sae_head=\[1024\]: has to be keys with values"),
+    ],
+)
+def test_a_head_that_is_not_what_its_config_says(tmp_path, plain_run, described, message):
+    with pytest.raises(UserError, match=message):
+        models.outline(copy_of(plain_run("bradley-terry-sae"), tmp_path, sae_head=described), None, reward=True)
+
+
+def copy_of(run, folder, **changes):
+    """The export of a run with another config.json."""
+    config = json.loads((run / "LATEST/config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "model.safetensors").symlink_to(run / "LATEST/model.safetensors")
+    return folder
+
+
+def test_the_sae_of_a_head_is_the_one_that_it_was_trained_with(tmp_path, plain_run):
+    """Of another size, of the same size with other weights, at another layer; for the page and for mode=eval."""
+    folder = plain_run("bradley-terry-sae")
+    own = load_sae(REPO / "assets/tiny-sae/params.npz")
+    moved = copy.deepcopy(own)
+    moved.b_enc[3] += 1e-3
+    wanted = {"small": r"has d_sae=1024, not 48", "moved": "has another b_enc"}
+    for (name, message), sae in zip(wanted.items(), (random_sae(128), moved)):
+        save_sae(sae, tmp_path / f"{name}.npz")
+        for work, mode in ((evaluation.write_features, "features"), (evaluation.write_metrics, "eval")):
+            given = [f"++mode={mode}", f"++sae.path={tmp_path}/{name}.npz", "++sae.format=gemma_scope"]
+            with pytest.raises(UserError, match=rf"{name}\.npz: not the SAE in the reward head of .*, which {message}"):
+                work(read_config(folder, given), folder, given)
+    given = ["++mode=features", "++sae.layer=1"]
+    with pytest.raises(UserError, match=r"which has layer=2, not 1"):
+        evaluation.write_features(read_config(folder, given), folder, given)
+    trained = models.NewHead(moved, 2, trained=True)  # moves its SAE
+    assembly.require_sae_of_head(folder / "LATEST", None, trained, None)
+
+
+def test_what_a_reward_model_pays_for_is_compared_with_no_other_run(tmp_path, plain_run):
+    folder = plain_run("bradley-terry-sae")
+    for more, message in (
+        ([], "compares it with no other run"),
+        (["++data=[toy]"], "without data"),
+        (["++probe=x"], ""),
+    ):
+        given = ["++mode=features", f"++compare_to={tmp_path}", *more]
+        with pytest.raises(UserError, match=f"compare_to.*{message}"):
+            evaluation.write_features(read_config(folder, given), folder, given)
+
+
+def test_a_loss_does_not_train_the_head_of_another(tmp_path, plain_run, monkeypatch):
+    """Neither as the model nor as its weights; and a refused command leaves nothing."""
     latest = plain_run("bradley-terry-sae") / "LATEST"
-    described = json.loads((latest / "config.json").read_text()) | {"sae_head": {"d_sae": 0, "k": None}}
-    (tmp_path / "config.json").write_text(json.dumps(described))
-    (tmp_path / "model.safetensors").symlink_to(latest / "model.safetensors")
-    with pytest.raises(UserError, match=r"sae_head=.*describes no SAE head"):
-        models.load_model(tmp_path, "eager", torch.device("cpu"), reward=True)
+    monkeypatch.setattr(models, "load_weights", lambda *_: pytest.fail("weights were read"))
+    dense = ["loss=bradley-terry", f"cache_dir={tmp_path}/out"]
+    for own in (f"model.name_or_path={latest}", f"++model.load_from={latest}"):
+        for mode in ("train", "plan"):
+            with pytest.raises(UserError, match=r"reads an SAE's features, which loss=bradley-terry-sae trains"):
+                train.train(settle(tmp_path, *dense, own, f"mode={mode}")[0])
+    with pytest.raises(UserError, match=r"the weights do not fit the model\. .*left over: score\.W_dec"):
+        train.train(settle(tmp_path, "loss=dpo", dense[1], f"++model.load_from={latest}")[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_before_a_step_all_rewards_are_equal_and_none_is_right(plain_run, capsys):
+    folder = plain_run("bradley-terry-sae")
+    lines = metrics(folder)
+    there = ["rewards_eval/accuracies" in line or "rewards_train/accuracies" in line for line in lines]
+    assert lines[0]["rewards_eval/margins"] == 0 and there[0] is False and there[-1] is True
+    report.show_summary(folder)
+    out = capsys.readouterr().out
+    assert "reward accuracy after" in out and "reward accuracy before" not in out
+    assert "completions" not in out and "LATEST/ (policy.pt and safetensors)" in out

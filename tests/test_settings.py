@@ -232,9 +232,38 @@ def test_the_help_has_ranges_and_defaults_of_a_loss():
     assert re.search(r"loss\.divergence=mse .*\[kl\|mse\]", fpo["loss.divergence"])
     assert re.search(r"loss\.feature_weights=null .*\[text or \[.*\] or null\]", fpo["loss.feature_weights"])
     assert "[whole number >= 1]" in fpo["loss.k"] and "[number >= 0]" in fpo["loss.lr_at_7b"]
-    assert "[number >= 0 <= 1]" in kto["loss.frac_unique_desirable"] and "[whole number >= 1]" in ppo["loss.ppo_epochs"]
-    assert "[number >= 0 <= 1]" in cdpo["loss.label_smoothing"] and "[number > 0]" in cdpo["loss.beta"]
+    assert (
+        "[number >= 0 and <= 1]" in kto["loss.frac_unique_desirable"]
+        and "[whole number >= 1]" in ppo["loss.ppo_epochs"]
+    )
+    assert "[number >= 0 and <= 1]" in cdpo["loss.label_smoothing"] and "[number > 0]" in cdpo["loss.beta"]
     assert "[whole number >= 1]" in help_of("term/features")["term.features.k"]
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_the_help_has_the_keys_of_an_sae_and_whole_sentences(command):
+    """A line stands by itself: its comment does not begin in the line before."""
+    sections = re.search(r"startup\.begin\([^[]*(\[[^]]*\])", (REPO / f"{command}.py").read_text())[1]
+    found = "\n".join(map(startup.keys, yaml.safe_load(sections)))
+    keys = re.findall(r"^  (\S+?)=", found, re.MULTILINE)
+    assert {"sae.path", "sae.layer", "sae.at"} <= {*keys} and keys.count("sae.path") == 1
+    assert [line for line in found.splitlines() if re.search(r",( \[[^]]*\])?$", line)] == []
+
+
+def test_a_run_without_its_models_sae():
+    """However it is said; and who needs one is told what would work, which are not other models' SAEs."""
+    assert settings.translate_argument("sae=null") == ["~sae"]
+    for loss, model in (("dpo", "tiny"), ("dpo", "llama7b")):
+        arguments = settings.checked_arguments([f"loss={loss}", f"model={model}", "sae=null"])
+        with initialize_config_dir(str(REPO / "config"), version_base=None):
+            assert compose("config", overrides=arguments).sae.path is None
+    for model, own in (("tiny", "sae=tiny, or "), ("llama7b", "")):
+        values = changed(base("fpo"), model__name=model, sae__path=None)
+        message = (
+            rf"^loss=fpo needs an SAE that fits the model: {own}\+\+sae\.path=.*; to go without one \(~sae\) is for"
+        )
+        with pytest.raises(UserError, match=message):
+            settings.check_values(values)
 
 
 # ------------------------------------------------------------------------------------------------- random values

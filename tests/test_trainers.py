@@ -1,8 +1,10 @@
 """What trainers do beyond their loss: PPO's updates, reward models, control tokens, losses from elsewhere."""
 
 import json
+import math
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import REPO, metrics
 from hydra import compose, initialize_config_dir
@@ -96,7 +98,70 @@ def test_ppo_takes_its_rewards_from_labels_scores_or_a_model(tmp_path, plain_run
     assert rewards().tolist() == [-1.0, 1.0] * 4
     assert rewards("loss.reward=score").tolist() == [n / 4 for n in range(8)]
     by_model = rewards(f"loss.reward={plain_run('bradley-terry')}")
+    by_file = rewards(f"loss.reward={policy_file(plain_run('bradley-terry'), tmp_path)}")
     assert by_model.shape == (8,) and by_model.std() > 0
+    torch.testing.assert_close(by_file, by_model)
+
+
+def policy_file(run, folder):
+    """A run that exported nothing but policy.pt."""
+    latest = folder / "only/LATEST"
+    latest.mkdir(parents=True)
+    for name in ("policy.pt", "config.json"):
+        (latest / name).symlink_to(run / "LATEST" / name)
+    return latest.parent
+
+
+def reward_model(run, folder, change):
+    """The reward model of a run, with other tensors."""
+    folder.mkdir()
+    (folder / "config.json").symlink_to(run / "LATEST/config.json")
+    tensors = change(safetensors.torch.load_file(run / "LATEST/model.safetensors"))
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: {k: v for k, v in own.items() if k != "score.weight"}, "its weights have no reward head"),
+        (lambda own: {**own, "score.weight": torch.zeros(1, 64)}, r"of another shape: score\.weight"),
+        (lambda own: {**own, "score.W_enc": torch.zeros(1)}, r"do not fit the model\. left over: score\.W_enc"),
+    ],
+)
+def test_a_reward_model_that_cannot_be_one_is_told_before_a_weight_is_read(
+    tmp_path, plain_run, monkeypatch, change, message
+):
+    folder = reward_model(plain_run("bradley-terry"), tmp_path / "odd", change)
+    monkeypatch.setattr(models, "load_model", None)
+    with pytest.raises(UserError, match=rf"{folder}.*{message}"):
+        run(tmp_path, "loss=ppo", f"loss.reward={folder}", f"cache_dir={tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_refused_with_its_weights_leaves_what_was_there(tmp_path, monkeypatch):
+    """What only reading the weights tells, too: resume=never replaces nothing by it."""
+
+    def refuses(*_, **__):
+        raise UserError("its logits are scaled")
+
+    monkeypatch.setattr(models, "require_own_scores", refuses)
+    old = tmp_path / "out/sft_tiny/summary.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    (old.parent / "manifest.json").write_text('{"id": "1", "files": ["summary.json"]}')
+    for name in ("sft_tiny", "new"):
+        with pytest.raises(UserError, match="its logits are scaled"):
+            run(tmp_path, "loss=sft", "resume=never", f"exp_name={name}", f"cache_dir={tmp_path}/out")
+    assert old.read_text() == "{}" and [own.name for own in old.parent.parent.glob("[!.]*")] == ["sft_tiny"]
+
+
+def test_rewards_that_are_no_numbers_are_the_reward_models_fault(tmp_path, plain_run):
+    head = {"score.weight": torch.full((1, 128), math.nan)}
+    folder = reward_model(plain_run("bradley-terry"), tmp_path / "odd", lambda own: own | head)
+    trainer = assembled(tmp_path, "loss=ppo", f"loss.reward={folder}")
+    with pytest.raises(UserError, match=rf"^loss\.reward={folder}: a reward is not a number; that model's weights"):
+        trainer.evaluate()
 
 
 def test_rows_without_a_score_are_told_before_a_weight_is_read(tmp_path, monkeypatch):

@@ -283,8 +283,9 @@ def test_what_the_cached_numbers_depend_on_gives_a_new_cache(tmp_path, plain_run
 
 
 def test_where_features_are_read_is_refused_where_nothing_reads_them_there(tmp_path):
-    with pytest.raises(UserError, match=r"sae\.at=predicting: loss=dpo compares no features"):
-        assembled(tmp_path, "loss=dpo", "++sae.at=predicting")
+    for own in (["loss=dpo"], ["loss=bradley-terry-sae"], ["loss=dpo", "++sae.ablate=[3]"]):
+        with pytest.raises(UserError, match=rf"sae\.at=predicting: .* features are compared; {own[0]} compares none"):
+            assembled(tmp_path, *own, "++sae.at=predicting")
     raw, _ = settle(tmp_path, "loss=fpo", "++sae.at=predicting", "++mode=features")
     with pytest.raises(UserError, match=r"mode=features reads them at the text itself: \+\+sae\.at=text"):
         settings.check_config(raw, modes=["features"])

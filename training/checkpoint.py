@@ -47,6 +47,7 @@ from utils import (
     damaged_files,
     file_digest,
     flush_to_disk,
+    in_words,
     is_file_name,
     lock,
     missing_folders,
@@ -129,7 +130,8 @@ class Run:
             message = f"{self.folder}: another process is writing to this run; use another exp_name"
             raise UserError(message) from error
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder} ({error}); cache_dir= names another place") from error
+            where = "cache_dir= names another place"
+            raise UserError(f"cannot write to {self.folder} ({in_words(error)}); {where}") from error
         for folder in (self.folder, self.states, self.folder / "features"):
             remove_litter(folder)
         return held
@@ -195,16 +197,18 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ its beginning
 
-    def start(self, config: TrainingSettings) -> None:
-        """On rank 0: make the directory that of a run with this configuration. With `resume: never` what the run of
-        this name left goes; else the summary of an earlier end, and older states that a killed run has not removed.
-
-        Raises UserError where there is a directory in the place of a file, as of LATEST after a copy without links."""
-        known, anew = self.manifest(), config.resume == "never"
-        for path in [] if anew else [self.folder / name for name in FILES if name not in DIRECTORIES]:
+    def require_places(self, config: TrainingSettings) -> None:
+        """On rank 0: raises UserError where there is a directory in the place of a file, as of LATEST after a copy
+        without links. With `resume: never` it will go."""
+        for path in [self.folder / name for name in FILES if name not in DIRECTORIES and config.resume != "never"]:
             if path.is_dir() and not path.is_symlink():
                 what = "link" if path.name == "LATEST" else "file"
                 raise UserError(f"{path} is a directory, and a run writes a {what} there; move it away")
+
+    def start(self, config: TrainingSettings) -> None:
+        """On rank 0: make the directory that of a run with this configuration. With `resume: never` what the run of
+        this name left goes; else the summary of an earlier end, and older states that a killed run has not removed."""
+        known, anew = self.manifest(), config.resume == "never"
         names = list(dict.fromkeys([*(known["files"] if known else ()), *FILES]))
         if known is None or anew:
             write_json(self.folder / MANIFEST, {"id": secrets.token_hex(4), "files": names})
@@ -451,7 +455,7 @@ def new_part(target: Path, held: list[Part]) -> Path:
         held.append(Part(target))
         held[0].path.mkdir()
     except OSError as error:
-        raise UserError(f"{target.parent}: cannot write there ({error})") from error
+        raise UserError(f"{target.parent}: cannot write there ({in_words(error)})") from error
     return held[0].path
 
 

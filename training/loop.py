@@ -306,6 +306,10 @@ class BasicTrainer:
         return {}
 
     @classmethod
+    def check_weights(cls, binding: Binding) -> None:
+        """Raise UserError, without reading a weight, for `other_weights` that this trainer cannot work with."""
+
+    @classmethod
     def evaluated(cls, binding: Binding) -> list[str]:
         """The names of the metrics that an evaluation has."""
         drift = [*(f"feature_drift_eval/{side}" for side in cls.sides if side), "sae_eval/left_out"]
