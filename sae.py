@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -357,21 +359,26 @@ def attention_sinks(x: Tensor, lengths: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def summed_features(
-    sae: SAE, residual: Tensor, lengths: Sequence[int], *transforms: Callable[[Tensor], Tensor]
+    sae: SAE,
+    residual: Tensor,
+    lengths: Sequence[int],
+    *transforms: Callable[[Tensor], Tensor],
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums [1, S, F] of feature activations over the tokens of each sequence that are no attention sinks, and how many
     tokens that are, [S, F] (sinks differ from place to place). Without gradient.
 
     `residual` [M, D] holds the sequences one after the other; `lengths` [S] are their numbers of tokens. Each of the
     `transforms` of the activations adds its sums, after the first. They are encoded in chunks, so a tensor [M, F] never
-    exists.
+    exists. `sinks` [M] are those of a single SAE, where they are known already.
     """
     if len(sae.members) > 1:
         parts = zip(sae.members, sae.vectors(residual))
         of_each = [summed_features(member, x, lengths, *transforms) for member, x in parts]
         return torch.cat([own for own, _ in of_each], dim=2), torch.cat([own for _, own in of_each], dim=1)
     sequence = owners(lengths).to(residual.device, non_blocking=True)
-    sequence = sequence.masked_fill(attention_sinks(residual, lengths), len(lengths))  # to a row that is left out
+    sinks = attention_sinks(residual, lengths) if sinks is None else sinks
+    sequence = sequence.masked_fill(sinks, len(lengths))  # to a row that is left out
     sums = residual.new_zeros(1 + len(transforms), len(lengths) + 1, sae.d_sae, dtype=torch.float32)
     counts = sums.new_zeros(len(lengths) + 1).index_add_(0, sequence, sums.new_ones(len(sequence)))
     chunk = max(1, ENCODE_ELEMENTS // sae.d_sae)
@@ -383,19 +390,22 @@ def summed_features(
     return sums[:, :-1], counts[:-1].unsqueeze(1).expand(-1, sae.d_sae)
 
 
-def pooled_features(sae: SAE, residual: Tensor, lengths: Sequence[int]) -> Tensor:
+def pooled_features(sae: SAE, residual: Tensor, lengths: Sequence[int], sinks: Tensor | None = None) -> Tensor:
     """Mean feature activations [S, F] of each sequence, without gradient: see `summed_features`.
 
     A sequence without tokens has zeros.
     """
-    sums, counts = summed_features(sae, residual, lengths)
+    sums, counts = summed_features(sae, residual, lengths, sinks=sinks)
     return sums[0] / counts.clamp(min=1)
 
 
-def selected_features(sae: SAE, residual: Tensor, lengths: Sequence[int], latents: Tensor) -> Tensor:
+def selected_features(
+    sae: SAE, residual: Tensor, lengths: Sequence[int], latents: Tensor, sinks: Tensor | None = None
+) -> Tensor:
     """Mean activations [S, K] of the latents [S, K] of each sequence, over the tokens that are no attention sinks, with
-    gradient into `residual` [M, D]."""
-    kept = (~attention_sinks(residual, lengths)).float().unsqueeze(1)  # [M, 1]
+    gradient into `residual` [M, D]. `sinks` [M] are these, where they are known already."""
+    sinks = attention_sinks(residual, lengths) if sinks is None else sinks
+    kept = (~sinks).float().unsqueeze(1)  # [M, 1]
     means = []
     for x, own, indices in zip(residual.split(list(lengths)), kept.split(list(lengths)), latents):
         means.append((sae.encode_latents(x, indices) * own).sum(0) / own.sum().clamp(min=1))
@@ -462,6 +472,7 @@ def compute_feature_drift(
     divergence: str,
     k: int,
     feature_weights: Tensor | None = None,
+    sinks: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """How far the pooled features of each sequence have moved from the reference: F [S] of FPO (2411.07618, Eq. 8-10).
 
@@ -469,16 +480,18 @@ def compute_feature_drift(
     `reference` [S, F] the reference's pooled features. The latents to compare are chosen without gradient, from all
     features; only these, at most 2k for each sequence, are encoded again with gradient. `feature_weights` [F] scales
     the terms of single features. The drift of several SAEs is the mean of their drifts, weighted by their shares.
+    `sinks` are the attention sinks [M] of each, where they are known already.
     """
     if not lengths:  # a batch without records
         return residual.new_zeros(0)
     widths = [member.d_sae for member in sae.members]
     scales = [None] * len(widths) if feature_weights is None else feature_weights.split(widths)
-    drifts = []
-    for member, x, before, scale in zip(sae.members, sae.vectors(residual), reference.split(widths, dim=1), scales):
-        pooled = pooled_features(member, x, lengths)
+    drifts, vectors = [], sae.vectors(residual)
+    sinks = [attention_sinks(x, lengths) for x in vectors] if sinks is None else sinks
+    for member, x, own, before, scale in zip(sae.members, vectors, sinks, reference.split(widths, dim=1), scales):
+        pooled = pooled_features(member, x, lengths, own)
         latents, is_member = compared_latents(pooled, before, k)
-        policy = selected_features(member, x, lengths, latents) if x.requires_grad else pooled.gather(1, latents)
+        policy = selected_features(member, x, lengths, latents, own) if x.requires_grad else pooled.gather(1, latents)
         weight = is_member.float() if scale is None else is_member * scale[latents]
         drifts.append(DIVERGENCES[divergence](policy, before.gather(1, latents), weight).sum(1))
     return torch.stack([share * drift for share, drift in zip(sae.shares, drifts)]).sum(0)
@@ -510,7 +523,11 @@ def drift_options(sae: SAE, where: str, *, divergence: str, k: int, feature_weig
     smallest = min(member.d_sae for member in sae.members)
     if not 1 <= k <= smallest:
         raise UserError(f"{where}.k={k}: has to be between 1 and the SAE's {smallest} features")
-    weights = read_feature_weights(feature_weights, sae.d_sae, f"{where}.feature_weights")
+    weights: Tensor | None
+    if isinstance(feature_weights, str) and ".parquet:" in f"{feature_weights}:":
+        weights = read_feature_figures(feature_weights, sae, f"{where}.feature_weights").abs()
+    else:
+        weights = read_feature_weights(feature_weights, sae.d_sae, f"{where}.feature_weights")
     return {"divergence": divergence, "k": k, "feature_weights": weights}
 
 
@@ -540,13 +557,39 @@ def read_feature_weights(source: Any, d_sae: int, where: str = "loss.feature_wei
     return weights
 
 
+def read_feature_figures(source: str, sae: SAE, where: str) -> Tensor:
+    """A column [F] of a table such as data_features.parquet, from the setting `where`: FILE.parquet:COLUMN.
+
+    The table's rows are the SAE's features in order; rows without a feature, such as that of the length, do not count.
+    Raises UserError for anything else, and for a figure that is no number or beyond MOST.
+    """
+    file, found, column = source.rpartition(":")
+    if not found or not file.endswith(".parquet"):
+        raise UserError(f"{where}={source}: has to be FILE.parquet:COLUMN, such as data_features.parquet:z")
+    path = resolve_path(file)
+    try:
+        names = pq.read_schema(path).names
+        if not {"feature", column} <= set(names):
+            raise UserError(f"{where}: {file} lacks a column feature or {column}; it has {', '.join(names)}")
+        table = pq.read_table(path, columns=["feature", column]).to_pydict()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{where}: cannot read {file} as Parquet ({in_words(error)})") from error
+    rows = [(feature, value) for feature, value in zip(table["feature"], table[column]) if feature is not None]
+    if [feature for feature, _ in rows] != [n for member in sae.members for n in range(member.d_sae)]:
+        raise UserError(f"{where}: the rows of {file} are not the {sae.d_sae:,} features of the SAE in order")
+    for feature, value in rows:
+        if not isinstance(value, int | float) or not abs(value) <= MOST:
+            raise UserError(f"{where}: {column} of feature {feature} in {file} is {value}, no number up to {MOST:g}")
+    return torch.tensor([float(value) for _, value in rows])
+
+
 def listed_features(source: Any, d_sae: int, where: str) -> tuple[dict[int, float], float]:
     """The weights by feature of such a list, and that of all others."""
     if isinstance(source, str):
         setting, where = where, source
         try:
             source = json.loads(resolve_path(source).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{setting}: cannot read {source} as JSON ({in_words(error)})") from error
     if not isinstance(source, list):
         raise UserError(f"{where}: not a list of {{index: a feature or {OTHER_FEATURES}, weight: a number}}")

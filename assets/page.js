@@ -68,7 +68,7 @@ function ticks(low, high, count) {
 }
 
 // An estimate with half of its 95 % interval; null: not known
-const within = ([value, error], written = number) => value === null ? '\u2013' : written(value) + (error === null ? '' : ' \u00b1 ' + written(error));
+const within = ([value, error], written = number) => value === null ? '\u2013' : written(value) + (error === null ? '' : ' \u00b1 ' + written(error).replace('+', ''));
 const share = estimate => within(estimate, value => +(100 * value).toPrecision(Math.abs(value) < 0.1 ? 2 : 3) + ' %');
 
 function axes(svg, x, y, across, up, names, size) {  // across, up: [value, label] of the ticks

@@ -1,6 +1,6 @@
 """Can FPO hold chosen features while preferences push against them? Measured on the toy language, where truth is known.
 
-    python benchmarks/control.py [SEED ...]     seeds 1, 2 and 3: docs/control.md and docs/control.svg
+    python benchmarks/control.py [SEED ...]     seeds 1, 2 and 3: docs/control.md, .svg and .jsonl
 
 Preferences push two attributes at once: in every pair the chosen completion has both wanted values, the rejected one
 neither. One of the two is to be held. Every loss trains the built-in model on the same pairs with the same optimiser,
@@ -41,6 +41,7 @@ PAGE = REPO / "docs" / "control.md"
 START = REPO / "assets/tiny"
 SAE_FILE, LAYER = OUTPUT / "sae" / "params.npz", 3  # the last layer's, as in the paper
 PICTURE = REPO / "docs" / "control.svg"
+FIGURES = REPO / "docs" / "control.jsonl"  # what it is drawn from
 EVERY, PAIRS = 416, 832  # pairs between two measurements, and in all: whole steps of 32
 PROMPTS = 400
 WANTED = {"format": "list", "language": "spanish", "tone": "friendly"}
@@ -376,16 +377,28 @@ COLOURS = (
     "#000000",
     "#7aa8ff",
 )
+MOST = 3.0  # log-odds: what gained more is at the edge, with its number
 
 
-def picture(panels: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
-    """An SVG: for each pushed attribute its gain against tone's along the training, a line for each method."""
+def lines_of(panels: dict[str, dict[str, list[tuple[float, float]]]]) -> list[dict[str, Any]]:
+    """What the picture is drawn from: a line for each method and number of pairs, means over the seeds."""
+    return [
+        {"pushed": pushed, "method": label, "pairs": pairs, "gained": round(gained, 2), "friendly": round(friendly, 2)}
+        for pushed, methods in panels.items()
+        for label, curve in methods.items()
+        for pairs, (friendly, gained) in zip(range(EVERY, PAIRS + 1, EVERY), curve, strict=True)
+    ]
+
+
+def picture(lines: list[dict[str, Any]]) -> str:
+    """An SVG: for each pushed attribute its gain against tone's along the training, a colour for each method. A method
+    whose half-way point is not among the lines has its end alone."""
     size, gap = 330, 70
-    scale = size / (
-        1.05 * max(value for lines in panels.values() for line in lines.values() for p in line for value in p)
-    )
-    parts = []
-    for number, (pushed, lines) in enumerate(panels.items()):
+    scale, parts = size / MOST, []
+    panels = list(dict.fromkeys(line["pushed"] for line in lines))
+    methods = list(dict.fromkeys(line["method"].replace(line["pushed"], "the pushed attribute") for line in lines))
+    colours = dict(zip(methods, COLOURS, strict=False))
+    for number, pushed in enumerate(panels):
         left, bottom = gap + number * (size + gap), size + 40
 
         def at(x: float, y: float, left: float = left, bottom: float = bottom) -> str:
@@ -393,7 +406,7 @@ def picture(panels: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
 
         parts.append(f'<text x="{left + size / 2}" y="25" class="title">{WANTED[pushed]} and friendly preferred</text>')
         parts.append(f'<path d="M{left},{bottom - size} V{bottom} H{left + size}" class="axis"/>')
-        for tick in range(1, int(size / scale) + 1):
+        for tick in range(1, int(MOST) + 1):
             parts.append(f'<path d="M{at(tick, 0)} v5 M{at(0, tick)} h-5" class="axis"/>')
             x, y = at(tick, 0).split(",")[0], at(0, tick).split(",")[1]
             parts.append(
@@ -403,22 +416,24 @@ def picture(panels: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
         middle = f"{left - 32},{bottom - size / 2}"
         x, y = middle.split(",")
         parts.append(f'<text x="{x}" y="{y}" transform="rotate(-90 {middle})">log-odds gained: {WANTED[pushed]}</text>')
-        for colour, line in zip(COLOURS, lines.values()):
-            places = [at(*point) for point in [(0.0, 0.0), *line]]
-            parts.append(f'<polyline points="{" ".join(places)}" stroke="{colour}"/>')
-            for place in places[1:]:
+        for method, colour in colours.items():
+            name = method.replace("the pushed attribute", pushed)
+            own = [line for line in lines if (line["pushed"], line["method"]) == (pushed, name)]
+            points = [(line["friendly"], line["gained"]) for line in own]
+            places = [at(*(min(value, MOST) for value in point)) for point in points]
+            if [line["pairs"] for line in own] == list(range(EVERY, PAIRS + 1, EVERY)):
+                parts.append(f'<polyline points="{" ".join([at(0, 0), *places])}" stroke="{colour}"/>')
+            for place, point in zip(places, points):
                 x, y = place.split(",")
                 parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>')
-    names = [
-        label.replace("`", "").replace(next(iter(panels)), "the pushed attribute")
-        for label in next(iter(panels.values()))
-    ]
+                if max(point) > MOST:
+                    parts.append(f'<text x="{x}" y="{y}" dy="-8">friendly {point[0]:.2f}</text>')
     top = size + 105
-    for number, (colour, name) in enumerate(zip(COLOURS, names)):
-        across, down = gap + (number % 2) * (size + gap), top + number // 2 * 20
-        parts.append(f'<circle cx="{across}" cy="{down - 4}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{across + 12}" y="{down}" class="key">{name}</text>')
-    width, height = 2 * gap + len(panels) * (size + gap), top + 20 * (len(names) // 2) + 10
+    for number, (method, colour) in enumerate(colours.items()):
+        down, name = top + 20 * number, method.replace("`", "")
+        parts.append(f'<circle cx="{gap}" cy="{down - 4}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{gap + 12}" y="{down}" class="key">{name}</text>')
+    width, height = 2 * gap + len(panels) * (size + gap), top + 20 * len(colours)
     style = (
         "text{font:13px sans-serif;text-anchor:middle;fill:#222}.title{font-size:15px}.key{text-anchor:start}"
         ".axis{stroke:#222;fill:none}polyline{fill:none;stroke-width:1.8}"
@@ -469,7 +484,9 @@ def main() -> None:
             f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, text=text: m[1] + text + m[2], page, flags=re.S
         )
     PAGE.write_text(page)
-    PICTURE.write_text(picture(panels))
+    lines = lines_of(panels)
+    FIGURES.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    PICTURE.write_text(picture(lines))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ pairs: `data_features.parquet` has a row for each feature, `report.html` shows t
 that say it. `++score_by=` writes the pairs again, with a score of each.
 
 What the reference cache of loss=fpo holds is all that is needed, so where it is there, the model reads only the pairs
-that the page shows. Shape letters: n pairs, F features, Q = F + 1 quantities, the last of which is the length.
+that the page shows. Shape letters: n pairs, F features, Q = F + 1 quantities, the last of which is the length, G groups
+of prompts.
 """
 
 import json
@@ -27,6 +28,7 @@ from torch import Tensor
 from data import tokenise
 from dataloader import DataLoader, short_names
 from distributed import parallel
+from features.intervals import groups_of, ratio, with_interval
 from features.measure import Part, described_parts
 from features.outcome import Finished, Outcome, measure_outcome
 from features.probe import TextRecords, half_of, read_texts, texts_of
@@ -51,44 +53,52 @@ LINES_SHOWN = 10  # of the table on the terminal
 # ----------------------------------------------------------------------------------------------------- the figures
 
 
+SUMMED = ("x", "squares", "chosen", "rejected", "more", "less", "first", "second")  # over the pairs of a group
+
+
 class Differences:
     """Sums over pairs of the differences x [n, Q], and for each quantity the pairs that differ most.
 
-    Pairs of one prompt are not independent, so what a prompt's pairs add up to counts for the standard error.
+    Pairs of one prompt are not independent, so what a prompt's pairs add up to counts for the standard error. Intervals
+    are over G groups of prompts (features/intervals.py).
     """
 
-    def __init__(self, width: int) -> None:
-        self.pairs, self.prompts, self.squared_sizes = 0, 0, 0.0  # the last: over prompts, of their numbers of pairs
-        self.half_pairs = torch.zeros(2, 1, dtype=torch.float64)
-        names = ("x", "squares", "prompt_squares", "by_size", "chosen", "rejected", "more", "less")
-        self.sums = {name: torch.zeros(width, dtype=torch.float64) for name in names}
-        self.halves = torch.zeros(2, width, dtype=torch.float64)
+    def __init__(self, width: int, groups: int) -> None:
+        self.prompts, self.squared_sizes = 0, 0.0  # the last: over prompts, of their numbers of pairs
+        self.counts = torch.zeros(groups, 3, dtype=torch.float64)  # pairs: all, those of either half of the prompts
+        self.groups = torch.zeros(groups, len(SUMMED), width, dtype=torch.float64)
+        self.prompt_squares, self.by_size = torch.zeros(2, width, dtype=torch.float64)
         self.most = torch.full((2 * EXAMPLES, width), -torch.inf)
         self.most[EXAMPLES:] = torch.inf  # the smallest
         self.keys = torch.full(self.most.shape, -1)
 
-    def add(self, chosen: Tensor, rejected: Tensor, keys: Sequence[int], prompt: Tensor, half: Tensor) -> None:
+    @property
+    def pairs(self) -> int:
+        return int(self.counts[:, 0].sum())
+
+    @property
+    def x(self) -> Tensor:
+        """The sums [Q] of the differences."""
+        return self.groups[:, SUMMED.index("x")].sum(0)
+
+    def add(
+        self, chosen: Tensor, rejected: Tensor, keys: Sequence[int], prompt: Tensor, half: Tensor, group: Tensor
+    ) -> None:
         """Pairs [n, Q] each, known by `keys`, all those of some prompts: `prompt` [n] numbers these from 0, `half` [n]
-        says which half of the prompts each belongs to."""
+        and `group` [n] say which half and which group of the prompts each belongs to."""
         x = (chosen - rejected).double()
         sizes = prompt.bincount().double()
         of_prompts = torch.zeros(len(sizes), x.shape[1], dtype=torch.float64).index_add_(0, prompt, x)
-        self.pairs, self.prompts = self.pairs + len(x), self.prompts + len(sizes)
-        self.squared_sizes += float(sizes.square().sum())
-        added = {
-            "x": x.sum(0),
-            "squares": x.square().sum(0),
-            "prompt_squares": of_prompts.square().sum(0),
-            "by_size": sizes @ of_prompts,
-            "chosen": chosen.double().sum(0),
-            "rejected": rejected.double().sum(0),
-            "more": (x > 0).double().sum(0),
-            "less": (x < 0).double().sum(0),
-        }
-        for name, values in added.items():
-            self.sums[name] += values
-        self.halves.index_add_(0, half, x)
-        self.half_pairs.index_add_(0, half, torch.ones(len(x), 1, dtype=torch.float64))
+        self.prompts, self.squared_sizes = self.prompts + len(sizes), self.squared_sizes + float(sizes.square().sum())
+        self.prompt_squares += of_prompts.square().sum(0)
+        self.by_size += sizes @ of_prompts
+        for place, values in enumerate((x, x.square(), chosen.double(), rejected.double(), x > 0, x < 0)):
+            self.groups[:, place].index_add_(0, group, values.double())
+        self.counts[:, 0].index_add_(0, group, torch.ones(len(x), dtype=torch.float64))
+        for number in (0, 1):
+            own = half == number
+            self.groups[:, SUMMED.index("first") + number].index_add_(0, group[own], x[own])
+            self.counts[:, 1 + number].index_add_(0, group[own], torch.ones(int(own.sum()), dtype=torch.float64))
         for rows, sign in ((slice(0, EXAMPLES), 1), (slice(EXAMPLES, None), -1)):
             together = torch.cat([sign * self.most[rows], sign * x.float()])
             known = torch.cat([self.keys[rows], torch.tensor(keys)[:, None].expand(-1, x.shape[1])])
@@ -97,37 +107,42 @@ class Differences:
 
     def over_ranks(self) -> None:
         """Add up the sums of all ranks. The pairs that differ most stay with the rank that read them."""
-        counts = torch.tensor([self.pairs, self.prompts, self.squared_sizes], dtype=torch.float64)
-        self.pairs, self.prompts, self.squared_sizes = parallel.sum_over_ranks(counts).tolist()
-        self.sums = {name: parallel.sum_over_ranks(values) for name, values in self.sums.items()}
-        self.halves, self.half_pairs = map(parallel.sum_over_ranks, (self.halves, self.half_pairs))
+        counts = torch.tensor([self.prompts, self.squared_sizes], dtype=torch.float64)
+        self.prompts, self.squared_sizes = parallel.sum_over_ranks(counts).tolist()
+        self.groups, self.counts = map(parallel.sum_over_ranks, (self.groups, self.counts))
+        self.prompt_squares, self.by_size = map(parallel.sum_over_ranks, (self.prompt_squares, self.by_size))
 
     def figures(self) -> dict[str, np.ndarray]:
-        """A column [Q] for each figure.
+        """A column [Q] for each figure, and for all but z half the width of its 95 % interval, `..._error`.
 
         delta: the mean of x. d: delta over the standard deviation of x. z: delta over its standard error, clustered by
-        prompt. delta_error: half the width of its 95 % interval. delta_first, delta_second: delta on either half of the
-        prompts. more, less: the share of pairs whose chosen, or rejected, completion has more.
+        prompt. delta_first, delta_second: delta on either half of the prompts. more, less: the share of pairs whose
+        chosen, or rejected, completion has more.
         """
-        n, sums = self.pairs, self.sums
-        delta = sums["x"] / n
-        deviation = ((sums["squares"] - n * delta.square()).clamp(min=0) / (n - 1)).sqrt()
-        clustered = sums["prompt_squares"] - 2 * delta * sums["by_size"] + delta.square() * self.squared_sizes
+        counts = self.counts[:, :, None].expand(-1, -1, self.groups.shape[2])
+        values, errors = with_interval(torch.cat([self.groups, counts], 1).numpy(), means_of)
+        columns: dict[str, np.ndarray] = {}
+        for name, value, error in zip(FIGURES, values, errors, strict=True):
+            columns |= {name: value, f"{name}_error": error}
+        delta, n = torch.from_numpy(columns["delta"]), self.pairs
+        clustered = self.prompt_squares - 2 * delta * self.by_size + delta.square() * self.squared_sizes
         error = (clustered.clamp(min=0) * self.prompts / (self.prompts - 1)).sqrt() / n
-        first, second = self.halves / self.half_pairs.clamp(min=1)
-        columns = {
-            "chosen_mean": sums["chosen"] / n,
-            "rejected_mean": sums["rejected"] / n,
-            "delta": delta,
-            "delta_error": 1.96 * error,
-            "d": torch.where(delta == 0, 0.0, delta / deviation),
-            "z": torch.where(delta == 0, 0.0, delta / error),
-            "delta_first": first,
-            "delta_second": second,
-            "more": sums["more"] / n,
-            "less": sums["less"] / n,
-        }
-        return {name: values.numpy() for name, values in columns.items()}
+        return columns | {"z": torch.where(delta == 0, 0.0, delta / error).numpy()}
+
+
+FIGURES = ("chosen_mean", "rejected_mean", "delta", "d", "delta_first", "delta_second", "more", "less")
+
+
+def means_of(sums: np.ndarray) -> np.ndarray:
+    """FIGURES [8, Q], from sums [len(SUMMED) + 3, Q] over pairs: the last three are how many that are, in all and in
+    either half of the prompts."""
+    x, squares, chosen, rejected, more, less, first, second, n, n_first, n_second = sums
+    delta = x / n
+    with np.errstate(divide="ignore", invalid="ignore"):
+        deviation = np.sqrt((squares - n * delta**2).clip(min=0) / (n - 1))
+        d = np.where(delta == 0, 0.0, delta / deviation)
+        halves = ratio(first, n_first), ratio(second, n_second)
+    return np.stack([chosen / n, rejected / n, delta, d, *halves, more / n, less / n])
 
 
 def groups(prompts: Sequence[str]) -> Iterator[list[int]]:
@@ -148,7 +163,8 @@ def differences(loader: DataLoader, cache: ReferenceCache) -> Differences:
     prompts = loader.rows.select_columns("messages")[keys]["messages"]
     if len(set(prompts)) < 2:
         raise UserError(f"data: pairs of {len(set(prompts))} prompt, but what is by chance shows only over several")
-    found = Differences((cache.d_sae or 0) + 1)
+    of_prompts, count = groups_of(prompts)
+    found = Differences((cache.d_sae or 0) + 1, count)
     with progress_bar("pairs", len(keys), 0) as advance:
         done = 0
         for number, places in enumerate(groups(prompts)):
@@ -161,7 +177,8 @@ def differences(loader: DataLoader, cache: ReferenceCache) -> Differences:
                 names = {text: n for n, text in enumerate(dict.fromkeys(prompts[place] for place in places))}
                 prompt = torch.tensor([names[prompts[place]] for place in places])
                 half = torch.tensor([half_of(prompts[place]) for place in places])
-                found.add(chosen, rejected, own, prompt, half)
+                group = torch.tensor([of_prompts[place] for place in places])
+                found.add(chosen, rejected, own, prompt, half, group)
             advance(done, None)
     found.over_ranks()
     return found
@@ -197,9 +214,9 @@ class Example:
 
 def strongest_pairs(found: Differences, features: Sequence[int]) -> dict[int, list[tuple[float, int]]]:
     """The pairs (difference, key), over all ranks, that differ most in the direction of each feature's delta."""
-    own = {}
+    own, x = {}, found.x
     for feature in features:
-        rows = slice(0, EXAMPLES) if found.sums["x"][feature] > 0 else slice(EXAMPLES, None)
+        rows = slice(0, EXAMPLES) if x[feature] > 0 else slice(EXAMPLES, None)
         pairs = zip(found.most[rows, feature].tolist(), found.keys[rows, feature].tolist())
         own[feature] = [(value, key) for value, key in pairs if key >= 0 and value]
     everywhere = parallel.gather_objects(own)
@@ -304,7 +321,7 @@ def write_data_features(config: Config, run: Finished | None = None) -> Path:
             "model": config.model.name,
             "source": config.model.name_or_path,
             "data": data_sets,
-            "pairs": int(found.pairs),
+            "pairs": found.pairs,
             "prompts": int(found.prompts),
             "sae": [asdict(part) for part in parts],
         }
@@ -459,7 +476,10 @@ def page(
         change = columns[f"outcome_{outcome.shown}"]
         compared = np.flatnonzero(outcome.compared)
         largest = (np.abs(columns["delta"][:-1]) + np.abs(change[:-1]))[compared].argsort()[::-1][:SCATTER_POINTS]
-        points = [[*named(parts, f), figures(f)["delta"], digits(change[f])] for f in compared[largest].tolist()]
+        names = ("delta", "delta_error", f"outcome_{outcome.shown}", f"outcome_{outcome.shown}_error")
+        points = [
+            [*named(parts, f), *(digits(float(columns[name][f])) for name in names)] for f in compared[largest].tolist()
+        ]
         data["outcome"] = {**outcome_data(outcome), "points": points}
     longer = length["delta"] or 0
     places = {

@@ -120,11 +120,15 @@ def finding(report: Report) -> str:
             words.append(f"feature {label(report.parts, place)} {'rose' if rose else 'fell'} most")
     text = "; ".join([words[0], " and ".join(words[1:])]).rstrip("; ") + "."
     for other in others:
-        text += (
-            f" On {KIND_NAMES[kind]}, F is {own.policy[kind].drift.sum():.3g} in {own.run.name} and "
-            f"{other.policy[kind].drift.sum():.3g} in {other.run.name}."
-        )
+        drifts = [f"{spoken(total_of(run.policy[kind], 'drift'))} in {run.run.name}" for run in (own, other)]
+        text += f" On {KIND_NAMES[kind]}, F is {' and '.join(drifts)}."
     return text + "".join(f" {warning}" for warning in warnings(report, "sampled"))
+
+
+def spoken(estimate: Sequence[float]) -> str:
+    """A value with half of its interval, where this is known."""
+    value, error = estimate
+    return f"{value:.3g}" + (f" (± {error:.2g})" if np.isfinite(error) else "")
 
 
 def warnings(report: Report, kind: str) -> list[str]:
@@ -133,9 +137,10 @@ def warnings(report: Report, kind: str) -> list[str]:
     for part, trust in zip(report.parts, report.trust[kind], strict=True):
         if trust.outside.value > MOST:
             where = "the SAE" if len(report.parts) == 1 else f"the SAE {part.name}"
+            within = f" (± {trust.outside.error:.0%})" if np.isfinite(trust.outside.error) else ""
             said.append(
-                f"Careful: {trust.outside.value:.0%} of the change of the residual stream on {KIND_NAMES[kind]} is "
-                f"outside what {where} rebuilds, so its features tell the smaller part of it."
+                f"Careful: {trust.outside.value:.0%}{within} of the change of the residual stream on "
+                f"{KIND_NAMES[kind]} is outside what {where} rebuilds, so its features tell the smaller part of it."
             )
     return said
 
@@ -204,17 +209,45 @@ def kind_data(report: Report, kind: str) -> dict[str, Any]:
         found |= {
             "correlation": correlated(report.runs, kind),
             "moved": int((np.abs(changes).sum(0) > 0).sum()),
-            "points": [[*named(report.parts, i), *(digits(change[i]) for change in changes)] for i in moved.tolist()],
+            "points": [
+                [*named(report.parts, i), *estimated]
+                for i, *estimated in zip(moved.tolist(), *changes_of(report.runs, kind, moved))
+            ],
             "apart": [
-                [
-                    *named(report.parts, i),
-                    digits(own.reference[kind].mean[i]),
-                    *(digits(change[i]) for change in changes),
-                ]
-                for i in apart.tolist()
+                [*named(report.parts, i), *estimated]
+                for i, *estimated in zip(
+                    apart.tolist(),
+                    pairs_of(*with_interval(own.reference[kind].sums[..., apart], Figures.mean_of)),
+                    *changes_of(report.runs, kind, apart),
+                    differences_of(report.runs, kind, apart),
+                )
             ],
         }
     return found
+
+
+def change_of(sums: np.ndarray) -> np.ndarray:
+    """By how much mean activations rose, from sums of reference and policy [2, len(SUMMED), F]."""
+    return Figures.mean_of(sums[1]) - Figures.mean_of(sums[0])
+
+
+def pairs_of(values: np.ndarray, errors: np.ndarray) -> list[list[float]]:
+    """Each value with half of its interval, as the page has them."""
+    return [rounded(Estimate(*pair)) for pair in zip(values.tolist(), errors.tolist(), strict=True)]
+
+
+def changes_of(runs: Sequence[Measured], kind: str, features: Sequence[int] | np.ndarray) -> list[list[list[float]]]:
+    """Of each run, by how much the mean activation of some features rose."""
+    return [pairs_of(*with_interval(run.both(kind)[..., features], change_of)) for run in runs]
+
+
+def differences_of(runs: Sequence[Measured], kind: str, features: np.ndarray) -> list[list[float]]:
+    """Of some features, the second run's change less the first's."""
+    both = [run.both(kind)[..., features] for run in runs]
+    if kind == "sampled":  # each on samples of its own
+        (one, one_error), (other, other_error) = (with_interval(sums, change_of) for sums in both)
+        return pairs_of(other - one, np.hypot(one_error, other_error))
+    return pairs_of(*with_interval(np.stack(both, axis=1), lambda sums: change_of(sums[1]) - change_of(sums[0])))
 
 
 def correlated(runs: Sequence[Measured], kind: str) -> list[float]:
@@ -224,11 +257,8 @@ def correlated(runs: Sequence[Measured], kind: str) -> list[float]:
     if kind == "sampled":  # each on samples of its own
         return [correlation(*changes), float("nan")]
 
-    def of_sums(sums: np.ndarray) -> float:
-        one, other = (Figures.mean_of(s[1]) - Figures.mean_of(s[0]) for s in sums)
-        return correlation(one, other)
-
-    return rounded(Estimate(*map(float, with_interval(np.stack(both, axis=1), of_sums))))
+    estimate = with_interval(np.stack(both, axis=1), lambda sums: correlation(*map(change_of, sums)))
+    return rounded(Estimate(*map(float, estimate)))
 
 
 def rounded(estimate: Estimate) -> list[float]:
@@ -262,16 +292,23 @@ def named(parts: Sequence[Part], index: int) -> list[str | None]:
 def run_data(measured: Measured, kind: str) -> dict[str, Any]:
     """The figures of one run on one kind of text, and how its drift adds up over the features, largest first."""
     before, after = measured.reference[kind], measured.policy[kind]
-    total = after.drift.sum()
-    shares = np.sort(after.drift)[::-1].cumsum() / (total or 1.0)
-    places = np.unique(np.geomspace(1, len(shares), 160).round().astype(int))
+    places = np.unique(np.geomspace(1, len(after.drift), 160).round().astype(int))
+
+    def held(sums: np.ndarray) -> np.ndarray:
+        return np.sort(share_of_drift(sums))[::-1].cumsum()[places - 1]
+
+    def needed(share: float) -> list[float]:
+        of_sums = with_interval(after.sums, lambda sums: holding(Figures.drift_of(sums), share))
+        return rounded(Estimate(*map(float, of_sums)))
+
+    curve = pairs_of(*with_interval(after.sums, held))
     return {
         "drift": total_of(after, "drift"),
-        "half": holding(after.drift, 0.5),
-        "most": holding(after.drift, 0.9),
+        "half": needed(0.5),
+        "most": needed(0.9),
         "l0": [total_of(before, "rate"), total_of(after, "rate")],
         "seen": [int((before.rate > 0).sum()), int((after.rate > 0).sum())],
-        "curve": [[place, digits(shares[place - 1])] for place in places.tolist()],
+        "curve": [[place, *share] for place, share in zip(places.tolist(), curve, strict=True)],
     }
 
 
@@ -287,10 +324,14 @@ def features_data(report: Report, kind: str) -> list[dict[str, Any]]:
     before, after, errors = own.reference[kind], own.policy[kind], own.errors(kind)
     scaling = {index: share for trust in report.trust[kind] for index, share in trust.scaling.items()}
     drift = with_interval(after.sums, share_of_drift)
+    shown_features = list(report.contexts[kind])
+    training = [
+        changes_of([Measured(own.run, own.reference, profile)], kind, shown_features)[0]
+        for profile in report.checkpoints.values()
+    ]
     found = []
-    for index, contexts in report.contexts[kind].items():
+    for place, (index, contexts) in enumerate(report.contexts[kind].items()):
         name, address = named(report.parts, index)
-        moved = (p[kind].mean[index] - before.mean[index] for p in report.checkpoints.values())
         shown = {
             "name": name,
             "address": address,
@@ -302,7 +343,7 @@ def features_data(report: Report, kind: str) -> list[dict[str, Any]]:
             "share": [digits(values[index]) for values in drift],
             "scaling": rounded(scaling[index]),
             "cause": rounded(report.causes.features[index]),
-            "training": [0.0, *map(digits, moved)],
+            "training": [[0.0, 0.0], *(moved[place] for moved in training)],
             "contexts": [context_data(context) for context in contexts],
         }
         found.append(shown)

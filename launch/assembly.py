@@ -190,10 +190,11 @@ def digests(config: Config, classes: RunClasses, paths: RunPaths, inputs: Inputs
     for source in paths.saes:
         found[f"the SAE of {source.where}"] = Input(fingerprint(source.identity()), str(source.path))
     for given, read in zip(classes.binding.parts(), binding.parts()):
-        weights = read.options.get("feature_drift", {}).get("feature_weights")
-        if weights is not None:
-            named = written(given.options["feature_drift"]["feature_weights"])
-            found[f"{given.where}.feature_weights"] = Input(fingerprint(weights.tolist()), named)
+        for quantity, key in (("feature_drift", "feature_weights"), ("feature_figures", "figures")):
+            values = read.options.get(quantity, {}).get(key)
+            if values is not None:
+                named = written(given.options[quantity][key])
+                found[f"{given.where}.{key}"] = Input(fingerprint(values.tolist()), named)
     for key, named in classes.trainer.other_weights(binding).items():
         found[key] = Input(weights_digest(*own_weights(named, key)), named)
     return found

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from composition import composed
 from conftest import DATA, REPO
@@ -19,6 +21,7 @@ from test_plan import CARD, plan_for_cards
 
 import compare
 import dataloader
+from benchmarks import control, prediction
 from launch import plan, report, settings
 from training.quantities import QUANTITIES
 
@@ -417,3 +420,48 @@ def test_the_readmes_custom_trainer_runs_as_written(copy):
     (copy / "my_trainers.py").write_text(code)
     few = ["n_examples=64", "n_eval_examples=16"]
     run_command(*shlex.split(line)[1:], *few, cwd=copy)
+
+
+# ------------------------------------------------------------------------------------------------------- the pictures
+
+
+def test_the_picture_of_control_is_that_of_its_figures_which_are_the_tables():
+    lines = [json.loads(line) for line in control.FIGURES.read_text().splitlines()]
+    assert control.picture(lines) == control.PICTURE.read_text()
+    drawn = re.findall(r'<circle cx="[\d.]+" cy="[\d.]+" r="3.5" fill="(#\w+)"', control.PICTURE.read_text())
+    assert len(drawn) == len(lines) and len(set(drawn)) == 10  # as many colours as methods
+    for pushed in control.PUSHED:
+        table = DOCUMENTS["docs/control.md"].split(f"<!-- {pushed} -->\n")[1].split("<!-- end -->")[0]
+        rows = [row.strip(" |").split(" | ") for row in table.strip().splitlines()[3:]]
+        ends = {line["method"]: line for line in lines if (line["pushed"], line["pairs"]) == (pushed, control.PAIRS)}
+        assert [row[0] for row in rows] == list(ends)
+        assert [tuple(map(float, row[4:6])) for row in rows] == [(x["gained"], x["friendly"]) for x in ends.values()]
+
+
+def test_prediction_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """A line for each run; one that is there, or a trained one, is not made again."""
+    monkeypatch.setattr(prediction, "FIGURES", tmp_path / "figures.jsonl")
+    monkeypatch.setattr(prediction, "OUTPUT", tmp_path)
+    case, done = prediction.Case(prediction.TOY, "kto", 160, seed=2), []
+    outcome = {"effective": 0.5, "fits": [{"name": "drawn", "r2": [0.7, 0.1], "ceiling": 0.9, "rank": [0.4, 0.1]}]}
+
+    def command(script, *_arguments):
+        done.append(script)
+        if script == "train.py":
+            (case.folder / "LATEST").mkdir(parents=True)
+            return
+        (table := case.folder / "data_features/toy/data_features.parquet").parent.mkdir(parents=True)
+        about = {"data_features": json.dumps({"outcome": outcome})}
+        pq.write_table(pa.table({"z": [1.0]}).replace_schema_metadata(about), table)
+
+    monkeypatch.setattr(prediction, "command", command)
+    found = [prediction.run(case) for _ in range(2)]
+    assert found[0] == found[1] == case.key | outcome and done == ["train.py", "eval.py"]
+    assert prediction.FIGURES.read_text().count("\n") == 1
+    cells, page = prediction.row(case, found), DOCUMENTS["docs/features.md"]
+    assert cells[:5] == ["toy", "`kto`", "160", "0.70 (0.70 to 0.70)", "0.90 (0.90 to 0.90)"]
+    again = prediction.with_row(page, cells)
+    changed = [(a, b) for a, b in zip(page.splitlines(), again.splitlines(), strict=True) if a != b]
+    assert len(changed) == 1 and changed[0][1] == f"| {' | '.join(cells)} |"
+    more = prediction.with_row(again, ["smollm2", *cells[1:]])
+    assert more.count("<!-- end -->") == page.count("<!-- end -->") and "| smollm2 | `kto` |" in more

@@ -23,11 +23,12 @@ SAE = ["++sae.path=assets/tiny-sae/params.npz", "++sae.layer=2"]
 
 def added(chosen, rejected, prompts, *chunks):
     """The differences of pairs [n, Q], added in chunks of whole prompts."""
-    found = Differences(chosen.shape[1])
+    found = Differences(chosen.shape[1], len(set(prompts)))  # each prompt is a group
     for places in chunks:
         names = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts[i] for i in places))}
         numbers = torch.tensor([names[prompts[i]] for i in places])
-        found.add(chosen[places], rejected[places], places, numbers, torch.tensor([prompts[i] % 2 for i in places]))
+        half, group = (torch.tensor(own) for own in ([prompts[i] % 2 for i in places], [prompts[i] for i in places]))
+        found.add(chosen[places], rejected[places], places, numbers, half, group)
     return found
 
 
@@ -46,9 +47,24 @@ def test_figures_by_hand():
     clusters = np.stack([(x - delta)[np.array(prompts) == p].sum(0) for p in range(5)])
     error = np.sqrt(5 / 4 * (clusters**2).sum(0)) / 9
     np.testing.assert_allclose(columns["z"][moved], (delta / error)[moved])
-    np.testing.assert_allclose(columns["delta_error"], 1.96 * error, atol=1e-12)
     assert columns["d"][3] == columns["z"][3] == 0
     odd = np.array(prompts) % 2 == 1
+    statistics = {
+        "chosen_mean": lambda own: chosen.numpy()[own].mean(0),
+        "rejected_mean": lambda own: rejected.numpy()[own].mean(0),
+        "delta": lambda own: x[own].mean(0),
+        "d": lambda own: x[own].mean(0) / np.where(x.std(0), x[own].std(0, ddof=1), 1),
+        "delta_first": lambda own: x[own & ~odd].mean(0),
+        "delta_second": lambda own: x[own & odd].mean(0),
+        "more": lambda own: (x[own] > 0).mean(0),
+        "less": lambda own: (x[own] < 0).mean(0),
+    }
+    assert set(statistics) == set(pairs.FIGURES)
+    for name, statistic in statistics.items():  # the jackknife: each of the five prompts left out
+        without = np.stack([statistic(np.array(prompts) != p) for p in range(5)])
+        expected = 2.776 * np.sqrt(4 / 5 * np.square(without - without.mean(0)).sum(0))
+        np.testing.assert_allclose(columns[f"{name}_error"], expected, atol=1e-12, err_msg=name)
+        assert expected[[0, 1]].all()
     np.testing.assert_allclose(columns["delta_first"], x[~odd].mean(0))
     np.testing.assert_allclose(columns["delta_second"], x[odd].mean(0))
     np.testing.assert_allclose(columns["more"], (x > 0).mean(0))

@@ -1,5 +1,7 @@
 """SAE files, the tap, pooled features and drift."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ import sae as saes
 from autoencoders.formats import GEMMA_SCOPE_ARRAYS, load_sae, save_sae
 from models import decoder_layers, final_hidden_states, make_tap, recompute_activations, score
 from sae import JointSAE, ResidualTap, compared_latents, compute_feature_drift, pooled_features
+from training.quantities import QUANTITIES, LossContext
 from utils import UserError
 
 
@@ -243,6 +246,26 @@ def test_no_drift_from_itself(divergence):
     torch.testing.assert_close(drift, torch.zeros(2), atol=1e-6, rtol=0)
 
 
+def test_the_sinks_of_a_step_are_looked_for_once(monkeypatch):
+    """Drift, features and the metric of a batch share them, and the drift is what it is without."""
+    sae, batch = random_sae(), collate(pairs(2))
+    residual = torch.randn(len(batch.read), 32)
+    residual[3] *= 1000
+    residual.requires_grad_()
+    batch.reference["features"] = pooled_features(sae, torch.randn(len(batch.read), 32), batch.read_lengths)
+    options = {"divergence": "kl", "k": 5}
+    alone = compute_feature_drift(sae, residual, batch.read_lengths, batch.reference["features"], **options)
+    seen, plain = [], saes.attention_sinks
+    monkeypatch.setattr(saes, "attention_sinks", lambda *given: seen.append(1) or plain(*given))
+    context = LossContext(batch, SimpleNamespace(residual=residual), sae)
+    drift = QUANTITIES["feature_drift"](context, **options)
+    QUANTITIES["policy_features"](context, latents=[3])
+    assert torch.cat(context.sinks).nonzero().tolist() == [[3]]
+    assert len(seen) == 1 and torch.equal(drift, alone)
+    gradients = [torch.autograd.grad(own.sum(), residual)[0] for own in (drift, alone)]
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
 def test_feature_weights_scale_the_terms_one_by_one():
     sae, residual, lengths = random_sae(), torch.randn(6, 32), [6]
     reference = pooled_features(sae, torch.randn(6, 32), lengths)
@@ -261,6 +284,7 @@ def test_feature_weights_scale_the_terms_one_by_one():
 def test_feature_weights_are_read_and_checked(tmp_path):
     (tmp_path / "weights.json").write_text('[{"index": 1, "weight": 5}]')
     (tmp_path / "number.json").write_text("7")
+    (tmp_path / "bytes.json").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"number\.json: not a list of"):
         saes.read_feature_weights(str(tmp_path / "number.json"), 3)
     assert saes.read_feature_weights(str(tmp_path / "weights.json"), 3).tolist() == [1, 5, 1]
@@ -271,6 +295,7 @@ def test_feature_weights_are_read_and_checked(tmp_path):
         [{"feature": 0}],
         {"index": 0},
         str(tmp_path / "none"),
+        str(tmp_path / "bytes.json"),
     ):
         with pytest.raises(UserError, match="weights"):
             saes.read_feature_weights(wrong, 3)

@@ -22,6 +22,7 @@ from autoencoders.training import BatchTopK, SAETrainer
 from data.batch import PAD
 from dataloader import Dataset, SFTDataLoader, TokenisedData
 from training import loop
+from training.metrics import MetricAccumulator
 from utils import UserError
 
 PAD_ID, BOS, EOS = 0, 1, 2
@@ -590,6 +591,60 @@ def test_the_difference_of_two_models_that_differ_by_a_direction(tmp_path):
         assembled(tmp_path, *own, "++model.reference_path=null")
     with pytest.raises(UserError, match="a run without SAEs"):  # it does not read the residual stream
         assembled(tmp_path, "loss=fpo", f"++sae.path={tmp_path}/difference")
+
+
+def test_a_step_on_the_difference_is_saelens_on_what_transformers_gives(tmp_path):
+    """Vectors, loss, latents and gradients, against plain models and SAELens's own class."""
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+
+    folder = shutil.copytree(REPO / "assets/tiny", tmp_path / "other")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.gate_proj.weight"] *= 1.5
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    own = [*SMALL_SAE, "loss=sae-difference", "loss.layer=1", "loss.d_sae=32"]
+    own += [f"++model.name_or_path={folder}", f"++model.reference_path={REPO}/assets/tiny"]
+    trainer = assembled(tmp_path, *own)
+    plain = [
+        AutoModelForCausalLM.from_pretrained(place, attn_implementation="eager").eval()
+        for place in (folder, REPO / "assets/tiny")
+    ]
+    expected = []
+    with torch.no_grad():
+        for row in trainer.stream.rows:
+            ids = torch.tensor([[*row["prompt_ids"], *row["completion_ids"][0]]])
+            one, other = (model(ids, output_hidden_states=True).hidden_states[2][0] for model in plain)
+            expected.append((one - other)[(ids[0] != BOS) & (ids[0] != EOS)])
+    expected, steps = torch.cat(expected), list(chain(*trainer.stream.steps()))
+    along = torch.randn(128, generator=torch.Generator().manual_seed(0))  # which tells the vectors apart
+    found = torch.cat([step.x for step in steps])
+    assert expected.norm(dim=1).min() > 0.01 and not any(step.left_out for step in steps)
+    torch.testing.assert_close((found @ along).sort().values, (expected @ along).sort().values, rtol=1e-3, atol=1e-4)
+
+    (sae,), step = trainer.autoencoders, steps[0]
+    with torch.no_grad():
+        sae.start_from(step.x, step.tokens)
+        sae.b_enc.add_(torch.randn(32, generator=torch.Generator().manual_seed(1)) / 5)
+    x = expected[torch.cdist(step.x, expected).argmin(1)]
+    x = x / x.square().mean().sqrt()
+    options = {"d_in": 128, "d_sae": 32, "k": 6, "apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": False}
+    theirs = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**options))
+    theirs.load_state_dict({**theirs.state_dict(), **sae.state_dict()}, strict=False)
+    given = TrainStepInput(sae_in=x, dead_neuron_mask=None, coefficients={}, n_training_steps=0, is_logging_step=False)
+    made = theirs.training_forward_pass(given)
+    losses = trainer.compute_loss(step, "train", MetricAccumulator()).mean()
+    torch.testing.assert_close(losses, made.loss, rtol=1e-3, atol=1e-4)
+    pre = sae.preactivations(step.x * sae.scale)
+    latents = pre * (pre >= sae.smallest_kept(pre, step.tokens))
+    assert (latents > 0).sum() == 6 * step.tokens
+    torch.testing.assert_close(latents, made.feature_acts, rtol=1e-3, atol=1e-3)
+    losses.backward()
+    made.loss.backward()
+    for name, parameter in sae.named_parameters():
+        gradient = getattr(theirs, name).grad
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=1e-2, atol=1e-3 * float(gradient.abs().max()), msg=name
+        )
 
 
 def test_vectors_that_are_not_finite_name_their_examples(tmp_path, monkeypatch):

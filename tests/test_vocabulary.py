@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 from typing import Annotated
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import collate, pairs, random_sae
@@ -54,6 +56,15 @@ def test_what_a_loss_asks_for_is_what_it_needs():
     assert binding.needs == {"reference", "sae"}
     assert binding.options["loss"] == {"beta": 0.1, "alpha": 0.5}
     assert binding.options["feature_drift"] == {"divergence": "kl", "k": 50, "feature_weights": None}
+
+
+def test_a_quantity_of_two_sides_is_computed_once(monkeypatch):
+    binding = bound(FPOTrainer, {**DPO, "alpha": 0.5, "divergence": "kl", "k": 50, "feature_weights": None})
+    computed = []
+    for name in binding.quantities():
+        monkeypatch.setitem(QUANTITIES, name, lambda *_, name=name, **__: computed.append(name))
+    binding.compute(LossContext(None, None))
+    assert sorted(computed) == sorted(binding.quantities()) and len(computed) < len(binding.inputs)
 
 
 def test_all_that_does_not_fit_is_told_at_once():
@@ -241,6 +252,54 @@ def test_features_that_a_loss_names():
         binding.with_sae(sae)
     with pytest.raises(UserError, match=r"term\.own\.latents"):
         term(DPOTrainer, pull, latents=[-1])
+
+
+def test_features_of_several_saes_leave_out_the_sinks_of_each():
+    joint, batch = saes.JointSAE([random_sae(), random_sae(seed=1)], [1, 3]), collate(pairs(2))
+    residual = torch.randn(len(batch.read), 64)
+    residual[1, :32] *= 1000  # a sink for the first alone
+    found = QUANTITIES["policy_features"](
+        LossContext(batch, SimpleNamespace(residual=residual), joint), latents=[60, 3]
+    )
+    torch.testing.assert_close(found, saes.pooled_features(joint, residual, batch.read_lengths)[:, [60, 3]])
+
+
+def test_figures_of_features_from_a_table(tmp_path):
+    """As a quantity of a loss, and as the weights of drift; the last row is of the length."""
+    sae = saes.JointSAE([random_sae(), random_sae(seed=1)], [1, 3])
+    z = [*(torch.arange(96) - 40.5).tolist(), 7.0]
+    columns = {"sae": [*"a" * 48, *"b" * 48, None], "feature": [*range(48), *range(48), None], "z": z, "d": [None] * 97}
+    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
+
+    def pull(chosen_features, feature_figures):
+        """Nothing."""
+
+    def read(latents, column):
+        named = f"{tmp_path}/table.parquet:{column}" if column else f"{tmp_path}/table.json"
+        return term(DPOTrainer, pull, latents=latents, figures=named).binding.with_sae(sae)
+
+    binding = read([50, 3], "z")
+    assert binding.needs == {"sae"}
+    figures = QUANTITIES["feature_figures"](LossContext(collate(pairs(2)), None), **binding.options["feature_figures"])
+    assert figures.tolist() == [z[50], z[3]]
+    for latents, column, message in (
+        ([96], "z", r"term\.own\.latents: 96 is no feature"),
+        ([0], "w", "lacks a column feature or w; it has sae, feature, z, d"),
+        ([0], "d", "d of feature 0 in .* is None, no number"),
+        ([0], "", r"term\.own\.figures=.*table\.json: has to be FILE\.parquet:COLUMN"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(latents, column)
+    source = f"{tmp_path}/table.parquet:z"
+    drift = saes.drift_options(sae, "loss", divergence="kl", k=5, feature_weights=source)
+    assert drift["feature_weights"].tolist() == [abs(value) for value in z[:96]]
+    with pytest.raises(UserError, match=r"loss\.feature_weights=.*table\.parquet: has to be FILE\.parquet:COLUMN"):
+        saes.drift_options(sae, "loss", divergence="kl", k=5, feature_weights=source.removesuffix(":z"))
+    with pytest.raises(UserError, match=r"loss\.feature_weights: the rows of .* are not the 48 features of the SAE"):
+        saes.drift_options(random_sae(), "loss", divergence="kl", k=5, feature_weights=source)
+    (tmp_path / "table.parquet").write_text("no table")
+    with pytest.raises(UserError, match=r"loss\.feature_weights: cannot read .* as Parquet"):
+        saes.drift_options(sae, "loss", divergence="kl", k=5, feature_weights=source)
 
 
 def test_a_records_weight_counts_for_its_sequences_and_their_tokens():

@@ -30,7 +30,7 @@ from distributed.parallel import Stopped, StopRequest
 from distributed.sharding import DTYPES, full_tensor, reshard, sum_over_nodes
 from modeling.weights import dtype_of, formats_in, load_weights, open_weights, write_weights
 from models import score
-from sae import SAE, ResidualTap, attention_sinks
+from sae import SAE, ResidualTap
 from training.checkpoint import Run
 from training.metrics import (
     MetricAccumulator,
@@ -336,9 +336,7 @@ class BasicTrainer:
             added.append(term.weight * per_record * values)
         self.report(means, split, batch, scores, rewards)
         if "feature_drift" in quantities:
-            assert self.sae is not None
-            sinks = [attention_sinks(x, batch.read_lengths) for x in self.sae.vectors(scores.residual)]
-            means.add(f"sae_{split}/left_out", torch.cat(sinks))
+            means.add(f"sae_{split}/left_out", torch.cat(context.sinks))
             for side in filter(None, self.sides):
                 means.add(f"feature_drift_{split}/{side}", self.side(quantities["feature_drift"], side, batch))
         return torch.cat([losses, *added])

@@ -5,10 +5,11 @@ hyper-parameters:
 
     def loss(self, policy_chosen_mean_logps, policy_rejected_mean_logps, *, beta): ...
 
-A quantity is one value for each sequence, [S], or, where it says so, for each completion token, [N]. In a loss on
-pairs each is asked for once for the chosen and once for the rejected completions, [B] each, or those of their tokens:
-`policy_logps` as `policy_chosen_logps` and `policy_rejected_logps`, `feature_drift` as `chosen_feature_drift`, and so
-on. Short names work too: `chosen_logps` is `policy_chosen_logps`, `ref_chosen_logps` is `reference_chosen_logps`.
+A quantity is one value for each sequence, [S], or, where it says so, for each completion token, [N], or each of some
+features, [K]. In a loss on pairs each of the first two is asked for once for the chosen and once for the rejected
+completions, [B] each, or those of their tokens: `policy_logps` as `policy_chosen_logps` and `policy_rejected_logps`,
+`feature_drift` as `chosen_feature_drift`, and so on. Short names work too: `chosen_logps` is `policy_chosen_logps`,
+`ref_chosen_logps` is `reference_chosen_logps`.
 
 A term that is added to a loss is such a function too. It may also ask for the values of all sequences of pairs.
 """
@@ -28,7 +29,7 @@ import sae as saes
 from data.batch import Batch, sum_by_sequence
 from distributed import parallel
 from training.settings import LossSettings, TermSettings
-from utils import SIDES, Count, Natural, Settings, UserError, checked, suggest
+from utils import SIDES, Count, Natural, PathName, Settings, UserError, checked, suggest
 
 
 def list_or_file(value: Any) -> Any:
@@ -57,6 +58,12 @@ class LossContext:
     mismatched: MismatchedMeans | None = None
     mean_reward: Tensor | None = None  # of all steps so far
     value_head: nn.Module | None = None
+
+    @functools.cached_property
+    def sinks(self) -> list[Tensor]:
+        """The attention sinks [M] where each SAE reads."""
+        assert self.sae is not None
+        return [saes.attention_sinks(x, self.batch.read_lengths) for x in self.sae.vectors(self.policy.residual)]
 
 
 def policy_logps(e: LossContext) -> Tensor:
@@ -98,19 +105,34 @@ def feature_drift(
         divergence=divergence,
         k=k,
         feature_weights=cast(Any, feature_weights),
+        sinks=e.sinks,
     )
 
 
 def policy_features(e: LossContext, *, latents: list[Natural]) -> Tensor:
     """Pooled activations of the SAE's features `latents` in the completion, [S, K], with gradient."""
     assert e.sae is not None and e.policy.residual is not None
-    wanted = torch.tensor(latents).expand(e.batch.num_sequences, -1)
-    return saes.selected_features(e.sae, e.policy.residual, e.batch.read_lengths, wanted)
+    residual = e.policy.residual
+    wanted = torch.tensor(latents, device=residual.device)
+    ends = torch.tensor([member.d_sae for member in e.sae.members], device=residual.device).cumsum(0)
+    kept = ~torch.stack(e.sinks, 1)[:, torch.bucketize(wanted, ends, right=True)]  # [M, K]
+    owner = saes.owners(e.batch.read_lengths).to(residual.device)
+    values = e.sae.encode_latents(residual, wanted) * kept
+    sums, counts = (
+        values.new_zeros(e.batch.num_sequences, len(latents)).index_add(0, owner, x) for x in (values, kept.float())
+    )
+    return sums / counts.clamp(min=1)
 
 
 def reference_features(e: LossContext, *, latents: list[Natural]) -> Tensor:
     """The same under the reference."""
     return e.batch.reference["features"][:, latents]
+
+
+def feature_figures(e: LossContext, *, latents: list[Natural], figures: PathName) -> Tensor:  # noqa: ARG001
+    """What a table says of the features `latents`, [K]: a column of data_features.parquet (FILE.parquet:COLUMN), which
+    `Binding.with_sae` has read."""
+    return cast(Any, figures)
 
 
 def position_kl(e: LossContext) -> Tensor:
@@ -204,6 +226,7 @@ QUANTITIES: dict[str, Callable[..., Tensor]] = {
         feature_drift,
         policy_features,
         reference_features,
+        feature_figures,
         position_kl,
         desirable,
         kl,
@@ -238,12 +261,14 @@ OF_SOME = {  # `gives` says whose
     "advantages",
     "returns",
 }
+OF_FEATURES = {"feature_figures"}  # those that are [K], of no sequence
 NEEDS = {  # what has to be there before the first step, for those that take more than the policy's own scores
     "reference_logps": {"reference"},
     "reference_mean_logps": {"reference"},
     "feature_drift": {"reference", "sae"},
     "policy_features": {"sae"},
     "reference_features": {"reference", "sae"},
+    "feature_figures": {"sae"},
     "position_kl": {"live_reference"},
     "kl": {"reference", "mismatched"},
     "mismatched_logps": {"mismatched"},
@@ -290,14 +315,20 @@ class Binding:
             if drift["feature_weights"] is not None:
                 drift["feature_weights"] = drift["feature_weights"].to(parallel.device())
             options["feature_drift"] = drift
-        for quantity in {"policy_features", "reference_features"} & options.keys():
-            saes.require_features(options[quantity]["latents"], sae.d_sae, f"{self.where}.latents")
+        for quantity in ("policy_features", "reference_features", "feature_figures"):
+            if quantity in options:
+                saes.require_features(options[quantity]["latents"], sae.d_sae, f"{self.where}.latents")
+        if "feature_figures" in options:
+            own = options["feature_figures"]
+            figures = saes.read_feature_figures(own["figures"], sae, f"{self.where}.figures")
+            options["feature_figures"] = own | {"figures": figures[own["latents"]].to(parallel.device())}
         terms = tuple(replace(term, binding=term.binding.with_sae(sae)) for term in self.terms)
         return replace(self, options=options, terms=terms)
 
     def compute(self, context: LossContext) -> dict[str, Tensor]:
         """The quantities that the parameters name, each once."""
-        return {i.quantity: QUANTITIES[i.quantity](context, **self.options[i.quantity]) for i in self.inputs}
+        wanted = dict.fromkeys(i.quantity for i in self.inputs)
+        return {name: QUANTITIES[name](context, **self.options[name]) for name in wanted}
 
 
 @dataclass(frozen=True)
@@ -344,6 +375,8 @@ def sides_of(trainer: Any, quantity: str) -> tuple[str | None, ...]:
     """Of which sides the losses of a trainer may ask for a quantity: of none, where it does not have that."""
     if quantity not in trainer.gives and (trainer.is_reward or quantity in OF_SOME):
         return ()
+    if quantity in OF_FEATURES:
+        return (None,)
     return trainer.token_sides if quantity in OF_TOKENS else trainer.sides
 
 
