@@ -517,16 +517,13 @@ def reward_model(named: str, setting: str) -> tuple[Path, str | None]:
     Raises UserError, before a weight is read, where there is none that is trained.
     """
     folder, load_from = own_weights(named, setting)
-    reward_config(folder, f"{setting}={named}")
-    model, weights, _ = outline(folder, load_from, reward=True)
-    check_weights(model, weights)
-    if f"{REWARD_HEAD}weight" not in weights.shapes:
-        raise UserError(f"{setting}={named}: its weights have no reward head ({REWARD_HEAD}weight)")
+    require_reward_model(folder, load_from, f"{setting}={named}")
     return folder, load_from
 
 
-def reward_config(folder: Path, named: str) -> PretrainedConfig:
-    """The configuration of a reward model. Raises UserError, which begins with `named`, where it is of another kind."""
+def require_reward_model(folder: Path, load_from: str | None, named: str) -> PretrainedConfig:
+    """The configuration of a reward model. Raises UserError, before a weight is read, where it is of another kind, or
+    its weights do not fit it or have no reward head, for which `load_model` would draw one."""
     config = load_config(folder)
     kinds = ", ".join(config.architectures or []) or "no architecture"
     if not kinds.endswith("ForSequenceClassification") or config.num_labels != 1:
@@ -535,6 +532,10 @@ def reward_config(folder: Path, named: str) -> PretrainedConfig:
             f"{named}: no reward model ({kinds}{outputs}); rewards come from a run of loss=bradley-terry, or a "
             "sequence classifier with one output"
         )
+    model, weights, _ = outline(folder, load_from, reward=True)
+    check_weights(model, weights)
+    if f"{REWARD_HEAD}weight" not in weights.shapes:
+        raise UserError(f"{named}: its weights have no reward head ({REWARD_HEAD}weight)")
     return config
 
 

@@ -44,7 +44,7 @@ class RewardModel:
         self, config: LabelSettings, folder: Path, tokenizer: Path, load_from: str | None, digest: str, as_trained: bool
     ) -> None:
         """`as_trained`: it is a run's, not a classifier by itself. Raises UserError where it is no reward model."""
-        architecture = models.reward_config(folder, str(folder))
+        architecture = models.require_reward_model(folder, load_from, str(folder))
         models.require_positions(architecture, folder, {"model.max_length": config.model.max_length})
         self.config, self.as_trained = config, as_trained
         self.tokenizer: Tokenizer = models.load_tokenizer(tokenizer)

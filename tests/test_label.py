@@ -5,6 +5,7 @@ import shutil
 from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import REPO, on_ranks
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -220,6 +221,17 @@ def test_rewards_are_those_of_transformers(kind, plain_run, classifier, tmp_path
     assert len(rows) == 16 and len({row["score"] for row in rows}) == 12
     expected = by_transformers(folder, rows, "<eos>")
     assert [row["score"] for row in rows] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_classifier_without_a_head_is_refused(classifier, tmp_path):
+    """Its weights would be random, and so the rewards."""
+    folder = shutil.copytree(classifier, tmp_path / "model")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    del weights["score.weight"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model: its weights have no reward head \(score.weight\)"):
+        write(folder, write_samples(tmp_path / "x.json", ANSWERS[:2]), tmp_path / "y.jsonl")
+    assert not (tmp_path / "y.jsonl").exists()
 
 
 def test_what_follows_the_last_turn_is_read(classifier, tmp_path):

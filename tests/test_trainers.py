@@ -112,7 +112,9 @@ def test_the_digest_of_a_reward_model_is_of_its_own_architecture(tmp_path, plain
     inputs = assembly.read_inputs(config, classes, paths)
     before = assembly.digests(config, classes, paths, inputs)
     own = tmp_path / "only/LATEST/config.json"
-    own.write_text(json.dumps(json.loads(own.read_text()) | {"rms_norm_eps": 0.1}))
+    changed = json.dumps(json.loads(own.read_text()) | {"rms_norm_eps": 0.1})
+    own.unlink()  # a link to the file of the run
+    own.write_text(changed)
     after = assembly.digests(config, classes, paths, inputs)
     assert {key for key in before if before[key] != after[key]} == {"loss.reward"}
 
