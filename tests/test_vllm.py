@@ -9,7 +9,6 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from conftest import HH_100, REPO, command
@@ -29,6 +28,7 @@ pytestmark = [
 SMALL = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 DATA = ["datasets=[hh]", f"data_dir={HH_100}"]
 SHORT = ["++model.max_prompt_length=64", "++max_new_tokens=16", "++model.policy_dtype=float32", "++n_samples=4"]
+WHOLE = ["++model.max_prompt_length=512"]  # a server gets prompts as they are
 GREEDY = ["++temperature=0", "++top_p=1.0"]
 
 
@@ -98,8 +98,10 @@ def test_draws_are_the_seeds_own_and_end_at_stops(smollm2):
 
 @contextmanager
 def serving(model, port):
-    """`vllm serve` on a port, as a process."""
-    program = [Path(PYTHON).parent / "vllm", "serve", model, "--port", str(port), "--host", "127.0.0.1"]
+    """What `vllm serve` starts, on a port, as a process. (The program itself asks for the version of a package `vllm`;
+    that for CPUs has another name.)"""
+    program = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
+    program += ["--host", "127.0.0.1"]
     program += ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "2", "--served-model-name", "m"]
     server = subprocess.Popen(program, env=SMALL, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
@@ -118,7 +120,7 @@ def serving(model, port):
 
 def served(folder, model, port, *overrides):
     """The file of samples that eval.py writes, in this process, of what the server says."""
-    overrides = [*DATA, *SHORT, "template=chat", f"++samples_dir={folder}", "++exp_name=served", *overrides]
+    overrides = [*DATA, *SHORT, *WHOLE, "template=chat", f"++samples_dir={folder}", "++exp_name=served", *overrides]
     overrides += ["++backend=openai", f"++base_url=http://127.0.0.1:{port}/v1", "++model.eval_batch_size=4"]
     evaluation.write_samples(read_config(model, overrides), model, overrides)
     return folder / "served.json"
@@ -130,8 +132,9 @@ def test_a_server_is_sampled_judges_and_is_outlived(smollm2, tmp_path, monkeypat
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command(
-        "eval.py", f"--config-path={smollm2}", *DATA, *SHORT, *GREEDY, f"++samples_dir={tmp_path}", "++exp_name=here"
-    )
+        "eval.py", f"--config-path={smollm2}", *DATA, *SHORT, *WHOLE, *GREEDY, f"++samples_dir={tmp_path}",
+        "++exp_name=here",
+    )  # fmt: skip
     with serving(smollm2, port) as server:
         file = served(tmp_path / "greedy", smollm2, port, *GREEDY, "++samples=2")
         assert texts(file)[::2] == texts(file)[1::2] == texts(tmp_path / "here.json")
