@@ -132,7 +132,7 @@ def test_sample_and_judge(quickstart, tmp_path):
         options = ["++n_samples=20", "++model.eval_batch_size=16", f"++samples_dir={samples}/"]
         command(REPO / "eval.py", f"--config-path={path}", *options, cwd=tmp_path)
         content = json.loads((samples / "quickstart.json").read_text())
-        assert content.keys() == {"sampled_at", "sampled_from", "config", "sampling", "samples"}
+        assert content.keys() == {"sampled_at", "sampled_from", "config", "sampling", "samples", "digest"}
         assert len(content["samples"]) == 20
         for sample in content["samples"]:
             assert sample.keys() >= {"prompt", "messages", "chosen", "policy"}
