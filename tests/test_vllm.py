@@ -121,7 +121,12 @@ def serving(model, port):
 def served(folder, model, port, *overrides):
     """The file of samples that eval.py writes, in this process, of what the server says."""
     overrides = [*DATA, *SHORT, *WHOLE, "template=chat", f"++samples_dir={folder}", "++exp_name=served", *overrides]
-    overrides += ["++backend=openai", f"++base_url=http://127.0.0.1:{port}/v1", "++model.eval_batch_size=4"]
+    overrides += [
+        "++served_model=m",
+        "++backend=openai",
+        f"++base_url=http://127.0.0.1:{port}/v1",
+        "++model.eval_batch_size=4",
+    ]
     evaluation.write_samples(read_config(model, overrides), model, overrides)
     return folder / "served.json"
 
@@ -158,7 +163,10 @@ def test_a_server_is_sampled_judges_and_is_outlived(smollm2, tmp_path, monkeypat
         threading.Timer(5, os.killpg, (server.pid, signal.SIGCONT)).start()
         assert texts(served(tmp_path / "slow", smollm2, port, "++samples=2")) == first
         os.killpg(server.pid, signal.SIGSTOP)
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="no answer within 2"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(UserError, match=r"8 of 8 samples got no answer from .*, the last: nothing came for 2 s"),
+        ):
             patch.setattr(ServerBackend.__init__, "__defaults__", (2.0,))
             served(tmp_path / "killed", smollm2, port, "++samples=2")
     with serving(smollm2, port):
