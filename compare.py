@@ -147,6 +147,8 @@ def load_comparisons(args: argparse.Namespace) -> list[Comparison]:
     if args.official_lc:
         for comparison in comparisons:
             alpaca_eval_official.require_official_set(comparison)
+    elif args.alpaca_eval and any(map(alpaca_eval_official.is_official_set, comparisons)):
+        console.print("these are AlpacaEval's 805 instructions: --official_lc adds its own length-controlled rate")
     return comparisons
 
 

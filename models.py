@@ -47,7 +47,6 @@ from modeling.weights import (
     check_weights,
     load_weights,
     open_weights,
-    own_weights,
     require_matching_weights,
     weight_files,
 )
@@ -509,16 +508,6 @@ def outline(
             model.resize_token_embeddings(tokens, mean_resizing=False)
     model.tie_weights()
     return model, weights, new_tokens
-
-
-def reward_model(named: str, setting: str) -> tuple[Path, str | None]:
-    """The reward model that a setting names as `model.load_from` names weights: as `load_model` takes it.
-
-    Raises UserError, before a weight is read, where there is none that is trained.
-    """
-    folder, load_from = own_weights(named, setting)
-    require_reward_model(folder, load_from, f"{setting}={named}")
-    return folder, load_from
 
 
 def require_reward_model(folder: Path, load_from: str | None, named: str) -> PretrainedConfig:

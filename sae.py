@@ -195,6 +195,11 @@ class JointSAE(SAE):
         return self.encode(x)[:, latents]
 
 
+def together(members: Sequence[SAE], weights: Sequence[float]) -> SAE:
+    """The SAEs of a run as one: a `JointSAE`, where there are several."""
+    return members[0] if len(members) == 1 else JointSAE(members, weights)
+
+
 class ResidualTap:
     """Reads the residual stream after one decoder layer: the layer's output, before any final norm.
 

@@ -22,7 +22,8 @@ from data.batch import Batch, sum_by_sequence
 from dataloader import BAD, GOOD, DataLoader, MismatchedRecords
 from distributed import parallel
 from modeling.tensor_files import write_safetensors
-from models import reward_model, score_rewards
+from modeling.weights import own_weights
+from models import require_reward_model, score_rewards
 from training.loop import BasicTrainer, Setup
 from training.metrics import MetricAccumulator
 from training.quantities import QUANTITIES, Binding, LossContext, MismatchedMeans
@@ -703,7 +704,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         self.passes, self.value_head_max_grad_norm = ppo_epochs, value_head_max_grad_norm
         self.reward_model: PreTrainedModel | None = None
         if reward not in ("label", "score"):
-            self.reward_model = setup.load(*reward_model(reward, "loss.reward"), reward=True, frozen=True)
+            self.reward_model = setup.load(*own_weights(reward, "loss.reward"), reward=True, frozen=True)
 
     @classmethod
     def check_data(cls, binding: Binding, loader: DataLoader) -> None:
@@ -723,7 +724,7 @@ class PPOTrainer(UnpairedPreferenceTrainer):
     @classmethod
     def check_weights(cls, binding: Binding) -> None:
         for key, named in cls.other_weights(binding).items():
-            reward_model(named, key)
+            require_reward_model(*own_weights(named, key), f"{key}={named}")
 
     def trained_module(self) -> nn.Module:
         return self.both

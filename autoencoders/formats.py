@@ -25,7 +25,7 @@ from torch import Tensor
 from autoencoders.settings import SAESection, SAESettings
 from modeling.tensor_files import write_safetensors
 from models import fetch
-from sae import SAE, SINK_NORM, JointSAE
+from sae import SAE, SINK_NORM, together
 from utils import UserError, as_json, atomic_write, console, in_words, resolve_path, sound_digest, suggest
 
 SMALL, MOST_PACKED = 1 << 20, 20  # bytes, and times its size: what a file may unpack to; random weights pack to 90 %
@@ -666,7 +666,7 @@ def load_sources(sources: Sequence[SAESource]) -> SAE:
     for source in sources:
         members.append(read_files(source.files))
         console.print(f"  read at layer {source.layer}, {source.hook}")
-    return members[0] if len(members) == 1 else JointSAE(members, [source.weight for source in sources])
+    return together(members, [source.weight for source in sources])
 
 
 GEMMA_SCOPE_ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")

@@ -121,8 +121,6 @@ def alpaca_eval_results(comparison: Comparison, verdicts: list[Verdict], officia
     row = statistics.alpaca_eval_row(list(preferences.values()), outputs)
     if official_lc:
         row |= alpaca_eval_official.official_length_controlled(comparison, preferences)
-    elif alpaca_eval_official.is_official_set(comparison):
-        console.print("these are AlpacaEval's 805 instructions: --official_lc adds its own length-controlled rate")
     return {"alpaca_eval": row}
 
 

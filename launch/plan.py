@@ -41,7 +41,7 @@ from modeling.attention import FUSED
 from modeling.head import chunk_rows
 from modeling.settings import ModelSettings
 from models import decoder_layers, final_hidden_states
-from sae import ENCODE_ELEMENTS, SAE, JointSAE
+from sae import ENCODE_ELEMENTS, SAE, together
 from training.loop import make_optimizer
 from utils import UserError, console, resolve_path
 
@@ -216,8 +216,7 @@ def read_saes(
             members.append(empty_sae(d_in, d_sae))
     read = {where: layer for where, (layer, _) in zip(sections, places)}
     settings.require_layers(config.model.name, architecture, read)
-    sae = JointSAE(members, [section.weight for section in sections.values()]) if len(members) > 1 else members[0]
-    reading = assembly.Reading(sae, places)
+    reading = assembly.Reading(together(members, [section.weight for section in sections.values()]), places)
     reading.require_fit(config.model, architecture, [str(section.path) for section in sections.values()])
     return reading
 

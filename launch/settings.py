@@ -485,8 +485,9 @@ def what_reads_sae(config: Config, classes: RunClasses) -> str:
 def parts_with_features(classes: RunClasses) -> list[Binding]:
     """The loss and the terms that read the SAE's features of completions, at the positions of `sae.at`. A reward head
     reads those of the last token."""
-    asks = [part for part in classes.binding.parts() if any("sae" in NEEDS.get(i.quantity, ()) for i in part.inputs)]
-    return [] if classes.trainer.has_sae_head else asks
+    if classes.trainer.has_sae_head:
+        return []
+    return [part for part in classes.binding.parts() if any("sae" in NEEDS.get(i.quantity, ()) for i in part.inputs)]
 
 
 def with_ablation(config: Config, classes: RunClasses, problems: Problems) -> RunClasses:
